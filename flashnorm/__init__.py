@@ -1,0 +1,53 @@
+"""flashnorm makes normalization disappear from any PyTorch transformer, exactly.
+
+Source: FlashNorm, arXiv 2407.09577. Importing this package imports neither torch nor transformers;
+each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flashnorm.errors import CheckpointError, FlashNormError, FoldError, QuantizedError, TraceError
+from flashnorm.plan import Consumer, Gain, Plan, Site, Span
+
+if TYPE_CHECKING:
+    from flashnorm.inspection import inspect as inspect
+    from flashnorm.checkpoint import fold_checkpoint as fold_checkpoint
+    from flashnorm.rewrite import fold_ as fold_
+    from flashnorm.rewrite import unfold_ as unfold_
+    from flashnorm.verify import verify as verify
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "inspect": "flashnorm.inspection",
+    "fold_": "flashnorm.rewrite",
+    "unfold_": "flashnorm.rewrite",
+    "fold_checkpoint": "flashnorm.checkpoint",
+    "verify": "flashnorm.verify",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Consumer",
+    "FlashNormError",
+    "FoldError",
+    "Gain",
+    "Plan",
+    "QuantizedError",
+    "Site",
+    "Span",
+    "TraceError",
+    "__version__",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flashnorm' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

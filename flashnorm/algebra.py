@@ -1,0 +1,104 @@
+"""The identities of FlashNorm (arXiv 2407.09577), one function each.
+
+Nothing else in the package multiplies a weight by a gain. Weights are [out, in] = [k, n] as in
+`torch.nn.Linear`; other layouts name the axis that carries the norm's features. Everything works
+block by block, so that no second copy of a large weight is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from flashnorm.errors import FoldError
+from flashnorm.plan import Gain, Span
+
+BLOCK_ELEMENTS = 1 << 22
+
+
+def effective_gain(parameter: Tensor, gain: Gain) -> Tensor:
+    """The gain g = offset + scale · p that the model multiplies by, flat: [numel].
+
+    Plain gains are returned in float32, where the product of two bf16 or two fp16 numbers is
+    exact; any other convention is evaluated once in float64. A float64 parameter stays float64.
+    """
+    flat = parameter.detach().reshape(-1)
+    if (gain.offset, gain.scale) == (0.0, 1.0):
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return gain.offset + gain.scale * flat.to(torch.float64)
+
+
+def fold_gain_(weight: Tensor, gain: Tensor, axis: int, spans: Iterable[Span]) -> None:
+    """E1, in place: `norm(x)·g Wᵀ = norm(x) W*ᵀ` with `W* = W diag(g)` over the columns of `spans`.
+
+    weight: any shape, a floating dtype; gain: [m] as `effective_gain` returns it. The product is
+    taken in the wider of the two dtypes and rounded once to the weight's.
+    """
+    for block, factor in _blocks(weight, gain, axis, spans):
+        block.copy_(block.to(factor.dtype) * factor)
+
+
+def unfold_gain_(weight: Tensor, gain: Tensor, axis: int, spans: Iterable[Span]) -> None:
+    """The inverse of `fold_gain_`, `W = W* diag(g)⁻¹`, within one rounding; g must have no zero."""
+    for block, factor in _blocks(weight, gain, axis, spans):
+        block.copy_(block.to(factor.dtype) / factor)
+
+
+def identity_gain_(parameter: Tensor, gain: Gain) -> None:
+    """Set the parameter, in place, to the value at which the effective gain is exactly one."""
+    parameter.fill_(gain.identity)
+
+
+def is_identity(parameter: Tensor, gain: Gain) -> bool:
+    """Whether every element of the effective gain is exactly one."""
+    return bool((effective_gain(parameter, gain) == 1).all())
+
+
+def check_fold(name: str, weight: Tensor, gain_name: str, gain: Tensor, consumer_axis: int,
+               spans: Iterable[Span]) -> int:
+    """Raise FoldError where `fold_gain_` would leave the range of the weight's dtype.
+
+    Returns how many non-zero normal elements would become subnormal or zero in that dtype: they
+    lose relative precision, which is worth a warning but moves no output by more than
+    `tiny · |x|`. Elements that are not finite before are not held against the fold.
+    """
+    if not bool(torch.isfinite(gain).all()):
+        raise FoldError(f"{gain_name}: the gain holds NaN or infinity, so it cannot be folded into "
+                        f"{name}; repair the checkpoint first")
+    info = torch.finfo(weight.dtype)
+    lost = 0
+    for block, factor in _blocks(weight, gain, consumer_axis, spans):
+        before = block.to(factor.dtype)
+        after = (before * factor).to(weight.dtype)
+        if not bool(torch.isfinite(after).all()) and bool(
+            (torch.isfinite(before) & ~torch.isfinite(after)).any()
+        ):
+            raise FoldError(
+                f"{name}: folding the gain {gain_name} (largest magnitude "
+                f"{float(gain.abs().max()):.4g}) into it overflows {weight.dtype}; convert the "
+                "checkpoint to bfloat16 or float32 first"
+            )
+        lost += int(((before.abs() >= info.tiny) & (after.abs() < info.tiny) & (factor != 0)).sum())
+    return lost
+
+
+def _blocks(
+    weight: Tensor, gain: Tensor, axis: int, spans: Iterable[Span]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of `weight` along its first axis, each with the broadcastable factor that meets it."""
+    wide = torch.promote_types(weight.dtype, gain.dtype)
+    factor = torch.ones(weight.shape[axis], dtype=wide, device=weight.device)
+    for span in spans:
+        part = gain[span.gain_start : span.gain_start + span.length]
+        factor[span.start : span.start + span.length] = part
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    factor = factor.view(shape)
+    if weight.numel() == 0:
+        return
+    rows = max(1, BLOCK_ELEMENTS * weight.shape[0] // weight.numel())
+    for start in range(0, weight.shape[0], rows):
+        block = weight[start : start + rows]
+        yield block, factor[start : start + rows] if axis == 0 else factor

@@ -1,0 +1,138 @@
+"""The nouns of a plan: what was found, what will be folded where, and why the rest is kept.
+
+A plan is frozen, printable and JSON-serializable, and is made before anything is touched. The same
+plan drives the rewrite in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+PLAN_VERSION = 1
+
+Kind = Literal["rms", "layer", "dyt"]
+GainState = Literal["folded", "kept", "none"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Columns `start : start + length` of a consumer carry gain elements from `gain_start` on."""
+
+    start: int
+    gain_start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A parameter that absorbs a gain along one of its axes (`W* = W diag(g)`, E1)."""
+
+    parameter: str
+    axis: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain that the model uses, as an affine function of a parameter: `offset + scale · p`.
+
+    Plain gains are (0, 1); gains stored as a difference from one are (1, 1).
+    """
+
+    parameter: str
+    offset: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def identity(self) -> float:
+        """The value of the parameter at which the gain is one."""
+        return (1.0 - self.offset) / self.scale
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalization: where it is, what it is, and what happens to its gain.
+
+    `path` is the module that normalizes, `width` the number of normalized features, `eps` the
+    epsilon read off the graph (None where there is none). `reason` is empty where the gain is
+    folded, else it says in plain words why not. `source` is the file and line of the model's code.
+    """
+
+    path: str
+    kind: Kind
+    width: int
+    eps: float | None
+    gain: GainState
+    reason: str = ""
+    consumers: tuple[Consumer, ...] = ()
+    weight: Gain | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites of a model in the order of execution, and what holds for the model as a whole.
+
+    `untied` lists (new parameter, parameter it is copied from): a tied weight that gets a copy of
+    its own so that it can absorb a gain. `unreached` lists the parameters that the recorded passes
+    did not read, so that nothing is known of them.
+    """
+
+    sites: tuple[Site, ...]
+    untied: tuple[tuple[str, str], ...] = ()
+    unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    version: int = field(default=PLAN_VERSION)
+
+    @property
+    def folded(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.gain == "folded")
+
+    def gains(self) -> tuple[Gain, ...]:
+        """Every gain parameter that is folded, once each (two sites may share one)."""
+        return tuple(dict.fromkeys(site.weight for site in self.folded if site.weight))
+
+    def absorptions(self) -> dict[str, tuple[tuple[Gain, Consumer], ...]]:
+        """For every parameter that absorbs: the gains that go into it, once each."""
+        found: dict[str, dict[tuple[Gain, Consumer], None]] = defaultdict(dict)
+        for gain, consumer in self._pairs():
+            found[consumer.parameter][gain, consumer] = None
+        return {name: tuple(pairs) for name, pairs in found.items()}
+
+    def _pairs(self) -> Iterator[tuple[Gain, Consumer]]:
+        for site in self.folded:
+            assert site.weight is not None, f"{site.path} is folded but has no gain"
+            for consumer in site.consumers:
+                yield site.weight, consumer
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serializable dict; `Plan.from_json` inverts it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote. Raises ValueError for a plan of another version."""
+        if data.get("version") != PLAN_VERSION:
+            raise ValueError(
+                f"plan version {data.get('version')!r} found, {PLAN_VERSION} expected: "
+                "make the plan again with this version of flashnorm"
+            )
+        return Plan(
+            sites=tuple(_site(row) for row in data["sites"]),
+            untied=tuple((new, old) for new, old in data["untied"]),
+            unreached=tuple(data["unreached"]),
+            notes=tuple(data["notes"]),
+        )
+
+
+def _site(row: dict[str, Any]) -> Site:
+    consumers = tuple(
+        Consumer(c["parameter"], c["axis"], tuple(Span(**s) for s in c["spans"]))
+        for c in row["consumers"]
+    )
+    weight = Gain(**row["weight"]) if row["weight"] else None
+    return Site(**{**row, "consumers": consumers, "weight": weight})
