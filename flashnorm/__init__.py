@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flashnorm.checkpoint import fold_checkpoint as fold_checkpoint
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import unfold_ as unfold_
-    from flashnorm.verify import verify as verify
+    from flashnorm.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _LAZY = {
     "fold_": "flashnorm.rewrite",
     "unfold_": "flashnorm.rewrite",
     "fold_checkpoint": "flashnorm.checkpoint",
-    "verify": "flashnorm.verify",
+    "verify": "flashnorm.verification",
 }
 
 __all__ = [
