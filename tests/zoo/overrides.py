@@ -1,0 +1,3 @@
+"""What no rule can know: one line per configuration, each with its reason."""
+
+OVERRIDES: dict[str, dict] = {}
