@@ -1,3 +1,93 @@
-"""What no rule can know: one line per configuration, each with its reason."""
+"""What no rule can know: one entry per configuration, each with its reason.
 
-OVERRIDES: dict[str, dict] = {}
+Keys are model types; a part of a composite is `type.part`. Values are passed to the configuration class as they are.
+Many entries name layers: there the default configuration has only one kind of layer, or none that runs.
+"""
+
+from transformers import SiglipVisionConfig
+
+SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
+CONV_THEN_FULL = ["conv", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPES = {"sliding_attention": ROPE, "full_attention": ROPE}
+
+# A drafter has no keys and values of its own: all layers are shared.
+_ASSISTANT = {"layer_types": SLIDING_THEN_FULL, "num_hidden_layers": 2, "num_kv_shared_layers": 2}
+# The timm wrapper of the default needs a package that is not installed; any vision model serves.
+_NO_TIMM = SiglipVisionConfig(
+    hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
+)
+_NO_TIMM.rms_norm_eps, _NO_TIMM.vocab_offset, _NO_TIMM.vocab_size = 1e-6, 0, 9
+# One shared attention block must be visited twice; with one visit only there is nothing to tie.
+_SHARED_TWICE = {
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "num_hidden_layers": 4,
+}
+# The indexer and the per-layer n-gram embeddings are off by default, and the attention asks for an indexer.
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 64,
+    "split_ngram_parts": 2,
+    "make_ngram_vocab_size_divisible_by": 8,
+}
+# The sliding layers want qk_nope_head_dim + qk_rope_head_dim, here 24 + 8.
+_DOTS3 = {"head_dim": 32}
+
+OVERRIDES: dict[str, dict] = {
+    # no attention layer by default
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    # layers by period: Mamba + MLP, Mamba + MoE, attention + MLP
+    "jamba": {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2},
+    # layers by type, of one kind or of none by default
+    "lfm2": {"layer_types": CONV_THEN_FULL},
+    "lfm2_moe": {"layer_types": CONV_THEN_FULL},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "cohere_compass_text": {
+        "layer_types": SLIDING_THEN_FULL,
+        "sliding_window": 4,
+        "rope_parameters": ROPES,
+    },
+    "mellum": {"layer_types": SLIDING_THEN_FULL},
+    "laguna": {"layer_types": SLIDING_THEN_FULL},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "zamba": _SHARED_TWICE,
+    "zamba2": _SHARED_TWICE,
+    # cross-attention layers by index, beyond the tiny number of layers by default
+    "mllama.text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    # windows of compressed keys longer than the tiny input
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3}
+    },
+    # dimensions tied by a check
+    "mamba2": {"num_heads": 8},
+    "dots3_note_text": _DOTS3,
+    "dots3_note.text_config": _DOTS3,
+    "xlstm": {"hidden_size": 128},
+    "moshi": {"codebook_size": 64},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (16, 48),
+        "hash_seed": 0,
+    },
+    # values that the default configuration lacks
+    "dbrx.attn_config": {"rope_theta": 10000.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "xmod": {"default_language": "en_XX"},
+    "qwen4_exp.text_config": _QWEN4,
+    "qwen4_exp_text": _QWEN4,
+    "gemma3n": {"vision_config": _NO_TIMM},
+    "gemma4_assistant.text_config": _ASSISTANT
+    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    "gemma4_unified_assistant.text_config": _ASSISTANT,
+}

@@ -1,8 +1,8 @@
 """Shrink any configuration class by the meaning of its field names.
 
-A rule maps a field name to a tiny value. Lists that describe one layer each are cut down to the first layer of every
-kind, so that each kind of layer stays. Sub-configurations are shrunk the same way. `OVERRIDES` holds the few values
-that a rule cannot know.
+A rule maps a field name to a tiny value. Lists with one entry per layer are cut down to the first
+layer of every kind, so that each kind of layer stays. Sub-configurations are shrunk the same way.
+`OVERRIDES` holds the few values that a rule cannot know.
 """
 
 import copy
@@ -18,6 +18,10 @@ VOCAB = 99
 HIDDEN = 64
 HEADS = 4
 LAYERS = 2
+FIRST_SPECIAL = VOCAB - 20  # special tokens live from here on, text below
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# Fields that some classes leave empty although their model needs a number.
+MISSING = {"head_dim": 16, "num_experts_per_tok": 2}
 
 
 def _keep(value, base):
@@ -30,7 +34,7 @@ def _to(tiny):
 
 
 def _width(value, base):
-    """A width beside the residual: twice or half the residual if it is so by default, else the residual itself."""
+    """Twice as wide as the residual if it is so by default, else as wide as the residual."""
     hidden = base.get("hidden_size") or base.get("d_model") or value
     return HIDDEN * 2 if value == 2 * hidden else HIDDEN
 
@@ -40,86 +44,109 @@ def _kv_heads(value, base):
     return HEADS if value >= heads else min(value, HEADS // 2)
 
 
+def _head_dim(value, base):
+    """As wide as the rotated part of a latent-attention head if it is so by default."""
+    return 8 if value == base.get("qk_rope_head_dim") else min(value, 16)
+
+
 def _key_heads(value, base):
     return HEADS if value == base.get("linear_num_value_heads", value) else HEADS // 2
 
 
-# (pattern of the whole field name, rule); the first match wins, and a field without a match keeps its default.
+# (rule, patterns of whole field names); the first match wins, a field without one keeps its default.
 RULES = [
+    (_keep, r"chunk_size_\w+", r"num_logits_to_keep", r"pretraining_tp", r"(num|in)_channels"),
+    (_to(1), r"max_window_layers", r"num_residual_layers", r"num_nextn_\w+", r"num_mtp_layers"),
     (
-        r"chunk_size_(feed_forward|lm_head)|num_logits_to_keep|pretraining_tp|num_channels|in_channels",
-        _keep,
-    ),
-    (
-        r"max_window_layers|num_residual_layers|num_nextn_predict_layers|num_mtp_layers|spatial_merge_size",
         _to(1),
+        r"first_k_dense_replace",
+        r"num_dense_layers",
+        r"moe_layer_start_index",
+        r"topk_group",
     ),
-    (r".*vocab(_size.*)?|.*_vocab|num_centroids|codebook_size|num_codebooks", _to(VOCAB)),
-    (r"n_layers?|num_(hidden|global|encoder|decoder)?_?layers|(en|de)coder_layers", _to(LAYERS)),
+    (_to(1), r"spatial_merge_size", r"adapter_merge_size", r"indexer_kv_heads"),
+    (_to(VOCAB), r".*vocab(_size.*)?", r"num_centroids", r"codebook_size"),
+    (_to(LAYERS), r"n_layers?", r"num_((hidden|global|encoder|decoder)_)?layers", r"depth"),
+    (_to(LAYERS), r"(en|de)coder_layers", r"num_blocks", r".*num_hidden_layers"),
+    (_to(LAYERS), r"num_layers_per_stack", r"n_layers_per_attn_res_block", r"num_kv_shared_layers"),
+    (_kv_heads, r".*(n|num)_(key_value|kv)_heads", r"kv_n_heads"),
+    (_key_heads, r"linear_num_key_heads"),
+    (_to(8), r"mamba_n_heads", r"mamba_num_heads", r"n_mamba_heads"),
+    (_to(HEADS), r".*(n|num)_heads?", r".*attention_heads", r"num_query_groups", r"n_head"),
+    (_to(2 * HIDDEN), r"mamba_d_ssm"),
     (
-        r"depth|num_blocks|conf_num_hidden_layers|num_layers_per_stack|n_layers_per_attn_res_block",
-        _to(LAYERS),
-    ),
-    (r"num_kv_shared_layers", _to(LAYERS)),
-    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", _to(1)),
-    (r"(.*_)?(n|num)_(key_value|kv)_heads|kv_n_heads", _kv_heads),
-    (r"linear_num_key_heads", _key_heads),
-    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", _to(8)),
-    (
-        r".*(n|num)_heads?|.*(attention|indexer)_heads|num_query_groups|.*_n_heads|n_head",
-        _to(HEADS),
-    ),
-    (r"mamba_d_ssm", _to(2 * HIDDEN)),
-    (r"n_groups?|num_expert_group|mamba_n_?groups|o_groups", _to(2)),
-    (r"topk_group", _to(1)),
-    (r"index_topk.*|indexer_budget|centroid_intermediate_top_k", _to(4)),
-    (r"(n_routed|num|num_local|moe_num)_experts|zero_expert_num", _to(4)),
-    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", _to(2)),
-    (r".*shared_experts", _to(2)),
-    (r".*(d_state|state_size)|laurel_rank|hc_lowrank", _to(8)),
-    (r".*dt_rank|time_step_rank|hc_sinkhorn_iters|d_rel", _to(4)),
-    (r"q_lora_rank|o_lora_rank", _to(24)),
-    (r".*rank", _to(20)),
-    (r"qk_head_dim", _to(24)),
-    (r"qk_rope_head_dim|rotary_dim", _to(8)),
-    (r"v_head_dim", _to(12)),
-    (
-        r".*head_?dim|dim_head|d_head|mamba_d_head|attention_head_size|kv_channels|query_pre_attn_scalar",
-        _to(16),
+        _to(2),
+        r"n_groups?",
+        r"num_expert_group",
+        r"mamba_n_?groups",
+        r"o_groups",
+        r".*shared_experts",
     ),
     (
-        r"word_embed_proj_dim|.*embedding_size|.*_embed_dim|d_inner|mlp_dim|hidden_size_per_layer_input",
-        _to(48),
+        _to(2),
+        r"num_experts_per_tok(en)?",
+        r"moe_top_?k",
+        r"moe_k",
+        r"top_k_experts",
+        r"index_block\w+",
     ),
+    (_to(4), r"(n_routed|num|num_local|moe_num)_experts", r"zero_expert_num"),
     (
-        r".*intermediate_size(_mlp)?|.*ffn_(hidden_size|dim)|.*hidden_size_mlp|dff|dim_ff|feed_forward_size",
-        _to(80),
-    ),
-    (
-        r".*hidden_size.*|d_model|n_embd|emb_dim|embedding_dim|embed_dim|lru_width|dim|projector_.*put_dim",
-        _width,
-    ),
-    (
-        r"adapter_(in|out)_dim|adapter_input_size|vision_output_dim|input_size|dim_model_base",
-        _width,
-    ),
-    (
-        r".*sliding_window(_size)?|.*attention_chunk_size|window_size|local_attention.*|.*_window_size",
         _to(4),
+        r"index_topk.*",
+        r"indexer_budget",
+        r"centroid_intermediate_top_k",
+        r"\w+chunk_length",
     ),
+    (_to(4), r".*dt_rank", r"time_step_rank", r"hc_sinkhorn_iters", r"d_rel"),
+    (_to(4), r".*sliding_window(_size)?", r"attention_chunk_size", r".*window_(size|len)"),
+    (_to(4), r"local_attention"),
     (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*context_length|max_.*_positions",
-        _to(64),
+        _to(8),
+        r".*(d_state|state_size)",
+        r"laurel_rank",
+        r"hc_lowrank",
+        r"qk_rope_head_dim",
+        r"rotary_dim",
     ),
-    (r"image_size|crop_size", _to(32)),
-    (r"patch_size", _to(16)),
+    (_to(12), r"v_head_dim"),
+    (_head_dim, r"head_dim"),
+    (_to(24), r"q_lora_rank", r"o_lora_rank", r"qk_head_dim"),
+    (_to(20), r".*rank"),
+    (_to(16), r".*head_?dim", r"dim_head", r".*d_head", r"attention_head_size", r"kv_channels"),
+    (_to(16), r"query_pre_attn_scalar", r"patch_size"),
+    (_to(32), r"image_size", r"crop_size"),
+    (_to(48), r"word_embed_proj_dim", r".*embedding_size", r".*_embed_dim", r"d_inner"),
+    (_to(48), r"hidden_size_per_layer_input"),
+    (_to(80), r".*intermediate_size(_mlp)?", r".*ffn_(hidden_size|dim)", r"dff", r"dim_ff"),
+    (_to(80), r"feed_forward_size", r"mlp_dim"),
+    (
+        _width,
+        r".*hidden_size.*",
+        r"d_model",
+        r"n_embd",
+        r"emb(ed)?(ding)?_dim",
+        r"lru_width",
+        r"dim",
+    ),
+    (_width, r"projector_(in|out)put_dim", r"adapter_(in|out)_dim", r"adapter_input_size"),
+    (_width, r"vision_output_dim", r"input_size", r"dim_model_base"),
+    (
+        _to(64),
+        r"max_position_embeddings",
+        r"n_positions",
+        r"n_ctx",
+        r"max_seq_len",
+        r"context_length",
+    ),
+    (_to(64), r"max_\w+_positions"),
 ]
 
 
 def shrink_value(name: str, value: int, base: dict) -> int:
-    """The tiny value of an integer field; `base` holds the default values of all fields of the same class."""
-    for pattern, rule in RULES:
-        if re.fullmatch(pattern, name):
+    """The tiny value of an integer field; `base` holds the defaults of all fields of its class."""
+    for rule, *patterns in RULES:
+        if any(re.fullmatch(pattern, name) for pattern in patterns):
             return rule(value, base)
     return value
 
@@ -127,7 +154,8 @@ def shrink_value(name: str, value: int, base: dict) -> int:
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The tiny configuration that the causal-LM class of `model_type` takes.
 
-    Where that class takes a part of the registered configuration (a text decoder inside a larger model), the part.
+    Where that class takes a part of the registered configuration (a text decoder inside a larger
+    model), the part.
     """
     config = shrink(CONFIG_MAPPING[model_type], model_type)
     wanted = causal_lm_class(model_type).config_class
@@ -146,13 +174,15 @@ def causal_lm_class(model_type: str) -> type:
 
 
 def shrink(cls: type, path: str) -> PretrainedConfig:
-    """A tiny instance of the configuration class `cls`; `path` is its model type and the way into its parts."""
-    overrides = OVERRIDES.get(path, {}) | {}
+    """A tiny instance of the configuration class `cls`; `path` is its model type, then its part."""
     base, own = _defaults(cls)
     kwargs = {k: shrink_value(k, v, base) for k, v in own.items() if _is_int(v)}
-    kwargs |= _per_layer(cls, base, own)
-    kwargs |= {k: v for k, v in overrides.items()}
-    _small_token_ids(kwargs, base)
+    kwargs |= {k: v for k, v in MISSING.items() if k in own and base[k] is None}
+    kwargs |= _per_layer(base, own)
+    kwargs |= _small_token_ids(base)
+    overrides = copy.deepcopy(OVERRIDES.get(path, {}))
+    kwargs |= overrides
+    _fit_lists(kwargs, overrides)
     for name, spec in cls.sub_configs_defaults.items():
         if name not in overrides and (part := _part_class(spec, base.get(name))):
             kwargs[name] = shrink(part, f"{path}.{name}")
@@ -164,7 +194,7 @@ def _is_int(value) -> bool:
 
 
 def _defaults(cls: type) -> tuple[dict, dict]:
-    """Values of the default instance (`base`), and of those the ones that the class itself sets (`own`)."""
+    """Values of the default instance (`base`) and defaults of the fields alone (`own`)."""
     own = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
     own = {k: v for k, v in own.items() if v is not dataclasses.MISSING}
     try:
@@ -184,9 +214,9 @@ def _part_class(spec, default):
     return spec.get_config_class(spec.model_type)
 
 
-def _per_layer(cls: type, base: dict, own: dict) -> dict:
-    """Cut lists with one entry per layer to the first layer of each kind, and at least `LAYERS` layers."""
-    count_name = next((n for n in ("num_hidden_layers", "num_layers", "n_layer") if n in own), None)
+def _per_layer(base: dict, own: dict) -> dict:
+    """Cut lists with one entry per layer to the first layer of each kind, to `LAYERS` at least."""
+    count_name = next((n for n in LAYER_COUNTS if n in own), None)
     if count_name is None or not _is_int(count := base.get(count_name)):
         return {}
     lists = {
@@ -220,22 +250,33 @@ def _shrink_entry(name, value, base):
 
 
 def _ratio(name, value, base):
-    """The tiny value of a per-layer override: in the same ratio to the tiny global value as by default."""
+    """The tiny value of a per-layer override: its ratio to the global value is the default one."""
     usual = base.get(name)
     if not (_is_int(value) and _is_int(usual)):
         return shrink_value(name, value, base) if _is_int(value) else value
     return max(2, shrink_value(name, usual, base) * value // usual)
 
 
-def _small_token_ids(kwargs: dict, base: dict) -> None:
-    """Move each special token beyond the tiny vocabulary to a place of its own at the vocabulary's end."""
-    free = VOCAB - 1
+def _fit_lists(kwargs: dict, overrides: dict) -> None:
+    """Where an override sets the layers, let the count and the other per-layer lists follow it."""
+    lists = [v for k, v in overrides.items() if k in ("layer_types", "layers_block_type")]
+    if not lists:
+        return
+    count = len(lists[0])
+    for name in kwargs.keys() - overrides.keys():
+        if name in LAYER_COUNTS:
+            kwargs[name] = count
+        elif isinstance(kwargs[name], list) and len(kwargs[name]) < count and "token" not in name:
+            kwargs[name] = kwargs[name] + [kwargs[name][-1]] * (count - len(kwargs[name]))
+
+
+def _small_token_ids(base: dict) -> dict:
+    """Give each special token beyond the tiny vocabulary a place of its own at the end of it."""
+    ids, free = {}, VOCAB - 1
     for name, value in base.items():
-        if not re.fullmatch(r".*_token_(id|index)", name) or name in OVERRIDES:
+        if not re.fullmatch(r".*_token_(id|index)", name):
             continue
-        if _is_int(value) and value >= VOCAB - 20:
-            kwargs[name] = free
+        if isinstance(value, (list, tuple)) or (_is_int(value) and value >= FIRST_SPECIAL):
+            ids[name] = [free] if isinstance(value, (list, tuple)) else free
             free -= 1
-        elif isinstance(value, (list, tuple)):
-            kwargs[name] = [free]
-            free -= 1
+    return ids
