@@ -1,4 +1,4 @@
-"""Build and run the whole zoo: `python -m tests.zoo [type ...]` prints one line per type and a summary."""
+"""Build and run the zoo: `python -m tests.zoo [type ...]`, one line per type and a summary."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from tests.zoo import causal_lm_types, tiny_inputs, tiny_model
 
 
 def run(model_type: str) -> tuple[int, int]:
-    """Build and run one type: its number of parameters and of layers. Raises what the model raises."""
+    """Build and run one type: its numbers of parameters and of layers."""
     model = tiny_model(model_type)
     with torch.no_grad():
         logits = model(**tiny_inputs(model, model.config)).logits

@@ -38,9 +38,9 @@ def tiny_model(model_type: str, seed: int = 0, config=None) -> nn.Module:
 def randomize_(model: nn.Module, seed: int) -> None:
     """Give every parameter values that hide no error.
 
-    Weights become N(0, 1/fan_in), embeddings N(0, 1). Any other parameter that is constant (gains of
-    one or zero, biases of zero) gets 0.3 N(0, 1) added. What a model initialises with a pattern (decays,
-    time steps, sinusoids) stays.
+    Weights become N(0, 1/fan_in), embeddings N(0, 1). Any other parameter that is constant (gains
+    of one or zero, biases of zero) gets 0.3 N(0, 1) added. What a model initialises with a pattern
+    (decays, time steps, sinusoids) stays.
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings = _weights_of(model, nn.Embedding)
@@ -77,8 +77,8 @@ def _is_pattern(parameter: torch.Tensor) -> bool:
 def tiny_inputs(model: nn.Module, config=None) -> dict:
     """What a text forward of `model` needs, so that its cross-attention runs too.
 
-    The text is 2 rows of 7 tokens without special tokens; encoder outputs and shared keys and values are
-    random.
+    The text is 2 rows of 7 tokens without special tokens; encoder outputs and shared keys and values
+    are random.
     """
     config = model.config if config is None else config
     text = config.get_text_config()

@@ -1,7 +1,7 @@
 """What no rule can know: one entry per configuration, each with its reason.
 
-Keys are model types; a part of a composite is `type.part`. Values are passed to the configuration class as they are.
-Many entries name layers: there the default configuration has only one kind of layer, or none that runs.
+Keys are model types; a part of a composite is `type.part`. Values go to the configuration class as
+they are. Many entries name layers: there the default has only one kind of layer, or none that runs.
 """
 
 from transformers import SiglipVisionConfig
@@ -11,20 +11,14 @@ CONV_THEN_FULL = ["conv", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {"sliding_attention": ROPE, "full_attention": ROPE}
 
-# A drafter has no keys and values of its own: all layers are shared.
-_ASSISTANT = {"layer_types": SLIDING_THEN_FULL, "num_hidden_layers": 2, "num_kv_shared_layers": 2}
-# The timm wrapper of the default needs a package that is not installed; any vision model serves.
-_NO_TIMM = SiglipVisionConfig(
-    hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
-)
-_NO_TIMM.rms_norm_eps, _NO_TIMM.vocab_offset, _NO_TIMM.vocab_size = 1e-6, 0, 9
 # One shared attention block must be visited twice; with one visit only there is nothing to tie.
 _SHARED_TWICE = {
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "num_hidden_layers": 4,
 }
-# The indexer and the per-layer n-gram embeddings are off by default, and the attention asks for an indexer.
+# Indexer and per-layer n-gram embeddings are off by default, and the attention asks for an indexer.
 _QWEN4 = {
+    "eos_token_id": 1,
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
@@ -62,6 +56,16 @@ OVERRIDES: dict[str, dict] = {
     },
     "zamba": _SHARED_TWICE,
     "zamba2": _SHARED_TWICE,
+    "gemma4_assistant.text_config": {
+        "layer_types": SLIDING_THEN_FULL,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+    },
+    "gemma4_unified_assistant.text_config": {
+        "layer_types": SLIDING_THEN_FULL,
+        "num_kv_shared_layers": 2,
+    },
     # cross-attention layers by index, beyond the tiny number of layers by default
     "mllama.text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     # windows of compressed keys longer than the tiny input
@@ -73,7 +77,6 @@ OVERRIDES: dict[str, dict] = {
     "dots3_note_text": _DOTS3,
     "dots3_note.text_config": _DOTS3,
     "xlstm": {"hidden_size": 128},
-    "moshi": {"codebook_size": 64},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": (8, 8),
@@ -86,8 +89,26 @@ OVERRIDES: dict[str, dict] = {
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp.text_config": _QWEN4,
     "qwen4_exp_text": _QWEN4,
-    "gemma3n": {"vision_config": _NO_TIMM},
-    "gemma4_assistant.text_config": _ASSISTANT
-    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    "gemma4_unified_assistant.text_config": _ASSISTANT,
+    "nemotron": {"num_key_value_heads": 2},
+    "moshi.audio_encoder_config": {"codebook_size": 64},  # a power of 2
+    "blt.global_config": {"hidden_size": 128},  # what the encoder writes, twice its width
+}
+
+# The timm wrapper of the default needs packages that are not installed; any vision model serves.
+_VISION = SiglipVisionConfig(
+    hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
+)
+_VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 0, 9
+
+# Parts that the configuration class would not accept, put in after its checks.
+SUBSTITUTES: dict[str, dict] = {"gemma3n": {"vision_config": _VISION}}
+
+_ALL_SHARED = (
+    "its configuration demands that all layers share keys and values, and then refuses to name the "
+    "layers that store them (transformers 5.23)"
+)
+# Types that nobody can build with the installed transformers, not even from the default configuration.
+UNBUILDABLE: dict[str, str] = {
+    "gemma4_assistant": _ALL_SHARED,
+    "gemma4_unified_assistant": _ALL_SHARED,
 }

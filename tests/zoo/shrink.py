@@ -12,7 +12,7 @@ import re
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from tests.zoo.overrides import OVERRIDES
+from tests.zoo.overrides import OVERRIDES, SUBSTITUTES
 
 VOCAB = 99
 HIDDEN = 64
@@ -53,7 +53,7 @@ def _key_heads(value, base):
     return HEADS if value == base.get("linear_num_value_heads", value) else HEADS // 2
 
 
-# (rule, patterns of whole field names); the first match wins, a field without one keeps its default.
+# (rule, patterns of whole field names): the first match wins, without one the default stays.
 RULES = [
     (_keep, r"chunk_size_\w+", r"num_logits_to_keep", r"pretraining_tp", r"(num|in)_channels"),
     (_to(1), r"max_window_layers", r"num_residual_layers", r"num_nextn_\w+", r"num_mtp_layers"),
@@ -183,10 +183,12 @@ def shrink(cls: type, path: str) -> PretrainedConfig:
     overrides = copy.deepcopy(OVERRIDES.get(path, {}))
     kwargs |= overrides
     _fit_lists(kwargs, overrides)
-    for name, spec in cls.sub_configs_defaults.items():
-        if name not in overrides and (part := _part_class(spec, base.get(name))):
+    for name in cls.sub_configs:
+        if part := _part_class(cls, name, base.get(name)):
             kwargs[name] = shrink(part, f"{path}.{name}")
-    return cls(**kwargs)
+    config = cls(**kwargs)
+    vars(config).update(SUBSTITUTES.get(path, {}))
+    return config
 
 
 def _is_int(value) -> bool:
@@ -204,14 +206,16 @@ def _defaults(cls: type) -> tuple[dict, dict]:
     return base, own
 
 
-def _part_class(spec, default):
+def _part_class(cls: type, name: str, default) -> type | None:
+    """The class of a sub-configuration: that of the default instance, else the declared one."""
     if isinstance(default, PretrainedConfig):
         return type(default)
+    spec = cls.sub_configs_defaults.get(name)
+    if spec is None:
+        return cls.sub_configs[name]
     if spec.optional:
         return None
-    if issubclass(spec.config_class, PretrainedConfig):
-        return spec.config_class
-    return spec.get_config_class(spec.model_type)
+    return type(spec.default_config)
 
 
 def _per_layer(base: dict, own: dict) -> dict:
