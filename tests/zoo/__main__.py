@@ -41,9 +41,8 @@ def main(types: list[str]) -> int:
                 traceback.print_exc()
         print(f"{model_type:28} {time.perf_counter() - start:6.2f} s {outcome}", flush=True)
     total = len(types or causal_lm_types())
-    print(
-        f"{total - len(failed)} of {total} ok in {time.perf_counter() - begin:.0f} s; failed: {failed}"
-    )
+    seconds = time.perf_counter() - begin
+    print(f"{total - len(failed)} of {total} ok in {seconds:.0f} s; failed: {failed}")
     return bool(failed)
 
 

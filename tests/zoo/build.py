@@ -77,8 +77,7 @@ def _is_pattern(parameter: torch.Tensor) -> bool:
 def tiny_inputs(model: nn.Module, config=None) -> dict:
     """What a text forward of `model` needs, so that its cross-attention runs too.
 
-    The text is 2 rows of 7 tokens without special tokens; encoder outputs and shared keys and values
-    are random.
+    The text is 2 rows of 7 tokens, none of them special; an encoder's output is random.
     """
     config = model.config if config is None else config
     text = config.get_text_config()

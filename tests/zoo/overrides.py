@@ -84,11 +84,12 @@ OVERRIDES: dict[str, dict] = {
         "hash_seed": 0,
     },
     # values that the default configuration lacks
-    "dbrx.attn_config": {"rope_theta": 10000.0},
+    "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp.text_config": _QWEN4,
     "qwen4_exp_text": _QWEN4,
+    "gemma3n.audio_config": {"vocab_offset": 89, "vocab_size": 9},  # after the vision tokens
     "nemotron": {"num_key_value_heads": 2},
     "moshi.audio_encoder_config": {"codebook_size": 64},  # a power of 2
     "blt.global_config": {"hidden_size": 128},  # what the encoder writes, twice its width
@@ -98,7 +99,7 @@ OVERRIDES: dict[str, dict] = {
 _VISION = SiglipVisionConfig(
     hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
 )
-_VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 0, 9
+_VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 80, 9
 
 # Parts that the configuration class would not accept, put in after its checks.
 SUBSTITUTES: dict[str, dict] = {"gemma3n": {"vision_config": _VISION}}
@@ -107,7 +108,7 @@ _ALL_SHARED = (
     "its configuration demands that all layers share keys and values, and then refuses to name the "
     "layers that store them (transformers 5.23)"
 )
-# Types that nobody can build with the installed transformers, not even from the default configuration.
+# Types that nobody can build with the installed transformers, not even from the defaults.
 UNBUILDABLE: dict[str, str] = {
     "gemma4_assistant": _ALL_SHARED,
     "gemma4_unified_assistant": _ALL_SHARED,
