@@ -1,0 +1,200 @@
+"""fold_checkpoint: the plan of a model, applied to its checkpoint on disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flashnorm
+from flashnorm.checkpoint.config import check_not_folded, check_not_quantized, folded_config
+from flashnorm.checkpoint.files import copy_file, other_files
+from flashnorm.checkpoint.gguf import dequantized
+from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
+from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
+from flashnorm.checkpoint.stream import Gains, check_twins, load_gains, write_shard
+from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
+from flashnorm.errors import CheckpointError
+from flashnorm.plan import Plan
+
+CONFIG = "config.json"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[int, int, str], None]
+
+
+def fold_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    strict: bool = False,
+    untie: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Write to `dst` the checkpoint `src` with its gains folded: E1, `W* = W diag(g)`, streamed.
+
+    `src` is a directory with config.json and safetensors, or a GGUF file, which transformers first
+    dequantizes. Every shard is read and written once, block by block; what does not change is
+    copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
+    the value where they are one (compat), or removed with `strict=True`. `untie=True` gives a tied
+    head a copy of its own, so that the final gain folds too; it is asked of `flashnorm.inspect`,
+    and where a `plan` is given, `plan.untied` decides. `progress` is called with (bytes done,
+    bytes in total, shard name).
+
+    `dst` must not exist; it appears complete, by one rename. A killed run goes on where it stopped
+    when it is started again, and ends with the same bytes. Returns the plan that was applied.
+
+    Raises CheckpointError where the source is not sound, folded already, or has not the tensors of
+    the plan, and where the target is taken or the disk too small; QuantizedError for quantized
+    weights; FoldError where a folded weight would overflow its dtype. Nothing is left behind then.
+    """
+    source, target = Path(os.path.abspath(src)), Path(os.path.abspath(dst))
+    check_target(source, target)
+    if source.is_file() and source.suffix.lower() == ".gguf":
+        with dequantized(source, target) as directory:
+            return _fold(directory, target, source.name, plan, strict, untie, progress)
+    return _fold(source, target, source.name, plan, strict, untie, progress)
+
+
+def _fold(
+    path: Path,
+    target: Path,
+    name: str,
+    plan: Plan | None,
+    strict: bool,
+    untie: bool,
+    progress: Progress | None,
+) -> Plan:
+    config = read_config(path)
+    check_not_folded(config)
+    check_not_quantized(config)
+    source = open_source(path)
+    plan = plan or _inspect(path, untie)
+    layout = plan_layout(source, plan, strict=strict)
+    check_twins(source, layout)
+    gains = load_gains(source, layout)
+    dtype = "float64" if any(g.dtype == torch.float64 for g in gains.values()) else "float32"
+    files = {CONFIG: folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)}
+    if layout.index is not None:
+        files[INDEX] = layout.index
+    copies = other_files(path, {*files, *source.shards})
+    mark = _fingerprint(source, plan, strict, copies)
+    with _disk_errors_explained(target, layout), open_workdir(target, mark) as work:
+        _check_space(work, path, layout, copies)
+        lost = _write_shards(work, source, layout, gains, progress)
+        for file in copies:
+            copy_file(path / file, work.path / file)
+        for file, value in files.items():
+            work.write_json(file, value)
+        work.publish()
+    _warn(gains, lost)
+    return plan
+
+
+def _inspect(path: Path, untie: bool) -> Plan:
+    from flashnorm.inspection import inspect
+
+    return inspect(path, untie=untie)
+
+
+def _write_shards(
+    work: Workdir, source: Source, layout: Layout, gains: Gains, progress: Progress | None
+) -> int:
+    """Write the shards that are not done yet; returns how many elements became subnormal."""
+    meter = _Meter(layout.total_bytes, progress)
+    for shard in layout.shards:
+        report = meter.of(shard.name)
+        if work.is_done(shard.name, shard.header.file_bytes):
+            report(shard.header.file_bytes)
+            continue
+        lost = write_shard(
+            source.path / shard.name, work.temporary(shard.name), shard, gains, report
+        )
+        work.finish(shard.name, lost)
+    return sum(work.note(shard.name) for shard in layout.shards)
+
+
+class _Meter:
+    """Adds up what was written and tells it to `progress`."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def of(self, name: str) -> Callable[[int], None]:
+        def report(count: int) -> None:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total, name)
+
+        return report
+
+
+def _fingerprint(source: Source, plan: Plan, strict: bool, copies: tuple[str, ...]) -> str:
+    """Changes whenever the result might: source files, plan, mode, version of flashnorm."""
+    stats = {name: (source.path / name).stat() for name in [CONFIG, *source.shards, *copies]}
+    facts: list[Any] = [flashnorm.__version__, strict, plan.to_json()]
+    facts += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _check_space(work: Workdir, path: Path, layout: Layout, copies: tuple[str, ...]) -> None:
+    needed = sum((path / file).stat().st_size for file in copies)
+    needed += sum(_missing(work, shard) for shard in layout.shards)
+    free = free_bytes(work.path)
+    if needed > free:
+        raise CheckpointError(
+            f"not enough space for {work.target}: {_size(needed)} are needed, {_size(free)} are "
+            "free; make room or choose another disk"
+        )
+
+
+def _missing(work: Workdir, shard: Shard) -> int:
+    size = shard.header.file_bytes
+    return 0 if work.is_done(shard.name, size) else size
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of `path`."""
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def _disk_errors_explained(target: Path, layout: Layout) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise CheckpointError(f"{target.name} could not be written: {error}") from error
+        raise CheckpointError(
+            f"the disk became full while {target} was written: {_size(layout.total_bytes)} are "
+            f"needed in all; the unfinished files were removed, make room and start again"
+        ) from error
+
+
+def _size(count: int) -> str:
+    return f"{count} bytes ({count / 1e9:.2f} GB)"
+
+
+def _warn(gains: Gains, lost: int) -> None:
+    if all(bool((gain == 1).all()) for gain in gains.values()):
+        warnings.warn(
+            "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
+            "have been folded before",
+            stacklevel=4,
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} weights became subnormal or zero in their dtype and lost precision; convert "
+            "the checkpoint to bfloat16 or float32 before the fold to keep it",
+            stacklevel=4,
+        )

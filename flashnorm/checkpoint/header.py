@@ -1,0 +1,193 @@
+"""The header of a safetensors file: read, validated and written without touching the tensors.
+
+The format is eight little-endian bytes with the length of a JSON object, that object, then the
+tensors as one dense block. A header that breaks any rule of the format is refused by name, because
+a streaming rewrite trusts every offset in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+FLOAT_DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_BITS: dict[str, int] = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; `start` and `end` count from the first byte after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: the bytes as they stand in the file and the tensors in their order."""
+
+    raw: bytes
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str] | None
+
+    @property
+    def data_bytes(self) -> int:
+        return max((entry.end for entry in self.entries), default=0)
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self.raw) + self.data_bytes
+
+
+def read_header(path: Path) -> Header:
+    """The header of the safetensors file at `path`; raises CheckpointError where it is invalid."""
+    raw = _read_raw(path)
+    fields = _parse(path, raw[8:])
+    metadata = _metadata(path, fields.pop("__metadata__", None))
+    entries = tuple(_entry(path, name, value) for name, value in fields.items())
+    _check_dense(path, entries)
+    header = Header(raw, entries, metadata)
+    size = os.path.getsize(path)
+    if size < header.file_bytes:
+        raise CheckpointError(
+            f"{path.name} is truncated: its header claims {header.file_bytes} bytes, the file has "
+            f"{size}; fetch it again"
+        )
+    if size > header.file_bytes:
+        raise CheckpointError(
+            f"{path.name} has {size - header.file_bytes} bytes that no tensor of its header owns"
+        )
+    return header
+
+
+def build_header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> Header:
+    """A header for `entries` in the order given, padded with spaces to a multiple of 8 bytes."""
+    entries = tuple(entries)
+    fields: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    for entry in entries:
+        fields[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Header(struct.pack("<Q", len(text)) + text, entries, metadata)
+
+
+def _read_raw(path: Path) -> bytes:
+    size = os.path.getsize(path)
+    if size < 8:
+        raise CheckpointError(f"{path.name} is truncated: {size} bytes hold no safetensors header")
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path.name}: the header claims a length of {length} bytes, over the limit of "
+                f"{MAX_HEADER_BYTES}; this is not a safetensors file"
+            )
+        if length > size - 8:
+            raise CheckpointError(
+                f"{path.name} is truncated: the header claims a length of {length} bytes, the "
+                f"file has {size}"
+            )
+        return prefix + file.read(length)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: the header is not valid JSON: {error}") from error
+    if not isinstance(fields, dict) or not text.startswith(b"{"):
+        raise CheckpointError(f"{path.name}: the header is not a JSON object")
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {key!r}")
+        found[key] = value
+    return found
+
+
+def _metadata(path: Path, value: Any) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise CheckpointError(f"{path.name}: __metadata__ is not a map of strings")
+    return value
+
+
+def _entry(path: Path, name: str, value: Any) -> Entry:
+    where = f"{path.name}: tensor {name}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}")
+    if not _is_sizes(shape):
+        raise CheckpointError(f"{where} has the invalid shape {shape!r}")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where} has the invalid offsets {offsets!r}")
+    entry = Entry(name, dtype, tuple(shape), *offsets)
+    if entry.nbytes * 8 != entry.numel * DTYPE_BITS[dtype]:
+        raise CheckpointError(
+            f"{where} owns {entry.nbytes} bytes, which is not the size of {dtype} {list(shape)}"
+        )
+    return entry
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _check_dense(path: Path, entries: tuple[Entry, ...]) -> None:
+    """Every byte of the data block belongs to exactly one tensor."""
+    position = 0
+    for entry in sorted(entries, key=lambda e: (e.start, e.end)):
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole"
+            raise CheckpointError(
+                f"{path.name}: tensor {entry.name} {what}: it starts at {entry.start}, "
+                f"{position} was expected"
+            )
+        position = entry.end

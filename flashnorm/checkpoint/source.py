@@ -1,0 +1,128 @@
+"""A checkpoint directory, opened and validated from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashnorm.checkpoint.header import Entry, Header, read_header
+from flashnorm.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: the name of its shard and its entry there."""
+
+    shard: str
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A validated checkpoint. `index` is None where one file holds all tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    index: dict[str, Any] | None
+    shards: dict[str, Header]
+    where: dict[str, Place]  # by tensor name
+
+
+def open_source(path: Path) -> Source:
+    """Read config, index and every header under `path`; raise CheckpointError on what is wrong."""
+    config = read_config(path)
+    index = _read_index(path)
+    names = [SINGLE] if index is None else list(dict.fromkeys(index["weight_map"].values()))
+    shards = {name: _open_shard(path, name) for name in names}
+    where = _locate(shards)
+    if index is not None:
+        _check_index(index["weight_map"], where)
+    return Source(path, config, index, shards, where)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the directory `path`."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory: give the local directory of a checkpoint, or a GGUF file"
+        )
+    return _read_object(path / "config.json")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent} has no {file.name}: not a checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.name} is not a JSON object")
+    return value
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
+    """The index of a sharded checkpoint, None for a single file."""
+    single, sharded = (path / SINGLE).exists(), (path / INDEX).exists()
+    if single and sharded:
+        raise CheckpointError(
+            f"{path.name} holds both {SINGLE} and {INDEX}, and readers differ in which one they "
+            "load; remove one of them"
+        )
+    if not single and not sharded:
+        _refuse_without_weights(path)
+    if not sharded:
+        return None
+    index = _read_object(path / INDEX)
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{INDEX} has no weight_map")
+    for name in weights.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{INDEX} names the shard {name!r}, which is not a plain file name"
+            )
+    return index
+
+
+def _refuse_without_weights(path: Path) -> None:
+    if any(file.suffix in PICKLE_SUFFIXES for file in path.iterdir()):
+        raise CheckpointError(
+            f"{path.name} holds its weights as pickle files only, which flashnorm does not open; "
+            "convert it first: load it with transformers' from_pretrained and write it with "
+            "save_pretrained, which makes safetensors files"
+        )
+    raise CheckpointError(f"{path.name} has neither {SINGLE} nor {INDEX}: there is nothing to fold")
+
+
+def _open_shard(path: Path, name: str) -> Header:
+    if not (path / name).is_file():
+        raise CheckpointError(f"the shard {name} named by {INDEX} is missing from {path.name}")
+    return read_header(path / name)
+
+
+def _locate(shards: dict[str, Header]) -> dict[str, Place]:
+    where: dict[str, Place] = {}
+    for name, header in shards.items():
+        for entry in header.entries:
+            if entry.name in where:
+                raise CheckpointError(
+                    f"tensor {entry.name} is in both {where[entry.name].shard} and {name}"
+                )
+            where[entry.name] = Place(name, entry)
+    return where
+
+
+def _check_index(weight_map: dict[str, str], where: dict[str, Place]) -> None:
+    for key, shard in weight_map.items():
+        if key not in where or where[key].shard != shard:
+            raise CheckpointError(f"{INDEX} places tensor {key} in {shard}, which does not hold it")
+    for key, place in where.items():
+        if key not in weight_map:
+            raise CheckpointError(f"tensor {key} of {place.shard} is missing from {INDEX}")

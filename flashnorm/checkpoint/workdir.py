@@ -1,0 +1,160 @@
+"""The directory beside the target in which a checkpoint is written, and its journal.
+
+A shard is finished when it has its final name: it is written to a `.tmp`, synced, then renamed. A
+killed run leaves the directory; the next run with the same fingerprint goes on after the finished
+shards, any other starts over. The last step renames the directory to the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flashnorm.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no protection against two runs at once
+    fcntl = None  # type: ignore[assignment]
+
+JOURNAL = ".flashnorm-journal.json"
+PARTIAL_SUFFIX = ".flashnorm-partial"
+
+
+def partial_path(target: Path) -> Path:
+    """Where `target` is written until it is complete."""
+    return target.parent / f".{target.name}{PARTIAL_SUFFIX}"
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Raise CheckpointError unless `target` is a new name outside of the directory `source`."""
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_target == real_source:
+        raise CheckpointError(f"{target} is the source itself: a fold never overwrites its source")
+    if real_target.is_relative_to(real_source):
+        raise CheckpointError(f"{target} lies inside of the source {source}: choose another place")
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists already: remove it or choose another name")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"the directory {target.parent} for {target.name} does not exist")
+
+
+class Workdir:
+    """An open work directory; made by `open_workdir`."""
+
+    def __init__(self, target: Path, fingerprint: str) -> None:
+        self.target = target
+        self.path = partial_path(target)
+        self._journal: dict[str, Any] = {"fingerprint": fingerprint, "notes": {}}
+
+    def begin(self) -> None:
+        """Keep the finished shards of a killed run with the same fingerprint, else start over."""
+        found = self._read_journal()
+        if found is not None:
+            self._journal = found
+        else:
+            for file in self.path.iterdir():
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        self._write_journal()  # also where found: it replaces a .tmp that a kill may have left
+
+    def is_done(self, name: str, size: int) -> bool:
+        """Whether a shard was finished by an earlier run."""
+        file = self.path / name
+        return file.is_file() and file.stat().st_size == size
+
+    def note(self, name: str) -> int:
+        """The number recorded when the shard `name` was finished."""
+        return int(self._journal["notes"].get(name, 0))
+
+    def finish(self, name: str, note: int = 0) -> None:
+        """Give the synced `.tmp` of `name` its final name."""
+        if note:
+            self._journal["notes"][name] = note
+            self._write_journal()
+        os.replace(self.temporary(name), self.path / name)
+
+    def temporary(self, name: str) -> Path:
+        return self.path / f"{name}.tmp"
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        with open(self.temporary(name), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.temporary(name), self.path / name)
+
+    def publish(self) -> None:
+        """Rename the complete directory to the target."""
+        (self.path / JOURNAL).unlink()
+        sync_directory(self.path)
+        if os.path.lexists(self.target):
+            raise CheckpointError(f"{self.target} appeared while it was being written: remove it")
+        os.rename(self.path, self.target)
+        sync_directory(self.target.parent)
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.path / JOURNAL).read_text("utf-8"))
+            same = found["fingerprint"] == self._journal["fingerprint"]
+            return found if same and isinstance(found["notes"], dict) else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _write_journal(self) -> None:
+        self.write_json(JOURNAL, self._journal)
+
+
+@contextmanager
+def open_workdir(target: Path, fingerprint: str) -> Iterator[Workdir]:
+    """Open or resume the work directory of `target`.
+
+    An error removes it, so that nothing half-written stays; an interrupt (KeyboardInterrupt, or a
+    signal that ends the process) leaves it for the next run.
+    """
+    work = Workdir(target, fingerprint)
+    work.path.mkdir(exist_ok=True)
+    with _locked(work.path):
+        try:
+            work.begin()
+            yield work
+        except Exception:
+            shutil.rmtree(work.path, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _lock(path, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"another process is writing {path}: wait for it to end") from None
+    except OSError:
+        return  # a file system without locks
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
