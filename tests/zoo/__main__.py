@@ -1,4 +1,4 @@
-"""Build and run the zoo: `python -m tests.zoo [type ...]`, one line per type and a summary."""
+"""Build and run the zoo: `python -m tests.zoo [name ...]`, one line each and a summary."""
 
 import sys
 import time
@@ -8,12 +8,12 @@ import warnings
 import torch
 from transformers.utils import logging
 
-from tests.zoo import causal_lm_types, tiny_inputs, tiny_model
+from . import causal_lm_types, tiny_inputs, tiny_model, variants
 
 
-def run(model_type: str) -> tuple[int, int]:
-    """Build and run one type: its numbers of parameters and of layers."""
-    model = tiny_model(model_type)
+def run(name: str) -> tuple[int, int]:
+    """Build and run one model: its numbers of parameters and of layers."""
+    model = tiny_model(name)
     with torch.no_grad():
         logits = model(**tiny_inputs(model, model.config)).logits
     if not torch.isfinite(logits).all():
@@ -24,23 +24,24 @@ def run(model_type: str) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), layers
 
 
-def main(types: list[str]) -> int:
+def main(names: list[str]) -> int:
+    names = names or causal_lm_types() + variants()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     begin, failed = time.perf_counter(), []
-    for model_type in types or causal_lm_types():
+    for name in names:
         start = time.perf_counter()
         try:
-            params, layers = run(model_type)
+            params, layers = run(name)
             outcome = f"{params:>9} {layers:>3}"
         except Exception as error:
-            failed.append(model_type)
+            failed.append(name)
             outcome = f"{'error':>13} {type(error).__name__}: {str(error)[:160]!r}"
-            if len(types) == 1:
+            if len(names) == 1:
                 traceback.print_exc()
-        print(f"{model_type:28} {time.perf_counter() - start:6.2f} s {outcome}", flush=True)
-    total = len(types or causal_lm_types())
+        print(f"{name:28} {time.perf_counter() - start:6.2f} s {outcome}", flush=True)
+    total = len(names)
     seconds = time.perf_counter() - begin
     print(f"{total - len(failed)} of {total} ok in {seconds:.0f} s; failed: {failed}")
     return bool(failed)

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import nn
 
-from tests.zoo.shrink import FIRST_SPECIAL, causal_lm_class, tiny_config
+from .shrink import FIRST_SPECIAL, causal_lm_class, tiny_config
+from .variants import VARIANTS
 
 BATCH = 2
 TOKENS = 7
@@ -22,9 +23,10 @@ def causal_lm_types() -> list[str]:
     return sorted(NAMES)
 
 
-def tiny_model(model_type: str, seed: int = 0, config=None) -> nn.Module:
-    """A tiny causal LM of `model_type`: eval mode, float32, random weights, gains and biases."""
-    config = tiny_config(model_type) if config is None else config
+def tiny_model(name: str, seed: int = 0, config=None) -> nn.Module:
+    """A tiny causal LM of a model type or variant, random, in eval mode and float32."""
+    model_type, changes = VARIANTS.get(name, (name, {}))
+    config = tiny_config(model_type, **changes) if config is None else config
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,9 +49,11 @@ def randomize_(model: nn.Module, seed: int) -> None:
     weights = _weights_of(model, WEIGHTED)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point() or not parameter.requires_grad:
+            if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
+            if not parameter.requires_grad and not _is_constant(parameter):
+                continue  # sinusoids
             if id(parameter) in embeddings:
                 parameter.copy_(noise)
             elif id(parameter) in weights:
@@ -58,10 +62,18 @@ def randomize_(model: nn.Module, seed: int) -> None:
                 parameter.add_(SPREAD * noise)
             elif parameter.ndim >= 2 and not _is_pattern(parameter):
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias") and buffer.is_floating_point() and _is_constant(buffer):
+                buffer.add_(SPREAD * torch.randn(buffer.shape, generator=generator))
 
 
 def _weights_of(model: nn.Module, kinds) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+
+
+def variants() -> list[str]:
+    """Names of the variants: options, off by default, that change what a norm does."""
+    return sorted(VARIANTS)
 
 
 def _is_constant(parameter: torch.Tensor) -> bool:

@@ -66,6 +66,10 @@ OVERRIDES: dict[str, dict] = {
         "layer_types": SLIDING_THEN_FULL,
         "num_kv_shared_layers": 2,
     },
+    "llama4_text": {"interleave_moe_layer_step": 2},  # a dense layer, then a sparse one
+    "llama4.text_config": {"interleave_moe_layer_step": 2},
+    "granitemoeshared": {"shared_intermediate_size": 48},  # no shared expert by default
+    "granitemoe_swa": {"shared_intermediate_size": 48},
     # cross-attention layers by index, beyond the tiny number of layers by default
     "mllama.text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     # windows of compressed keys longer than the tiny input
@@ -78,7 +82,6 @@ OVERRIDES: dict[str, dict] = {
     "dots3_note.text_config": _DOTS3,
     "xlstm": {"hidden_size": 128},
     "reformer": {
-        "is_decoder": True,
         "axial_pos_shape": (8, 8),
         "axial_pos_embds_dim": (16, 48),
         "hash_seed": 0,

@@ -12,7 +12,7 @@ import re
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from tests.zoo.overrides import OVERRIDES, SUBSTITUTES
+from .overrides import OVERRIDES, SUBSTITUTES
 
 VOCAB = 99
 HIDDEN = 64
@@ -151,13 +151,13 @@ def shrink_value(name: str, value: int, base: dict) -> int:
     return value
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """The tiny configuration that the causal-LM class of `model_type` takes.
+def tiny_config(model_type: str, **changes) -> PretrainedConfig:
+    """The tiny configuration that the causal-LM class of `model_type` takes, with `changes`.
 
     Where that class takes a part of the registered configuration (a text decoder inside a larger
     model), the part.
     """
-    config = shrink(CONFIG_MAPPING[model_type], model_type)
+    config = shrink(CONFIG_MAPPING[model_type], model_type, changes)
     wanted = causal_lm_class(model_type).config_class
     if isinstance(config, wanted):
         return config
@@ -173,14 +173,16 @@ def causal_lm_class(model_type: str) -> type:
     return getattr(transformers, NAMES[model_type])
 
 
-def shrink(cls: type, path: str) -> PretrainedConfig:
+def shrink(cls: type, path: str, changes: dict | None = None) -> PretrainedConfig:
     """A tiny instance of the configuration class `cls`; `path` is its model type, then its part."""
     base, own = _defaults(cls)
     kwargs = {k: shrink_value(k, v, base) for k, v in own.items() if _is_int(v)}
     kwargs |= {k: v for k, v in MISSING.items() if k in own and base[k] is None}
     kwargs |= _per_layer(base, own)
     kwargs |= _small_token_ids(base)
-    overrides = copy.deepcopy(OVERRIDES.get(path, {}))
+    if "is_decoder" in own and path in CONFIG_MAPPING:
+        kwargs["is_decoder"] = True
+    overrides = copy.deepcopy(OVERRIDES.get(path, {}) | (changes or {}))
     kwargs |= overrides
     _fit_lists(kwargs, overrides)
     for name in cls.sub_configs:
@@ -223,11 +225,7 @@ def _per_layer(base: dict, own: dict) -> dict:
     count_name = next((n for n in LAYER_COUNTS if n in own), None)
     if count_name is None or not _is_int(count := base.get(count_name)):
         return {}
-    lists = {
-        k: v
-        for k, v in base.items()
-        if k in own and isinstance(v, (list, tuple)) and len(v) == count
-    }
+    lists = {k: v for k, v in base.items() if k in own and _describes_layers(v, count)}
     extra = {int(k): v for k, v in (base.get("per_layer_config") or {}).items()}
     if not lists and not extra:
         return {}
@@ -246,6 +244,13 @@ def _per_layer(base: dict, own: dict) -> dict:
             if i in extra
         }
     return tiny
+
+
+def _describes_layers(value, count: int) -> bool:
+    """A list with one entry per layer; a list of the layers' indices is none."""
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        return False
+    return list(value) != list(range(count))
 
 
 def _shrink_entry(name, value, base):
