@@ -102,3 +102,11 @@ def _blocks(
     for start in range(0, weight.shape[0], rows):
         block = weight[start : start + rows]
         yield block, factor[start : start + rows] if axis == 0 else factor
+
+
+def subnormal_warning(lost: int) -> str:
+    """The words for what `check_fold` counted."""
+    return (
+        f"{lost} weights became subnormal when gains near zero were folded into them; their "
+        "relative precision is lower, their absolute error below the dtype's smallest normal number"
+    )

@@ -1,0 +1,140 @@
+"""Which parameters absorb which gain elements, once every reading of them is known."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashnorm.graph.flow import Flow, Use
+from flashnorm.graph.labels import NONE
+from flashnorm.plan import Consumer, Span
+
+_UNTOUCHED = -2
+_FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Column:
+    """What every position of one axis of a parameter must absorb, and the reading that said so."""
+
+    axis: int
+    labels: Tensor
+    node: str
+
+
+def absorb(flow: Flow, untie: bool) -> tuple[dict[str, list[Consumer]], tuple[tuple[str, str], ...]]:
+    """The consumers of every gain parameter, and the tied parameters that need a copy.
+
+    Refuses, in `flow.refused`, every gain that some reading of a consumer does not allow.
+    """
+    columns: dict[str, Column] = {}
+    for name, uses in _by_alias(flow, untie).items():
+        if (column := _column(flow, name, uses)) is not None:
+            columns[name] = column
+    consumers: dict[str, list[Consumer]] = defaultdict(list)
+    for name, column in columns.items():
+        for gain in flow.gains_in(column.labels):
+            consumers[gain].append(Consumer(name, column.axis, _spans(flow, gain, column.labels)))
+    aliases = {a: first for first, names in flow.graph.aliases.items() for a in names}
+    used = {c.parameter for g, found in consumers.items() if g not in flow.refused for c in found}
+    untied = tuple((n, aliases[n]) for n in sorted(used) if untie and _is_tied(flow, aliases[n]))
+    return consumers, tuple((new, old) for new, old in untied if new != old)
+
+
+def _is_tied(flow: Flow, name: str) -> bool:
+    return len(flow.graph.aliases[name]) > 1
+
+
+def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
+    """Uses by parameter; with `untie`, by the one of its names that the reading module owns."""
+    if not untie:
+        return dict(flow.uses)
+    split: dict[str, list[Use]] = defaultdict(list)
+    for name, uses in flow.uses.items():
+        for use in uses:
+            owned = [a for a in flow.graph.aliases[name] if a.rpartition(".")[0] == use.node.path]
+            split[owned[0] if owned else name].append(use)
+    return split
+
+
+def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
+    """Put all readings of one parameter together; None if no gain reaches it."""
+    uses = list(uses)
+    absorbing = [use for use in uses if use.labels is not None]
+    if not absorbing:
+        return None
+    axis = absorbing[0].axis
+    assert axis is not None
+    size = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].shape[axis]
+    column = Column(axis, torch.full((size,), _UNTOUCHED), absorbing[0].node.where)
+    for use in uses:
+        _read(flow, name, column, use)
+    dtype = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].dtype
+    if dtype not in _FOLDABLE:
+        flow.refuse(column.labels, f"its reader {name} is quantized ({dtype}): a gain per input "
+                                   "channel does not fit its scales; fold before quantizing")
+    return column
+
+
+def _first_name(flow: Flow, name: str) -> str:
+    if name in flow.graph.parameters:
+        return name
+    return next(first for first, names in flow.graph.aliases.items() if name in names)
+
+
+def _read(flow: Flow, name: str, column: Column, use: Use) -> None:
+    """Enter one reading; refuse the gains of this and of earlier readings where they differ."""
+    if use.other or (use.labels is not None and use.axis != column.axis):
+        _refuse_all(flow, column.labels, use.labels, _other_reason(flow, name, use))
+        return
+    if use.labels is None:
+        labels, positions = torch.full_like(column.labels, NONE), torch.arange(len(column.labels))
+    else:
+        assert use.positions is not None
+        labels, positions = use.labels.clamp(min=NONE), use.positions
+    before = column.labels[positions]
+    clash = (before != _UNTOUCHED) & (before != labels)
+    if bool(clash.any()):
+        _refuse_all(flow, before[clash], labels[clash], _clash_reason(flow, name, column, use))
+    column.labels[positions] = torch.where(clash, before, labels)
+
+
+def _refuse_all(flow: Flow, first: Tensor, second: Tensor | None, reason: str) -> None:
+    flow.refuse(first, reason)
+    if second is not None:
+        flow.refuse(second, reason)
+
+
+def _other_reason(flow: Flow, name: str, use: Use) -> str:
+    names = flow.graph.aliases[_first_name(flow, name)]
+    if len(names) > 1 or use.node.op == "embedding":
+        return (f"its reader {names[-1]} is tied to {names[0]}, which is also read by "
+                f"{use.node.where}; untie it (--untie) to fold")
+    return f"its reader {name} is also read by {use.node.where}"
+
+
+def _clash_reason(flow: Flow, name: str, column: Column, use: Use) -> str:
+    if use.labels is None or not flow.gains_in(column.labels):
+        return (f"its reader {name} also multiplies a value that is not this norm's output "
+                f"({use.node.where if use.labels is None else column.node})")
+    gains = sorted({*flow.gains_in(column.labels), *flow.gains_in(use.labels)})
+    return f"its reader {name} is read by several norms: {', '.join(gains)} ({use.node.where})"
+
+
+def _spans(flow: Flow, gain: str, labels: Tensor) -> tuple[Span, ...]:
+    """Runs of positions that carry consecutive elements of one gain."""
+    base = flow.base(gain)
+    size = flow.numel(gain)
+    elements = torch.where((labels >= base) & (labels < base + size), labels - base, -1)
+    spans: list[Span] = []
+    breaks = (elements[1:] != elements[:-1] + 1).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(elements)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        first = int(elements[start])
+        if first >= 0:
+            spans.append(Span(start, first, stop - start))
+    return tuple(spans)

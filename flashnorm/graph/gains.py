@@ -1,0 +1,68 @@
+"""The effective gain: what the model really multiplies by, as a function of its parameter.
+
+The parameter-only part of the graph is run on three probes (zeros, ones, random numbers) in
+float64. An affine gain `offset + scale · p` is read off these; any other function is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashnorm.graph.flow import Flow, GainUse
+from flashnorm.graph.nouns import Node, substitute
+from flashnorm.plan import Gain
+
+
+class NotAffine(Exception):
+    """The gain is not `offset + scale · p`; the text says what it is."""
+
+
+def convention(flow: Flow, use: GainUse) -> Gain:
+    """The gain of one norm as an affine function of its parameter. Raises NotAffine."""
+    shape = flow.graph.values[flow.graph.parameters[use.parameter]].shape
+    elements = flow.views[use.value].elements()
+    if elements is None:
+        raise NotAffine("the elements of the gain cannot be told apart")
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(shape, generator=generator, dtype=torch.float64)
+    try:
+        zero, one, random = (
+            _evaluate(flow, use, p).flatten()
+            for p in (torch.zeros_like(probe), torch.ones_like(probe), probe)
+        )
+    except (RuntimeError, TypeError) as error:
+        raise NotAffine(f"the gain cannot be evaluated by itself: {error}") from error
+    offset, scale = float(zero[0]), float(one[0] - zero[0])
+    expected = offset + scale * probe.flatten()[elements.flatten()]
+    uniform = bool((zero == zero[0]).all()) and bool((one == one[0]).all())
+    if scale == 0 or not uniform or not torch.allclose(random, expected, rtol=1e-12, atol=1e-12):
+        raise NotAffine(f"the gain is not an affine function of {use.parameter}")
+    return Gain(use.parameter, offset, scale)
+
+
+def _evaluate(flow: Flow, use: GainUse, probe: Tensor) -> Tensor:
+    known: dict[int, Tensor] = {flow.graph.parameters[use.parameter]: probe}
+
+    def value(number: int) -> Tensor:
+        if number not in known:
+            node = flow.graph.producer(number)
+            if node is None:
+                raise RuntimeError("it depends on a value of unknown content")
+            known[number] = _run(node, value)[node.outputs.index(number)]
+        return known[number]
+
+    return value(use.value)
+
+
+def _run(node: Node, value: Any) -> list[Tensor]:
+    """Run one operation, with casts to a narrower floating type left out."""
+    kwargs = dict(node.kwargs)
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        kwargs["dtype"] = torch.float64
+    kwargs.pop("device", None)
+    out = node.func(*substitute(node.args, value), **kwargs)
+    return list(out) if isinstance(out, (tuple, list)) else [out]

@@ -1,0 +1,101 @@
+"""The nouns of a recorded graph: values, and the ATen operations between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Origin = Literal["parameter", "input", "constant", "computed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor argument of a node, by the number of its value."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One tensor of the recorded passes. `node` is the producer's index, -1 if there is none."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: Origin
+    node: int
+    parameter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation: what it was, what it read and wrote, and the code that called it.
+
+    `op` is the name without namespace, overload and in-place underscore ("mul", "addmm"); `func`
+    runs it. `path` is the innermost module, `call` the number of that module's call.
+    """
+
+    op: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    path: str
+    call: int
+    source: str
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """The arguments by their names in the operation's schema, defaults filled in."""
+        named = {a.name: a.default_value for a in self.func._schema.arguments}  # type: ignore[attr-defined]
+        named.update(zip(named, self.args, strict=False))
+        named.update(self.kwargs)
+        return named
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return tuple(refs((self.args, tuple(self.kwargs.values()))))
+
+    @property
+    def where(self) -> str:
+        """The operation, module and source line in the words of a reason."""
+        return f"{self.op} in '{self.path or '(root)'}' at {self.source}"
+
+
+@dataclass
+class Graph:
+    """All recorded passes of one model, as one graph.
+
+    `parameters` maps every parameter's first name to its value; `aliases` to all of its names.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def producer(self, value: int) -> Node | None:
+        index = self.values[value].node
+        return None if index < 0 else self.nodes[index]
+
+
+def refs(tree: Any) -> Iterator[int]:
+    """The values in a tree of arguments, in order."""
+    if isinstance(tree, Ref):
+        yield tree.value
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from refs(item)
+
+
+def substitute(tree: Any, replace: Callable[[int], Any]) -> Any:
+    """The tree of arguments with every `Ref` replaced."""
+    if isinstance(tree, Ref):
+        return replace(tree.value)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(substitute(item, replace) for item in tree)
+    return tree

@@ -1,0 +1,215 @@
+"""Recording: a dispatch mode that writes down every ATen operation of a forward pass.
+
+Tensors are told apart by identity and storage, so views taken behind the dispatcher's back are
+still recognized. In-place operations make new versions of every live tensor that shares the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from flashnorm.graph.nouns import Graph, Node, Origin, Ref, Value
+
+ALIAS_WRITE = "alias_write"
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a tensor lies in its storage."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> Geometry:
+        return Geometry(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every operation that runs under it into `graph`."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        """`names` maps id(module) to the module's path."""
+        super().__init__()
+        self.graph = Graph()
+        self._names = names
+        self._ids: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+        self._sharing: dict[int, list[Tensor]] = defaultdict(list)
+        self._stack: list[tuple[str, int]] = [("", 0)]
+        self._calls = 0
+
+    def add(self, tensor: Tensor, origin: Origin, name: str = "") -> int:
+        """Declare a tensor that no recorded operation made."""
+        value = self._new_value(tensor, origin, -1, name)
+        self._bind(tensor, value)
+        return value
+
+    def alias(self, tensor: Tensor, value: int) -> None:
+        """Declare that another tensor object stands for a known value."""
+        self._bind(tensor, value)
+
+    def value_of(self, tensor: Tensor) -> int:
+        """The value that a tensor holds now; a tensor never seen before is a constant."""
+        known = self._ids.get(id(tensor))
+        if known is not None:
+            return known
+        geometry = Geometry.of(tensor) if _has_storage(tensor) else None
+        for other in self._sharing.get(_storage(tensor), ()):
+            if Geometry.of(other) == geometry:
+                value = self._ids[id(other)]
+                self._bind(tensor, value)
+                return value
+        return self.add(tensor, "constant")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_metadata(func):
+            return func(*args, **kwargs)
+        recorded_args = self._encode(args)
+        recorded_kwargs = {key: self._encode(item) for key, item in kwargs.items()}
+        out = func(*args, **kwargs)
+        written = _written(func, args, kwargs)
+        index = len(self.graph.nodes)
+        results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        fresh = {id(t): self._new_value(t, "computed", index) for t in (*written, *results)}
+        outputs = tuple(dict.fromkeys(fresh[id(t)] for t in (*results, *written)))
+        path, call = self._stack[-1]
+        self.graph.nodes.append(
+            Node(
+                _base_name(func), func, recorded_args, recorded_kwargs, outputs, path, call,
+                _source(sys._getframe(1)),
+            )
+        )
+        for tensor in written:
+            self._write(tensor, fresh[id(tensor)])
+        for tensor in results:
+            self._bind(tensor, fresh[id(tensor)])
+        return out
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Keep track of the module that runs, for all modules of the process."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._calls += 1
+            path = self._names.get(id(module), self._stack[-1][0])
+            self._stack.append((path, self._calls))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._stack.pop()
+
+        hooks = nn.modules.module
+        before = hooks.register_module_forward_pre_hook(enter)
+        after = hooks.register_module_forward_hook(leave, always_call=True)
+        depth = len(self._stack)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            del self._stack[depth:]
+
+    def _encode(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Ref(self.value_of(tree))
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._encode(item) for item in tree)
+        return tree
+
+    def _new_value(self, tensor: Tensor, origin: Origin, node: int, name: str = "") -> int:
+        self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, origin, node, name))
+        return len(self.graph.values) - 1
+
+    def _bind(self, tensor: Tensor, value: int) -> None:
+        if id(tensor) not in self._ids:
+            # Kept alive, so that no id and no storage address is ever used twice.
+            self._alive.append(tensor)
+            self._sharing[_storage(tensor)].append(tensor)
+        self._ids[id(tensor)] = value
+
+    def _write(self, target: Tensor, value: int) -> None:
+        """Give every other live tensor over the written memory a new version."""
+        old = self._ids[id(target)]
+        written = Geometry.of(target) if _has_storage(target) else None
+        self._ids[id(target)] = value
+        for other in list(self._sharing.get(_storage(target), ())):
+            if other is target:
+                continue
+            if Geometry.of(other) == written:
+                self._ids[id(other)] = value
+                continue
+            self._write_alias(other, value, old, written)
+
+    def _write_alias(
+        self, other: Tensor, value: int, old: int, written: Geometry | None
+    ) -> None:
+        path, call = self._stack[-1]
+        index = len(self.graph.nodes)
+        fresh = self._new_value(other, "computed", index)
+        args = (Ref(self._ids[id(other)]), Ref(value), Geometry.of(other), written)
+        node = Node(ALIAS_WRITE, _cannot_run, args, {}, (fresh,), path, call,
+                    _source(sys._getframe(3)))
+        self.graph.nodes.append(node)
+        self._ids[id(other)] = fresh
+
+
+def _cannot_run(*_: Any) -> Any:
+    raise RuntimeError("a write through an alias cannot be replayed")
+
+
+def _base_name(func: Any) -> str:
+    name = func._schema.name.split("::")[-1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _is_metadata(func: Any) -> bool:
+    """Questions about shapes and devices, which read no element."""
+    namespace, name = func._schema.name.split("::")
+    return namespace == "prim" or name.startswith("sym_") or name == "is_contiguous"
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that the operation writes in place."""
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        item = kwargs.get(argument.name, args[position] if position < len(args) else None)
+        found += [t for t in tree_flatten(item)[0] if isinstance(t, Tensor)]
+    return found
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if _has_storage(tensor) else -id(tensor)
+
+
+def _source(frame: FrameType | None) -> str:
+    """`file.py:line` of the innermost frame outside torch and this package."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _OURS)) and not name.startswith("<"):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown source"

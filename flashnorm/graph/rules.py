@@ -1,0 +1,258 @@
+"""One rule per kind of operation: what happens to the labels of what it reads.
+
+A rule returns one label (or None) per output, and raises Blocked, with a reason in plain words,
+where `f(v ⊙ g)` is not `f(v) ⊙ g'` for a g' that only moves elements of g around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashnorm.graph.contractions import CONTRACTIONS, contract
+from flashnorm.graph.flow import Blocked, Flow
+from flashnorm.graph.labels import FREE, NONE, Conflict, filled, taken, unify, varies, without
+from flashnorm.graph.nouns import Node, Ref, substitute
+from flashnorm.graph.params import picked_axis
+from flashnorm.graph.record import ALIAS_WRITE, Geometry
+
+Labels = list[Tensor | None]
+Rule = Callable[[Flow, Node], Labels]
+
+
+def _keep(flow: Flow, node: Node) -> Labels:
+    """Casts and copies."""
+    return [flow.labels[node.inputs[0]]]
+
+
+def _move(flow: Flow, node: Node) -> Labels:
+    """Views, slices, permutations and concatenations: run them on the labels."""
+    args = substitute(node.args, flow.label_of)
+    out = node.func(*args, **node.kwargs)
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _reshape(flow: Flow, node: Node) -> Labels:
+    return [flow.labels[node.inputs[0]].reshape(flow.graph.values[node.outputs[0]].shape)]
+
+
+def _pad(flow: Flow, node: Node) -> Labels:
+    if node.bound.get("value", 0) != 0:
+        raise Blocked(f"it is padded with numbers other than zero ({node.where})")
+    return [torch.constant_pad_nd(flow.labels[node.inputs[0]], node.args[1], FREE)]
+
+
+def _pick(flow: Flow, node: Node) -> Labels:
+    """Rows picked by an index: tokens sent to experts, the last positions before a head."""
+    picked = picked_axis(flow.graph, node)
+    label = flow.labels.get(node.args[0].value)
+    if picked is None or label is None:
+        raise Blocked(f"it is picked from in a way that cannot be followed ({node.where})")
+    try:
+        return [taken(label, *picked)]
+    except Conflict:
+        raise Blocked(f"its features are picked by an index ({node.where})") from None
+
+
+def _gather(flow: Flow, node: Node) -> Labels:
+    label = flow.labels.get(node.inputs[0])
+    dim = node.args[1]
+    if label is None or varies(label, dim):
+        raise Blocked(f"its features are picked by an index ({node.where})")
+    shape = flow.graph.values[node.outputs[0]].shape
+    for axis, size in enumerate(shape):
+        label = label.narrow(axis, 0, 1 if axis == dim % len(shape) else size)
+    return [label.expand(shape)]
+
+
+def _multiply(flow: Flow, node: Node) -> Labels:
+    labelled = [v for v in node.inputs if v in flow.labels]
+    if len(labelled) > 1:
+        raise Blocked(f"it is multiplied by a function of itself or another norm ({node.where})")
+    return [flow.labels[labelled[0]].expand(flow.graph.values[node.outputs[0]].shape)]
+
+
+def _divide(flow: Flow, node: Node) -> Labels:
+    if node.inputs[-1] in flow.labels and len(node.inputs) > 1:
+        raise Blocked(f"it is divided by ({node.where})")
+    return _multiply(flow, node)
+
+
+def _add(flow: Flow, node: Node) -> Labels:
+    """Sums of equally labelled values, and of zeros."""
+    if len(node.inputs) < 2:
+        raise Blocked(f"a number is added to its output ({node.where})")
+    return [_unified(flow, node, node.inputs[0], node.inputs[1])]
+
+
+def _unified(flow: Flow, node: Node, first: int, second: int) -> Tensor:
+    try:
+        label = unify(flow.label_of(first), flow.label_of(second))
+    except Conflict:
+        raise Blocked(_sum_reason(flow, node, first, second)) from None
+    return label.expand(flow.graph.values[node.outputs[0]].shape)
+
+
+def _sum_reason(flow: Flow, node: Node, first: int, second: int) -> str:
+    other = next((v for v in (first, second) if v not in flow.labels), None)
+    if other is None:
+        return f"it is added to a value that carries other gains ({node.where})"
+    if names := flow.parameters_in(other):
+        return f"the bias {', '.join(sorted(names))} is added to it ({node.where})"
+    return f"its output is also added to another value, such as the residual ({node.where})"
+
+
+def _lerp(flow: Flow, node: Node) -> Labels:
+    """Token shifts: a weighted sum of two equally labelled values."""
+    return [_unified(flow, node, node.inputs[0], node.inputs[1])]
+
+
+def _where(flow: Flow, node: Node) -> Labels:
+    named = node.bound
+    if named["condition"].value in flow.labels:
+        raise Blocked(f"it decides a condition ({node.where})")
+    sides = [_side(flow, node, named["self"]), _side(flow, node, named["other"])]
+    return [_unify_labels(flow, node, *sides)]
+
+
+def _side(flow: Flow, node: Node, item: Any) -> Tensor:
+    if isinstance(item, Ref):
+        return flow.label_of(item.value)
+    return filled((), FREE if item == 0 else NONE)
+
+
+def _unify_labels(flow: Flow, node: Node, first: Tensor, second: Tensor) -> Tensor:
+    try:
+        return unify(first, second).expand(flow.graph.values[node.outputs[0]].shape)
+    except Conflict:
+        raise Blocked(f"it is mixed with values that carry other gains ({node.where})") from None
+
+
+def _masked_fill(flow: Flow, node: Node) -> Labels:
+    label = flow.labels.get(node.args[0].value)
+    if label is None or _side(flow, node, node.args[2]).max() != FREE:
+        raise Blocked(f"it is overwritten with other numbers ({node.where})")
+    return [label.expand(flow.graph.values[node.outputs[0]].shape)]
+
+
+def _sum(flow: Flow, node: Node) -> Labels:
+    """Sums and means over axes along which the gain is the same."""
+    label = flow.labels[node.inputs[0]]
+    dims = node.bound.get("dim")
+    dims = list(range(label.ndim)) if dims in (None, []) else dims
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    try:
+        rest = without(label, dims)
+    except Conflict:
+        raise Blocked(f"its features are summed ({node.where})") from None
+    return [rest.reshape(flow.graph.values[node.outputs[0]].shape)]
+
+
+def _cumulate(flow: Flow, node: Node) -> Labels:
+    label = flow.labels[node.inputs[0]]
+    if varies(label, node.args[1]):
+        raise Blocked(f"its features are summed ({node.where})")
+    return [label]
+
+
+def _add_rows(flow: Flow, node: Node) -> Labels:
+    """`index_add` and its kin: rows of one value added to or written over rows of another."""
+    named = node.bound
+    source = named.get("source", named.get("src"))
+    return _into_rows(flow, node, named["self"], source, [named["dim"]])
+
+
+def _put_rows(flow: Flow, node: Node) -> Labels:
+    named = node.bound
+    axes = [axis for axis, index in enumerate(named["indices"]) if isinstance(index, Ref)]
+    return _into_rows(flow, node, named["self"], named["values"], axes)
+
+
+def _into_rows(flow: Flow, node: Node, target: Any, source: Any, axes: list[int]) -> Labels:
+    shape = flow.graph.values[node.outputs[0]].shape
+    rows = _side(flow, node, source)
+    try:
+        if rows.ndim:
+            lead = [a for a in range(rows.ndim - len(shape) + max(axes) + 1) if a < rows.ndim]
+            rows = without(rows, lead)
+    except Conflict:
+        raise Blocked(f"its features are written by an index ({node.where})") from None
+    return [_unify_labels(flow, node, flow.label_of(target.value), rows.expand(shape))]
+
+
+def _copy(flow: Flow, node: Node) -> Labels:
+    """A value written over another one: its labels replace those that were there."""
+    return [flow.label_of(node.args[1].value).expand(flow.graph.values[node.outputs[0]].shape)]
+
+
+def _write_alias(flow: Flow, node: Node) -> Labels:
+    """A part of a larger value was written: its labels change there."""
+    whole, part = node.args[0].value, node.args[1].value
+    outer, inner = node.args[2], node.args[3]
+    if not isinstance(inner, Geometry) or outer.stride != _contiguous(outer.size):
+        raise Blocked(f"it is written into shared memory ({node.where})")
+    label = flow.label_of(whole).expand(outer.size).contiguous().clone()
+    offset = inner.offset - outer.offset
+    last = offset + sum((n - 1) * s for n, s in zip(inner.size, inner.stride, strict=True))
+    if offset < 0 or last >= label.numel():
+        raise Blocked(f"it is written into shared memory ({node.where})")
+    label.as_strided(inner.size, inner.stride, offset).copy_(flow.label_of(part))
+    return [label]
+
+
+def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for length in reversed(size):
+        strides.insert(0, step)
+        step *= max(length, 1)
+    return tuple(strides)
+
+
+def _scatter_slice(flow: Flow, node: Node) -> Labels:
+    args = substitute(node.args, lambda v: flow.label_of(v).contiguous())
+    return [node.func(*args, **node.kwargs)]
+
+
+def _none(flow: Flow, node: Node) -> Labels:
+    """The shape or the type is read, not the numbers."""
+    return [None] * len(node.outputs)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh"), _keep),
+    **dict.fromkeys(
+        ("t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "split",
+         "split_with_sizes", "chunk", "unbind", "expand", "movedim", "narrow", "cat", "stack",
+         "repeat", "flip", "roll", "unfold", "diagonal", "unflatten"),
+        _move,
+    ),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten"), _reshape),
+    **dict.fromkeys(CONTRACTIONS, contract),
+    **dict.fromkeys(("add", "sub"), _add),
+    **dict.fromkeys(("sum", "mean"), _sum),
+    **dict.fromkeys(("index_add", "index_copy", "scatter_add", "scatter"), _add_rows),
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter_slice),
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "new_zeros",
+         "new_ones", "new_empty", "new_full"),
+        _none,
+    ),
+    "constant_pad_nd": _pad,
+    "index": _pick,
+    "index_select": _pick,
+    "gather": _gather,
+    "mul": _multiply,
+    "neg": _multiply,
+    "div": _divide,
+    "lerp": _lerp,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "cumsum": _cumulate,
+    "index_put": _put_rows,
+    "copy": _copy,
+    ALIAS_WRITE: _write_alias,
+}

@@ -1,0 +1,222 @@
+"""Tracing: run a model once under the recorder, on fake tensors where that works.
+
+A fake forward needs no memory and no weights. Where the model asks a fake tensor for its value, the
+same inputs are run for real. Models with a cache are traced over a prefill and one decode step.
+The model is left exactly as it was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from flashnorm.errors import TraceError
+from flashnorm.graph.nouns import Graph
+from flashnorm.graph.record import Recorder
+
+Inputs = Mapping[str, Any] | Sequence[Any]
+# Official setters of transformers models, and the implementation that hides nothing.
+PLAIN_IMPLEMENTATIONS = {
+    "set_attn_implementation": "eager",
+    "set_experts_implementation": "batched_mm",
+}
+DecodeStep = Callable[[Inputs, Any], Iterable[Mapping[str, Any]]]
+
+
+def trace(
+    model: nn.Module,
+    candidates: Iterable[Inputs],
+    decode: DecodeStep | None = None,
+    *,
+    allow_real: bool = True,
+) -> Graph:
+    """Record the first of `candidates` that the model accepts, and a decode step after it.
+
+    `decode(inputs, output)` yields inputs for one more step with the output's cache, best first.
+    Raises TraceError, with the last failure, when no candidate runs.
+    """
+    candidates = list(candidates)
+    failure: Exception | None = None
+    for fake in (True, False) if allow_real else (True,):
+        for inputs in candidates:
+            try:
+                return _trace_once(model, inputs, decode, fake)
+            except Exception as error:
+                failure = error
+    raise TraceError(_explain(model, failure)) from failure
+
+
+def _explain(model: nn.Module, failure: Exception | None) -> str:
+    cause = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    return (
+        f"{type(model).__name__} could not be recorded ({cause}); pass example_inputs= that its "
+        "forward accepts, or a live model instead of a config"
+    )
+
+
+def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fake: bool) -> Graph:
+    recorder = Recorder({id(module): path for path, module in model.named_modules()})
+    with _prepared(model), ExitStack() as stack:
+        mode = _fake_mode(model) if fake else None
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+        _declare_parameters(model, recorder, mode)
+        inputs = _declare_inputs(inputs, recorder, mode, _device(model))
+        stack.enter_context(recorder.watching_modules())
+        stack.enter_context(recorder)
+        output = _call(model, inputs)
+        _mark_outputs(output, recorder)
+        if decode is not None:
+            _trace_decode(model, decode(inputs, output), recorder)
+    return recorder.graph
+
+
+def _trace_decode(
+    model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder
+) -> None:
+    failure: Exception | None = None
+    for step in steps:
+        try:
+            _mark_outputs(_call(model, step), recorder)
+            return
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        first_line = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        recorder.graph.notes.append(f"the cached decode step was not recorded: {first_line}")
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _fake_mode(model: nn.Module) -> FakeTensorMode:
+    """The mode that the model's tensors belong to already, or a new one."""
+    for tensor in model.parameters():
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _declare_parameters(
+    model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None
+) -> None:
+    """Enter every parameter into the graph; put fakes (or copies of buffers) into the model."""
+    graph = recorder.graph
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            graph.aliases[known] += (name,)
+            continue
+        graph.aliases[name] = (name,)
+        graph.parameters[name] = recorder.add(parameter, "parameter", name)
+    swapped: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or mode is None:
+                continue
+            if id(parameter) not in swapped:
+                fake = _as_fake(parameter, mode)
+                recorder.alias(fake, recorder.value_of(parameter))
+                swapped[id(parameter)] = fake
+            module._parameters[key] = swapped[id(parameter)]  # type: ignore[assignment]
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.clone() if mode is None else _as_fake(buffer, mode)
+
+
+def _as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor)
+
+
+def _declare_inputs(
+    inputs: Inputs, recorder: Recorder, mode: FakeTensorMode | None, device: torch.device
+) -> Inputs:
+    def declare(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            moved = item.to(device) if mode is None else _as_fake(item, mode).to(device)
+            recorder.add(moved, "input")
+            return moved
+        if isinstance(item, Mapping):
+            return {key: declare(part) for key, part in item.items()}
+        if isinstance(item, (tuple, list)):
+            return type(item)(declare(part) for part in item)
+        return item
+
+    if isinstance(inputs, Mapping):
+        return {key: declare(item) for key, item in inputs.items()}
+    return tuple(declare(item) for item in inputs)
+
+
+def _mark_outputs(output: Any, recorder: Recorder) -> None:
+    """What the caller sees: tensors in containers; caches and other objects are internal state."""
+    if isinstance(output, Tensor):
+        recorder.graph.outputs.add(recorder.value_of(output))
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            _mark_outputs(item, recorder)
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            _mark_outputs(item, recorder)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for part in dataclasses.fields(output):
+            _mark_outputs(getattr(output, part.name), recorder)
+
+
+@contextmanager
+def _prepared(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and implementations that reach everything; afterwards all is as before."""
+    saved = [
+        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
+        for m in model.modules()
+    ]
+    try:
+        with _plain_implementations(model):
+            model.eval()
+            yield
+    finally:
+        for module, attributes, parameters, buffers, modules in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for current, before in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, modules),
+            ):
+                current.clear()
+                current.update(before)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _plain_implementations(model: nn.Module) -> Iterator[None]:
+    """Ask for plain attention, and for experts that all run whatever the router says."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved = [(c, dict(c.__dict__)) for c in configs.values() if hasattr(c, "__dict__")]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        for name, plain in PLAIN_IMPLEMENTATIONS.items():
+            if setter := getattr(model, name, None):
+                with suppress(Exception):
+                    setter(plain)
+        yield
+    finally:
+        logging.disable(level)
+        for config, attributes in saved:
+            config.__dict__.clear()
+            config.__dict__.update(attributes)

@@ -1,0 +1,227 @@
+"""Loading whatever the user names: a directory, a GGUF file or a hub id, through transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashnorm.errors import CheckpointError, FlashNormError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PathName = str | os.PathLike[str]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "spiece.model", "*.tiktoken", "sentencepiece*.model")
+
+
+def load_model(source: PathName, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The model that `source` names, in eval mode on the CPU, with its weights in `dtype`.
+
+    source: a directory with config.json, a GGUF file or a directory that holds just one (both are
+    dequantized to float32), or a hub id. `"auto"` keeps the stored dtype.
+
+    Raises FlashNormError where nothing is there, CheckpointError where it cannot be read or where a
+    tensor is missing, which transformers would fill with random numbers.
+    """
+    place = locate(source)
+    with quiet_transformers():
+        try:
+            if "gguf_file" in place:
+                return _load_gguf(place, dtype)
+            return _load_pretrained(place, dtype)
+        except FlashNormError:
+            raise
+        except Exception as error:
+            raise CheckpointError(_unreadable(source, error)) from error
+
+
+def load_tokenizer(source: PathName) -> Any | None:
+    """The tokenizer that lies with the model, or None where there is none.
+
+    Raises CheckpointError where tokenizer files are there but cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    place = locate(source)
+    folder = Path(place["pretrained_model_name_or_path"])
+    is_local = folder.is_dir()
+    if is_local and "gguf_file" not in place and not _has_tokenizer(folder):
+        return None
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(**place)
+        except Exception as error:
+            if not is_local or "gguf_file" in place:
+                return None
+            raise CheckpointError(
+                f"the tokenizer in {folder} cannot be read ({_first_line(error)}): repair it, or "
+                "pass tokenizer= yourself"
+            ) from error
+
+
+def dequantize_gguf(file: PathName, directory: PathName) -> Path:
+    """Write the weights of a GGUF file as a float32 safetensors checkpoint with its tokenizer.
+
+    Float32 holds every dequantized value exactly. The whole model is in memory meanwhile. Returns
+    `directory`. Raises FlashNormError where the file is missing, CheckpointError where it cannot
+    be read.
+    """
+    import torch
+
+    target = Path(directory)
+    model: Any = load_model(file, torch.float32)
+    tokenizer = load_tokenizer(file)
+    with quiet_transformers():
+        model.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+    return target
+
+
+def locate(source: PathName) -> dict[str, str]:
+    """Where `source` is, as the arguments with which transformers' from_pretrained finds it."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _locate_file(path)
+    if path.is_dir():
+        return _locate_in_directory(path)
+    if _HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix.lower() != ".gguf":
+        return {"pretrained_model_name_or_path": name}
+    raise FlashNormError(
+        f"{name} does not exist: give a directory with config.json and safetensors, a GGUF file, "
+        "or a hub id such as organization/model"
+    )
+
+
+def _locate_file(path: Path) -> dict[str, str]:
+    if path.suffix.lower() != ".gguf":
+        raise FlashNormError(
+            f"{path} is a file but no GGUF file: name the directory that holds it and config.json"
+        )
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _locate_in_directory(path: Path) -> dict[str, str]:
+    if (path / "config.json").is_file():
+        return {"pretrained_model_name_or_path": str(path)}
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".gguf")
+    if len(found) == 1:
+        return _locate_file(found[0])
+    what = f"{len(found)} GGUF files" if found else "no GGUF file"
+    raise FlashNormError(
+        f"{path} holds no config.json and {what}: name the directory of a transformers "
+        "checkpoint, or the GGUF file itself"
+    )
+
+
+def _load_gguf(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = torch.float32 if dtype == "auto" else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=wanted)
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading {place['gguf_file']} needs the packages gguf, accelerate and sentencepiece: "
+            "pip install 'flashnorm[gguf]'"
+        ) from error
+    _forget_quantizer(model)
+    return model.eval()
+
+
+def _forget_quantizer(model: Any) -> None:
+    """The weights are plain now: drop the marks that would stop save_pretrained and every reader."""
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
+
+
+def _load_pretrained(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(**place)
+    model, info = _model_class(config).from_pretrained(
+        **place, dtype=dtype, output_loading_info=True
+    )
+    _check_complete(model, info, place["pretrained_model_name_or_path"])
+    return model.eval()
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the config names, else the automatic class that knows its type."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    return transformers.AutoModel
+
+
+def _check_complete(model: nn.Module, info: Any, name: str) -> None:
+    """Raise CheckpointError for missing tensors; a strict fold may leave out its folded gains."""
+    shapes = {key: parameter.ndim for key, parameter in model.named_parameters()}
+    folded = bool(getattr(model.config, "flashnorm_folded", False))
+    missing = sorted(
+        key for key in info["missing_keys"] if key in shapes and not (folded and shapes[key] <= 1)
+    )
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of its model, the first is {missing[0]}: "
+            "transformers would fill them with random numbers; get the complete checkpoint"
+        )
+    if info.get("mismatched_keys"):
+        raise CheckpointError(
+            f"{name} holds tensors of another shape than its config.json says: "
+            f"{sorted(map(str, info['mismatched_keys']))[0]}"
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+
+
+def _unreadable(source: PathName, error: Exception) -> str:
+    name = os.fspath(source)
+    if not Path(name).expanduser().exists():
+        return (
+            f"{name} is no local path, and the hub did not give it ({_first_line(error)}): check "
+            "the spelling and the network, or name a local directory or GGUF file"
+        )
+    return f"transformers cannot load {name}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings, which are as before afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,42 @@
+"""The marker that a folded model carries in its config, so that it is never folded twice unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flashnorm.plan import Plan
+
+Mode = Literal["compat", "strict"]
+MARKERS = ("flashnorm", "flashnorm_folded")
+
+
+def marker(plan: Plan, mode: Mode, source: str) -> dict[str, Any]:
+    """The config entries of a folded model. `source` is reduced to its last part."""
+    from flashnorm import __version__
+
+    plain = all((g.offset, g.scale) == (0.0, 1.0) for g in plan.gains())
+    return {
+        "flashnorm": {
+            "version": __version__,
+            "mode": mode,
+            "folded": sorted(g.parameter for g in plan.gains()),
+            "kept": sorted({s.path for s in plan.sites if s.gain == "kept"}),
+            "fold_dtype": "float32" if plain else "float64",
+            "source": os.path.basename(os.path.normpath(source)),
+        },
+        "flashnorm_folded": True,
+    }
+
+
+def folded_by(config: Mapping[str, Any]) -> str | None:
+    """The config entry that says a model's gains were folded already, here or by another tool."""
+    if config.get("flashnorm_folded") or config.get("flashnorm"):
+        return "flashnorm_folded"
+    if config.get("flash_norm"):
+        return "flash_norm"
+    if config.get("rms_norm_has_weight") is False:
+        return "rms_norm_has_weight"
+    return None

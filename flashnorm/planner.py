@@ -1,0 +1,91 @@
+"""From a graph to a plan: a row per norm, with what is done and why the rest is not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from flashnorm.graph.absorb import absorb
+from flashnorm.graph.flow import Flow, GainUse, follow
+from flashnorm.graph.gains import NotAffine, convention
+from flashnorm.graph.nouns import Graph
+from flashnorm.graph.sites import Visit
+from flashnorm.graph.unreached import refuse_unreached
+from flashnorm.plan import Consumer, Gain, Plan, Site
+
+NO_GAIN = "the norm has no gain"
+
+
+@dataclass
+class _Row:
+    """All visits of one norm, in every recorded pass and every module call."""
+
+    visit: Visit
+    path: str
+    parameter: str | None
+    uses: list[GainUse] = field(default_factory=list)
+
+
+def make_plan(graph: Graph, *, untie: bool = False) -> Plan:
+    """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan."""
+    flow = follow(graph)
+    unreached = refuse_unreached(flow)
+    conventions = _conventions(flow)
+    _refuse_other_readings(flow)
+    consumers, untied = absorb(flow, untie)
+    rows = _rows(flow)
+    sites = tuple(_site(flow, row, conventions, consumers) for row in rows)
+    return Plan(sites, untied=untied, unreached=unreached, notes=tuple(graph.notes))
+
+
+def _conventions(flow: Flow) -> dict[str, Gain]:
+    found: dict[str, Gain] = {}
+    for use in flow.gains:
+        try:
+            gain = convention(flow, use)
+        except NotAffine as error:
+            flow.refused.setdefault(use.parameter, str(error))
+            continue
+        if found.setdefault(use.parameter, gain) != gain:
+            flow.refused.setdefault(use.parameter, "it is used as a gain in two conventions")
+    return found
+
+
+def _refuse_other_readings(flow: Flow) -> None:
+    for name in dict.fromkeys(use.parameter for use in flow.gains):
+        for use in flow.uses.get(name, ()):
+            flow.refused.setdefault(name, f"the gain is also read by {use.node.where}")
+
+
+def _rows(flow: Flow) -> list[_Row]:
+    """Visits put together by module and gain, or by module and order within it without one."""
+    by_node: dict[int, list[GainUse]] = defaultdict(list)
+    for use in flow.gains:
+        by_node[id(use.visit)].append(use)
+    rows: dict[tuple[str, str | int], _Row] = {}
+    order: dict[tuple[str, int], int] = defaultdict(int)
+    for visit in flow.visits.values():
+        path, call = visit.node.path, visit.node.call
+        for use in by_node[id(visit)]:
+            row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
+            row.uses.append(use)
+        if not by_node[id(visit)]:
+            rows.setdefault((path, order[path, call]), _Row(visit, path, None))
+        order[path, call] += 1
+    return list(rows.values())
+
+
+def _site(
+    flow: Flow, row: _Row, conventions: dict[str, Gain], consumers: dict[str, list[Consumer]]
+) -> Site:
+    visit = row.visit
+    common = (row.path, visit.kind, visit.width, visit.eps)
+    source = visit.node.source
+    if row.parameter is None:
+        return Site(*common, "none", NO_GAIN, source=source)
+    weight = conventions.get(row.parameter)
+    found = consumers.get(row.parameter, ())
+    reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
+    if reason:
+        return Site(*common, "kept", reason, weight=weight, source=source)
+    return Site(*common, "folded", "", tuple(found), weight, source)
