@@ -71,7 +71,8 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
     assert axis is not None
     size = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].shape[axis]
     column = Column(axis, torch.full((size,), _UNTOUCHED), absorbing[0].node.where)
-    for use in uses:
+    # What absorbs comes first, so that every other reading is held against all of it.
+    for use in sorted(uses, key=lambda use: use.labels is None):
         _read(flow, name, column, use)
     dtype = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].dtype
     if dtype not in _FOLDABLE:
