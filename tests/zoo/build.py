@@ -127,6 +127,8 @@ def _encoder_width(model: nn.Module) -> int | None:
         crosses = any("encoder_attn" in part or "cross" in part for part in parents)
         if crosses and last in ("k_proj", "key", "key_proj"):
             return module.in_features
+        if crosses and last == "c_attn":  # Conv1D: [in, out]
+            return module.weight.shape[0]
     return None
 
 

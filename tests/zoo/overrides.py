@@ -88,6 +88,9 @@ OVERRIDES: dict[str, dict] = {
     },
     # values that the default configuration lacks
     "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dbrx.ffn_config": {"moe_top_k": 2},  # the weight of a single expert is always 1
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "blt": {"patching_threshold": 4.0},  # else each patch is one byte, and its attention a constant
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp.text_config": _QWEN4,

@@ -88,7 +88,7 @@ RULES = [
         r"moe_top_?k",
         r"moe_k",
         r"top_k_experts",
-        r"index_block\w+",
+        r"index_(block|topk)\w*",
     ),
     (_to(4), r"(n_routed|num|num_local|moe_num)_experts", r"zero_expert_num"),
     (

@@ -43,10 +43,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "granite",
         {"embedding_multiplier": 1.5, "residual_multiplier": 0.6, "logits_scaling": 2.0},
     ),
-    "granitemoehybrid-experts": (
-        "granitemoehybrid",
-        {"num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
+    "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "hyperclovax-pre-norm": ("hyperclovax", {"use_post_norm": False}),
     "modernbert-decoder-norm-bias": ("modernbert-decoder", {"norm_bias": True}),
     "xmod-pre-norm": ("xmod", {"pre_norm": True}),
