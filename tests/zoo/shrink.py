@@ -93,7 +93,6 @@ RULES = [
     (_to(4), r"(n_routed|num|num_local|moe_num)_experts", r"zero_expert_num"),
     (
         _to(4),
-        r"index_topk.*",
         r"indexer_budget",
         r"centroid_intermediate_top_k",
         r"\w+chunk_length",
