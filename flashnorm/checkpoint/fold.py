@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 import flashnorm
+from flashnorm.checkpoint.blocks import Gains
 from flashnorm.checkpoint.config import check_not_folded, check_not_quantized, folded_config
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.gguf import dequantized
 from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
 from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
-from flashnorm.checkpoint.stream import Gains, check_twins, load_gains, write_shard
+from flashnorm.checkpoint.stream import check_twins, load_gains, write_shard
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.errors import CheckpointError
 from flashnorm.plan import Plan

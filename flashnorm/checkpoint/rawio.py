@@ -1,68 +1,68 @@
-"""Bytes between files: exact reads and writes, and copies that stay inside the kernel."""
+"""Bytes between files at given offsets: exact reads and writes, and copies inside the kernel.
+
+Every function names its offsets, so that several threads can work on one pair of files.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from io import FileIO
 
 from flashnorm.errors import CheckpointError
 
-COPY_BYTES = 16 << 20
+COPY_BYTES = 8 << 20
 # What a kernel or a file system answers that cannot copy between two files by itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
-Report = Callable[[int], None]
 
-
-def read_exact(reader: FileIO, view: memoryview, start: int) -> None:
+def read_exact(reader: int, view: memoryview, start: int) -> None:
     """Fill `view` with the bytes of the file from `start` on."""
-    reader.seek(start)
     done = 0
     while done < len(view):
-        count = reader.readinto(view[done:])
+        count = os.preadv(reader, [view[done:]], start + done)
         if not count:
-            raise CheckpointError(f"{reader.name} became shorter while it was being read")
+            raise CheckpointError("the source became shorter while it was being read")
         done += count
 
 
-def write_all(writer: FileIO, view: memoryview) -> None:
-    """Write all of `view` at the writer's position."""
+def write_exact(writer: int, view: memoryview, start: int) -> None:
+    """Write all of `view` to the file from `start` on."""
     done = 0
     while done < len(view):
-        done += writer.write(view[done:])
+        done += os.pwrite(writer, view[done:], start + done)
 
 
-def copy_range(reader: FileIO, writer: FileIO, start: int, length: int, report: Report) -> None:
-    """Append `length` bytes from `start` on to the writer, through the kernel where it can."""
+def copy_exact(reader: int, writer: int, start: int, length: int, target: int) -> None:
+    """Copy `length` bytes from `start` of one file to `target` of the other."""
     done = 0
     while done < length:
-        count = _kernel_copy(reader, writer, start + done, min(COPY_BYTES, length - done))
+        count = _kernel_copy(reader, writer, start + done, length - done, target + done)
         if not count:
-            return _copy_through_memory(reader, writer, start + done, length - done, report)
+            break
         done += count
-        report(count)
+    if done < length:
+        view = memoryview(bytearray(length - done))
+        read_exact(reader, view, start + done)
+        write_exact(writer, view, target + done)
 
 
-def _kernel_copy(reader: FileIO, writer: FileIO, start: int, length: int) -> int:
+def _kernel_copy(reader: int, writer: int, start: int, length: int, target: int) -> int:
     """Bytes copied; 0 where this has to be done another way."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(reader.fileno(), writer.fileno(), length, offset_src=start)
+        return os.copy_file_range(reader, writer, length, start, target)
     except OSError as error:
         if error.errno in NO_KERNEL_COPY:
             return 0
         raise
 
 
-def _copy_through_memory(
-    reader: FileIO, writer: FileIO, start: int, length: int, report: Report
-) -> None:
-    buffer = memoryview(bytearray(min(COPY_BYTES, length)))
-    for position in range(start, start + length, len(buffer)):
-        view = buffer[: start + length - position]
-        read_exact(reader, view, position)
-        write_all(writer, view)
-        report(len(view))
+def start_writeback(writer: int, start: int, length: int) -> None:
+    """Ask the system to begin writing these bytes to disk, so that the last sync is short.
+
+    On Linux this also drops the pages that are on disk already, which keeps the cache of a large
+    model from crowding out everything else.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(writer, start, length, os.POSIX_FADV_DONTNEED)

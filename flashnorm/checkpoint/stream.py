@@ -1,11 +1,12 @@
-"""Writing one shard: untouched tensors as raw bytes, folded ones block by block in one buffer."""
+"""Reading gains and writing shards: a few blocks at a time, whatever the size of the model."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from flashnorm import algebra
+from flashnorm.checkpoint.blocks import Block, Gains, shard_blocks
 from flashnorm.checkpoint.header import FLOAT_DTYPES
-from flashnorm.checkpoint.layout import Absorptions, Layout, Piece, Shard
-from flashnorm.checkpoint.rawio import COPY_BYTES, Report, copy_range, read_exact, write_all
+from flashnorm.checkpoint.layout import Layout, Shard
+from flashnorm.checkpoint.rawio import COPY_BYTES, read_exact, start_writeback, write_exact
 from flashnorm.checkpoint.source import Place, Source
 from flashnorm.errors import CheckpointError
-from flashnorm.plan import Consumer, Gain, Span
 
-BLOCK_BYTES = 2 << 20  # stays in the cache through the passes of check and fold
+WORKERS = min(4, os.cpu_count() or 1)
+AHEAD = 2 * WORKERS  # blocks in memory at once
+WRITEBACK_BYTES = 64 << 20
 
-Gains = dict[Gain, Tensor]
+Report = Callable[[int], None]
 
 
 def load_gains(source: Source, layout: Layout) -> Gains:
@@ -49,115 +52,62 @@ def write_shard(source: Path, target: Path, shard: Shard, gains: Gains, report: 
 
     Returns how many elements became subnormal. Raises FoldError where the dtype overflows.
     """
-    lost, origin, buffer = 0, len(shard.source.raw), bytearray()
-    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
-        write_all(writer, memoryview(shard.header.raw))
+    with open(source, "rb") as reader, open(target, "wb", buffering=0) as writer:
+        descriptors = reader.fileno(), writer.fileno()
+        write_exact(descriptors[1], memoryview(shard.header.raw), 0)
         report(len(shard.header.raw))
-        for piece in _merged(shard.pieces):
-            if piece.is_copy:
-                start = origin + piece.entry.start
-                copy_range(reader, writer, start, piece.entry.nbytes, report)
-                continue
-            for block in _blocks(piece):
-                if len(buffer) < block.nbytes:
-                    buffer = bytearray(block.nbytes)
-                view = memoryview(buffer)[: block.nbytes]
-                read_exact(reader, view, origin + block.start)
-                lost += block.rewrite_(view, gains)
-                write_all(writer, view)
-                report(block.nbytes)
+        lost, flushed = 0, 0
+        for block, count in _run(shard_blocks(shard), *descriptors, gains):
+            lost += count
+            report(block.nbytes)
+            end = block.target + block.nbytes
+            if end - flushed >= WRITEBACK_BYTES:
+                start_writeback(descriptors[1], flushed, end - flushed)
+                flushed = end
         os.fsync(writer.fileno())
     return lost
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Consecutive rows of a tensor that change together; `start` counts from the data block."""
-
-    piece: Piece
-    start: int
-    shape: tuple[int, ...]
-    nbytes: int
-    absorbs: Absorptions
-
-    def rewrite_(self, view: memoryview, gains: Gains) -> int:
-        """Rewrite the bytes of these rows in place; returns how many became subnormal."""
-        entry = self.piece.entry
-        rows = torch.frombuffer(view, dtype=FLOAT_DTYPES[entry.dtype]).view(self.shape)
-        if self.piece.identity is not None:
-            algebra.identity_gain_(rows, self.piece.identity)
-            return 0
-        lost = 0
-        for gain, consumer in self.absorbs:
-            g, axis, spans = gains[gain], consumer.axis, consumer.spans
-            lost += algebra.check_fold(entry.name, rows, gain.parameter, g, axis, spans)
-            algebra.fold_gain_(rows, g, axis, spans)
-        return lost
+def _run(
+    blocks: Iterator[Block], reader: int, writer: int, gains: Gains
+) -> Iterator[tuple[Block, int]]:
+    """Write the blocks in worker threads; yields each, in order, with what its write returned."""
+    waiting: deque[tuple[Block, Future[int]]] = deque()
+    with _workers() as pool:
+        for block in blocks:
+            if len(waiting) == AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+            waiting.append((block, pool.submit(block.write, reader, writer, gains)))
+        for block, future in waiting:
+            yield block, future.result()
 
 
-def _merged(pieces: tuple[Piece, ...]) -> Iterator[Piece]:
-    """The pieces, with neighbours that are only copied made into one."""
-    held: Piece | None = None
-    for piece in pieces:
-        if held and held.is_copy and piece.is_copy and held.entry.end == piece.entry.start:
-            held = Piece(replace(held.entry, end=piece.entry.end))
-            continue
-        if held:
-            yield held
-        held = piece
-    if held:
-        yield held
-
-
-def _blocks(piece: Piece) -> Iterator[_Block]:
-    """The tensor in blocks of rows, about `BLOCK_BYTES` each."""
-    entry = piece.entry
-    if not entry.nbytes:
-        return
-    shape, absorbs = _flattened(entry.shape or (1,), piece.absorbs)
-    row = entry.nbytes // shape[0]
-    step = max(1, BLOCK_BYTES // row)
-    for first in range(0, shape[0], step):
-        stop = min(first + step, shape[0])
-        size = (stop - first) * row
-        part = tuple((g, _rows_of(consumer, first, stop)) for g, consumer in absorbs)
-        yield _Block(piece, entry.start + first * row, (stop - first, *shape[1:]), size, part)
-
-
-def _flattened(shape: tuple[int, ...], absorbs: Absorptions) -> tuple[tuple[int, ...], Absorptions]:
-    """Leading axes that carry no gain made into one, so that rows of stacked experts are rows."""
-    lead = min((consumer.axis for _, consumer in absorbs), default=0)
-    if lead < 2:
-        return shape, absorbs
-    moved = tuple((g, replace(c, axis=c.axis - lead + 1)) for g, c in absorbs)
-    return (math.prod(shape[:lead]), *shape[lead:]), moved
-
-
-def _rows_of(consumer: Consumer, first: int, stop: int) -> Consumer:
-    """The consumer as seen by rows `first : stop`; only a gain along the rows changes."""
-    if consumer.axis:
-        return consumer
-    spans = []
-    for span in consumer.spans:
-        low, high = max(span.start, first), min(span.start + span.length, stop)
-        if low < high:
-            spans.append(Span(low - first, span.gain_start + low - span.start, high - low))
-    return replace(consumer, spans=tuple(spans))
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one core: blocks are the unit of parallelism here, and teams
+    of threads inside of threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the setting reaches beyond the thread that makes it
 
 
 def _load(source: Source, place: Place) -> Tensor:
-    entry = place.entry
+    dtype = FLOAT_DTYPES[place.entry.dtype]
     data = bytearray(b"".join(_chunks(source, place)))
-    if not data:
-        return torch.empty(entry.shape, dtype=FLOAT_DTYPES[entry.dtype])
-    return torch.frombuffer(data, dtype=FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.view(place.entry.shape)
 
 
 def _chunks(source: Source, place: Place) -> Iterator[bytes]:
     """The bytes of a tensor, some at a time."""
     origin = len(source.shards[place.shard].raw) + place.entry.start
-    with open(source.path / place.shard, "rb", buffering=0) as reader:
+    with open(source.path / place.shard, "rb") as reader:
         for done in range(0, place.entry.nbytes, COPY_BYTES):
             chunk = bytearray(min(COPY_BYTES, place.entry.nbytes - done))
-            read_exact(reader, memoryview(chunk), origin + done)
+            read_exact(reader.fileno(), memoryview(chunk), origin + done)
             yield bytes(chunk)
