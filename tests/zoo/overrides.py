@@ -21,7 +21,7 @@ _QWEN4 = {
     "eos_token_id": 1,
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
+    "indexer_head_dim": 24,
     "indexer_budget": 4,
     "indexer_compress_ratio": 2,
     "ple_layer_ids": [1],

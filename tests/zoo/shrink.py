@@ -45,8 +45,14 @@ def _kv_heads(value, base):
 
 
 def _head_dim(value, base):
-    """As wide as the rotated part of a latent-attention head if it is so by default."""
-    return 8 if value == base.get("qk_rope_head_dim") else min(value, 16)
+    """16, or 24 where the heads together are not as wide as the residual by default.
+
+    As wide as the rotated part of a latent-attention head if it is so by default.
+    """
+    if "qk_rope_head_dim" in base:
+        return 8 if value == base["qk_rope_head_dim"] else min(value, 16)
+    heads, hidden = base.get("num_attention_heads"), base.get("hidden_size")
+    return 24 if heads and hidden and value * heads != hidden else min(value, 16)
 
 
 def _key_heads(value, base):
