@@ -38,7 +38,7 @@ def open_source(path: Path) -> Source:
     """Read config, index and every header under `path`; raise CheckpointError on what is wrong."""
     config = read_config(path)
     index = _read_index(path)
-    names = [SINGLE] if index is None else list(dict.fromkeys(index["weight_map"].values()))
+    names = [SINGLE] if index is None else sorted(set(index["weight_map"].values()))
     shards = {name: _open_shard(path, name) for name in names}
     where = _locate(shards)
     if index is not None:
