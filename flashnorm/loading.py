@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,8 @@ def _load_gguf(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
 
     wanted = torch.float32 if dtype == "auto" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=wanted)
+        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=wanted)
     except ImportError as error:
         raise CheckpointError(
             f"reading {place['gguf_file']} needs the packages gguf, accelerate and sentencepiece: "
@@ -139,7 +141,7 @@ def _load_gguf(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
 
 
 def _forget_quantizer(model: Any) -> None:
-    """The weights are plain now: drop the marks that would stop save_pretrained and every reader."""
+    """The weights are plain now: drop the marks that would stop save_pretrained and readers."""
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),

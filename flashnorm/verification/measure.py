@@ -1,0 +1,123 @@
+"""Figures of one model, and of two models' outputs. Everything is reduced in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.verification.inputs import longest, model_inputs, output_of, run
+from flashnorm.verification.report import Deviation
+
+TEXT_WINDOW = 512
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = 32
+
+
+def deviation(values: Sequence[Tensor], truths: Sequence[Tensor]) -> Deviation:
+    """How far `values` are from `truths`, window by window: [..., n] each, of equal shapes."""
+    largest, scale, squares, power = [], [], [], []
+    logs = []
+    for value, truth in zip(values, truths, strict=True):
+        truth = truth.double().reshape(-1, truth.shape[-1])
+        delta = value.double().reshape(truth.shape) - truth
+        largest.append(delta.abs().max())
+        scale.append(truth.abs().max())
+        rows, norms = delta.norm(dim=-1), truth.norm(dim=-1)  # [T]
+        squares.append(rows.square().sum())
+        power.append(norms.square().sum())
+        logs.append((rows / norms.clamp_min(torch.finfo(torch.float64).tiny)).flatten())
+    return Deviation(
+        max=_ratio(torch.stack(largest).max(), torch.stack(scale).max()),
+        rms=_ratio(torch.stack(squares).sum().sqrt(), torch.stack(power).sum().sqrt()),
+        typical=_geometric_mean(torch.cat(logs)),
+    )
+
+
+def divergence(truths: Sequence[Tensor], values: Sequence[Tensor]) -> float:
+    """Mean over rows of KL(truth ‖ value) = Σ p·(log p − log q), in nats, from logits [..., V]."""
+    total, rows = 0.0, 0
+    for truth, value in zip(truths, values, strict=True):
+        log_p, log_q = truth.double().log_softmax(-1), value.double().log_softmax(-1)
+        per_row = (log_p.exp() * (log_p - log_q)).nan_to_num(nan=0.0).sum(-1)  # 0·(−∞ + ∞) is 0
+        total, rows = total + float(per_row.sum()), rows + per_row.numel()
+    return max(0.0, total / rows)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model makes of a text: `perplexity`, and its `favourites` [N], the top-1 tokens."""
+
+    perplexity: float
+    favourites: Tensor
+    tokens: int
+    window: int
+
+
+def read_text(model: nn.Module, ids: Tensor) -> Reading:
+    """exp(mean −log p(next token)) over `ids` [N], in windows that start without context."""
+    window = min(TEXT_WINDOW, longest(model), len(ids))
+    losses, favourites = [], []
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window]
+        if len(piece) < 2:
+            continue
+        logits = output_of(run(model, model_inputs(model, piece)))[1][0].cpu()  # [T, V]
+        favourites.append(logits.argmax(-1))
+        losses.append(nn.functional.cross_entropy(logits[:-1].float(), piece[1:], reduction="none"))
+    loss = torch.cat(losses).double()
+    mean = float(loss.mean())
+    perplexity = exp(mean) if mean < 700 else float("inf")
+    return Reading(perplexity, torch.cat(favourites), loss.numel(), window)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What one model writes: the greedy `ids` [S] and the `logits` [S, V] they were chosen by."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+def write_text(model: Any, prompt: Tensor) -> Writing:
+    """GREEDY_TOKENS tokens after `prompt` [T], the largest logit each time, never ending early."""
+    steps = min(GREEDY_TOKENS, longest(model) - len(prompt))
+    result = model.generate(
+        prompt[None].to(model.device),
+        attention_mask=torch.ones_like(prompt[None]).to(model.device),
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat([step.cpu() for step in result.logits])  # [S, V]
+    return Writing(result.sequences[0, len(prompt) :].cpu(), logits)
+
+
+def first_difference(a: Tensor, b: Tensor) -> int | None:
+    """The first index at which two token rows differ, None where they do not."""
+    length = min(len(a), len(b))
+    differing = (a[:length] != b[:length]).nonzero()
+    if len(differing):
+        return int(differing[0])
+    return None if len(a) == len(b) else length
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    if float(a) == 0:
+        return 0.0
+    return float(a / b) if float(b) != 0 else float("inf")
+
+
+def _geometric_mean(values: Tensor) -> float:
+    if bool((values == 0).all()):
+        return 0.0
+    return float(values.clamp_min(torch.finfo(torch.float64).eps).log().mean().exp())

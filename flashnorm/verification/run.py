@@ -1,0 +1,263 @@
+"""verify: does the candidate compute what the reference computes?"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.errors import FlashNormError
+from flashnorm.loading import load_model, load_tokenizer, quiet_transformers
+from flashnorm.verification import inputs as feed
+from flashnorm.verification import measure
+from flashnorm.verification.bounds import Size, output_bound, width_of
+from flashnorm.verification.inputs import Inputs, Samples
+from flashnorm.verification.layers import counted_matrices, layer_errors
+from flashnorm.verification.precision import float64_truth, in_dtype, parameter_dtype
+from flashnorm.verification.report import Greedy, LayerError, Pair, Perplexity, Report
+
+Source = nn.Module | str | os.PathLike[str]
+Progress = Callable[[int, int, str], None]
+
+STEPS = ("float64", "float32", "half precision", "perplexity", "greedy tokens")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that was measured on one model."""
+
+    name: str
+    output: str
+    truth: list[Tensor]
+    single: list[Tensor]
+    half: list[Tensor]
+    size: Size
+    reading: measure.Reading | None
+    writing: measure.Writing | None
+    notes: tuple[str, ...]
+
+
+def verify(
+    reference: Source,
+    candidate: Source,
+    *,
+    text: str | None = None,
+    tokens: int = 4096,
+    sample: int = 512,
+    example_inputs: Inputs | None = None,
+    tokenizer: Any | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure whether `candidate` computes what `reference` computes; the Report has the verdict.
+
+    Each model is a live module (left as it was), a directory, a GGUF file or a hub id. Models that
+    are named are loaded one after the other, so that only one is in memory at a time, in its stored
+    dtype and in float64. The verdict is ok where
+
+    - in float64, casts included, max|Δ| / max|y| is within `bounds.output_bound`;
+    - in half precision (the reference's own, else bfloat16) the candidate's error against that
+      float64 truth is at most `bounds.HALF_RATIO` times the reference's own;
+    - the greedy tokens are equal, or part at a tie that rounding explains.
+
+    text: what is read, default a shipped public-domain text; tokens: how many of its tokens carry
+    the perplexity (float32); sample: how many are compared in full. tokenizer: default the
+    reference's. Without one, seeded random tokens are read. example_inputs: a dict of keyword
+    arguments or a tuple, for modules that do not read token ids; then perplexity and greedy tokens
+    are None. progress is called with (steps done, steps in total, name of the next step).
+
+    Raises FlashNormError where a source does not exist, the inputs do not fit, or the outputs have
+    different shapes, and CheckpointError where a source cannot be read.
+    """
+    start = time.perf_counter()
+    step = _stepper(progress)
+    with _opened(reference) as model:
+        samples = _samples(reference, model, example_inputs, tokenizer, text, tokens, sample)
+        half = _half_dtype(model)
+        first = _examine(_name(reference), model, samples, half, step)
+    with _opened(candidate) as model:
+        second = _examine(_name(candidate), model, samples, half, step)
+    report = _compare(first, second, samples, half)
+    if not report.checks[0].ok:
+        report = replace(report, layers=_locate(reference, candidate, samples))
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _examine(
+    name: str, model: nn.Module, samples: Samples, half: torch.dtype, step: Callable[[str], None]
+) -> Outcome:
+    """Run one model in float64, float32 and half precision, and let it read and write."""
+    step(f"{name}: {STEPS[0]}")
+    stored = parameter_dtype(model)
+    with in_dtype(model, torch.float64), float64_truth() as mode, counted_matrices(model) as count:
+        truth = [feed.output_of(feed.run(model, window)) for window in samples.windows]
+    depth = max(1, count[0] // len(samples.windows))
+    notes = [f"{name}: {leak} stayed below float64" for leak in sorted(mode.leaks)]
+    reading = writing = None
+    talks = samples.ids is not None and feed.writes_tokens(model) and truth[0][0] == "logits"
+    with torch.no_grad(), in_dtype(model, torch.float32):
+        step(f"{name}: {STEPS[1]}")
+        single = _outputs(model, samples)
+        step(f"{name}: {STEPS[3]}")
+        if talks and samples.ids is not None:
+            reading = measure.read_text(model, samples.ids)
+        step(f"{name}: {STEPS[4]}")
+        if talks and samples.ids is not None:
+            writing = measure.write_text(model, samples.ids[: measure.PROMPT_TOKENS])
+    step(f"{name}: {STEPS[2]}")
+    with torch.no_grad(), in_dtype(model, half):
+        lower = _outputs(model, samples)
+    values = [value.cpu() for _, value in truth]
+    size = Size(width_of(model), depth, stored)
+    return Outcome(name, truth[0][0], values, single, lower, size, reading, writing, tuple(notes))
+
+
+def _outputs(model: nn.Module, samples: Samples) -> list[Tensor]:
+    return [feed.output_of(feed.run(model, window))[1].cpu() for window in samples.windows]
+
+
+def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtype) -> Report:
+    """The figures of two outcomes, without the search for the place of an error."""
+    _check_shapes(first, second)
+    size = Size(first.size.width, first.size.depth, second.size.stored)
+    logits = first.output == "logits"
+    return Report(
+        reference=first.name,
+        candidate=second.name,
+        output=first.output,
+        inputs=samples.origin,
+        rows=sum(window.numel() // window.shape[-1] for window in first.truth),
+        width=size.width,
+        depth=size.depth,
+        stored=_dtype_name(size.stored),
+        float64=measure.deviation(second.truth, first.truth),
+        float64_bound=output_bound(size, torch.float64),
+        float32=measure.deviation(second.single, first.single),
+        float32_bound=output_bound(size, torch.float32),
+        precise=_pair(first.single, second.single, first.truth),
+        half_dtype=_dtype_name(half),
+        half=_pair(first.half, second.half, first.truth),
+        kl=measure.divergence(first.truth, second.truth) if logits else None,
+        perplexity=_perplexity(first.reading, second.reading),
+        greedy=_greedy(first.writing, second.writing, size, samples),
+        layers=(),
+        notes=_notes(first, second, samples),
+        seconds=0.0,
+    )
+
+
+def _pair(reference: list[Tensor], candidate: list[Tensor], truth: list[Tensor]) -> Pair:
+    return Pair(measure.deviation(reference, truth), measure.deviation(candidate, truth))
+
+
+def _perplexity(a: measure.Reading | None, b: measure.Reading | None) -> Perplexity | None:
+    if a is None or b is None:
+        return None
+    top1 = float((a.favourites == b.favourites).double().mean())
+    return Perplexity(a.perplexity, b.perplexity, top1, a.tokens, a.window)
+
+
+def _greedy(
+    a: measure.Writing | None, b: measure.Writing | None, size: Size, samples: Samples
+) -> Greedy | None:
+    """Two logits may each move by the float32 bound: a smaller margin between them is a tie."""
+    if a is None or b is None or samples.ids is None:
+        return None
+    index = measure.first_difference(a.ids, b.ids)
+    logits = a.logits[index if index is not None else slice(None)].double()
+    tolerance = 2 * output_bound(size, torch.float32) * float(logits.abs().max())
+    margin = None
+    if index is not None and index < min(len(a.ids), len(b.ids)):
+        margin = float(logits[a.ids[index]] - logits[b.ids[index]])
+    texts = None
+    if samples.tokenizer is not None:
+        texts = (samples.tokenizer.decode(a.ids), samples.tokenizer.decode(b.ids))
+    prompt = min(measure.PROMPT_TOKENS, len(samples.ids))
+    return Greedy(
+        tuple(a.ids.tolist()), tuple(b.ids.tolist()), index, margin, tolerance, prompt, texts
+    )
+
+
+def _notes(first: Outcome, second: Outcome, samples: Samples) -> tuple[str, ...]:
+    notes = [*samples.notes, *first.notes, *second.notes]
+    if samples.ids is not None and first.reading is None:
+        notes.append("the model does not predict its next token: no perplexity, no greedy tokens")
+    if first.output != second.output:
+        notes.append(f"{first.output} of the reference against {second.output} of the candidate")
+    return tuple(notes)
+
+
+def _check_shapes(first: Outcome, second: Outcome) -> None:
+    a, b = tuple(first.truth[0].shape), tuple(second.truth[0].shape)
+    if a != b:
+        raise FlashNormError(
+            f"{first.name} gives {first.output} of shape {a}, {second.name} gives {second.output} "
+            f"of shape {b}: these are not two versions of one model"
+        )
+
+
+def _locate(reference: Source, candidate: Source, samples: Samples) -> tuple[LayerError, ...]:
+    """Both models once more, side by side, on the first window."""
+    with _opened(reference) as a, _opened(candidate) as b:
+        return layer_errors(a, b, samples.windows[0])
+
+
+def _samples(
+    source: Source,
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    tokenizer: Any | None,
+    text: str | None,
+    tokens: int,
+    sample: int,
+) -> Samples:
+    if example_inputs is not None:
+        return feed.own_inputs(example_inputs)
+    if not feed.reads_tokens(model):
+        raise FlashNormError(
+            f"{_name(source)} does not start from token ids: pass example_inputs=, a dict of "
+            "keyword arguments or a tuple of positional ones"
+        )
+    if tokenizer is None and not isinstance(source, nn.Module):
+        tokenizer = load_tokenizer(source)
+    return feed.token_samples(model, tokenizer, text, max(2, tokens), max(1, sample))
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[nn.Module]:
+    """The live module itself, in eval mode meanwhile, or a model that is loaded and let go."""
+    if isinstance(source, nn.Module):
+        with feed.evaluating(source):
+            yield source
+        return
+    with quiet_transformers():
+        yield load_model(source)
+
+
+def _stepper(progress: Progress | None) -> Callable[[str], None]:
+    done, total = 0, 2 * len(STEPS)
+
+    def step(name: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(done, total, name)
+        done += 1
+
+    return step
+
+
+def _half_dtype(model: nn.Module) -> torch.dtype:
+    return torch.float16 if parameter_dtype(model) == torch.float16 else torch.bfloat16
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name(source: Source) -> str:
+    return type(source).__name__ if isinstance(source, nn.Module) else os.fspath(source)
