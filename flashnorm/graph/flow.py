@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph import params
-from flashnorm.graph.labels import FREE, NONE, filled
+from flashnorm.graph.labels import FREE, NONE, filled, without_repeats
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.params import ParamView
 from flashnorm.graph.sites import SAME, Visit, find_visits
@@ -67,6 +67,7 @@ class Flow:
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[str, str] = field(default_factory=dict)
     touched: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    # The label of each gain's first element, in increasing order.
     bases: dict[str, int] = field(default_factory=dict)
     labels: dict[int, Tensor] = field(default_factory=dict)
     views: dict[int, ParamView] = field(default_factory=dict)
@@ -81,13 +82,14 @@ class Flow:
 
     def gains_in(self, label: Tensor) -> list[str]:
         """The gain parameters that a label names."""
-        numbers = torch.unique(label)
+        numbers = torch.unique(without_repeats(label))
         numbers = numbers[numbers > NONE]
-        return [
-            name
-            for name, base in self.bases.items()
-            if bool(((numbers >= base) & (numbers < base + self.numel(name))).any())
-        ]
+        if not len(numbers):
+            return []
+        starts = torch.tensor(list(self.bases.values()))
+        owners = torch.searchsorted(starts, numbers, right=True) - 1
+        names = list(self.bases)
+        return [names[i] for i in torch.unique(owners).tolist()]
 
     def label_of(self, value: int) -> Tensor:
         """The label of any value: zeros carry whatever is asked for, the unlabelled nothing."""
@@ -105,7 +107,7 @@ class Flow:
     def base(self, name: str) -> int:
         """The label of the first element of a gain parameter."""
         if name not in self.bases:
-            last = max(self.bases, key=lambda n: self.bases[n], default=None)
+            last = next(reversed(self.bases), None)
             self.bases[name] = 1 if last is None else self.bases[last] + self.numel(last)
         return self.bases[name]
 
@@ -171,7 +173,7 @@ def _follow_labels(flow: Flow, node: Node, rules: dict) -> None:  # type: ignore
             flow.refuse(flow.labels[value], str(blocked))
         return
     for out, label in zip(node.outputs, results, strict=False):
-        if label is not None and bool((label > NONE).any()):
+        if label is not None and bool((without_repeats(label) > NONE).any()):
             flow.labels[out] = label
 
 

@@ -30,8 +30,16 @@ def varies(label: Tensor, dim: int) -> bool:
     """Whether the label differs anywhere along `dim`."""
     if label.shape[dim] <= 1 or label.stride(dim) == 0:
         return False
-    first = label.narrow(dim, 0, 1)
-    return bool((label != first).any())
+    small = without_repeats(label)
+    return bool((small != small.narrow(dim, 0, 1)).any())
+
+
+def without_repeats(label: Tensor) -> Tensor:
+    """The label with every axis of stride 0 cut to one position."""
+    for dim, (size, stride) in enumerate(zip(label.shape, label.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            label = label.narrow(dim, 0, 1)
+    return label
 
 
 def unify(first: Tensor, second: Tensor) -> Tensor:
@@ -41,7 +49,7 @@ def unify(first: Tensor, second: Tensor) -> Tensor:
         return first
     if bool(((first != second) & (first != FREE) & (second != FREE)).any()):
         raise Conflict
-    return torch.where(first == FREE, second, first)
+    return first if bool((without_repeats(first) != FREE).all()) else torch.where(first == FREE, second, first)
 
 
 def along(label: Tensor, dim: int) -> Tensor:
