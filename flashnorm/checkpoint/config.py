@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-import flashnorm
 from flashnorm.errors import CheckpointError, QuantizedError
+from flashnorm.marker import folded_by, marker
 from flashnorm.plan import Plan
 
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
@@ -17,16 +16,11 @@ QUANTIZED_KEYS = ("quantization_config", "compression_config")
 def check_not_folded(config: dict[str, Any]) -> None:
     """Raise CheckpointError where this or another tool says that the gains were folded already."""
     for part in _parts(config):
-        if part.get("flashnorm_folded") or part.get("flash_norm"):
-            key = "flashnorm_folded" if part.get("flashnorm_folded") else "flash_norm"
-        elif part.get("rms_norm_has_weight") is False:
-            key = "rms_norm_has_weight"
-        else:
-            continue
-        raise CheckpointError(
-            f"this checkpoint was folded already: config.json says {key}: "
-            f"{json.dumps(part[key])}; fold the original checkpoint instead"
-        )
+        if key := folded_by(part):
+            raise CheckpointError(
+                f"this checkpoint was folded already, as {key} in config.json says: fold the "
+                "original checkpoint instead"
+            )
 
 
 def check_not_quantized(config: dict[str, Any]) -> None:
@@ -62,16 +56,9 @@ def folded_config(
                 del part[key]  # only a stale "gguf" comes this far, and readers trip over it
     if plan.untied:
         _untie(config)
-    config["flashnorm"] = {
-        "version": flashnorm.__version__,
-        "mode": "strict" if strict else "compat",
-        "folded": [gain.parameter for gain in plan.gains()],
-        "kept": [site.path for site in plan.sites if site.gain == "kept"],
-        "fold_dtype": fold_dtype,
-        "source": source,
-    }
-    config["flashnorm_folded"] = True
-    return config
+    mark = marker(plan, "strict" if strict else "compat", source)
+    mark["flashnorm"]["fold_dtype"] = fold_dtype
+    return config | mark
 
 
 def _untie(config: dict[str, Any]) -> None:

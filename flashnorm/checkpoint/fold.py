@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 import flashnorm
+from flashnorm.algebra import subnormal_warning
 from flashnorm.checkpoint.blocks import Gains
 from flashnorm.checkpoint.config import check_not_folded, check_not_quantized, folded_config
 from flashnorm.checkpoint.files import copy_file, other_files
-from flashnorm.checkpoint.gguf import dequantized
+from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
 from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
 from flashnorm.checkpoint.stream import check_twins, load_gains, write_shard
@@ -61,8 +62,8 @@ def fold_checkpoint(
     """
     source, target = Path(os.path.abspath(src)), Path(os.path.abspath(dst))
     check_target(source, target)
-    if source.is_file() and source.suffix.lower() == ".gguf":
-        with dequantized(source, target) as directory:
+    if file := gguf_file(source):
+        with dequantized(file, target) as directory:
             return _fold(directory, target, source.name, plan, strict, untie, progress)
     return _fold(source, target, source.name, plan, strict, untie, progress)
 
@@ -194,8 +195,4 @@ def _warn(gains: Gains, lost: int) -> None:
             stacklevel=4,
         )
     if lost:
-        warnings.warn(
-            f"{lost} weights became subnormal or zero in their dtype and lost precision; convert "
-            "the checkpoint to bfloat16 or float32 before the fold to keep it",
-            stacklevel=4,
-        )
+        warnings.warn(subnormal_warning(lost), stacklevel=4)

@@ -9,8 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flashnorm.errors import CheckpointError
+from flashnorm.loading import dequantize_gguf
 
 STAMP = ".flashnorm-gguf.json"  # written last: the directory is complete
+
+
+def gguf_file(source: Path) -> Path | None:
+    """The GGUF file that `source` is, or that it holds in place of a config.json."""
+    if source.is_file():
+        return source if source.suffix.lower() == ".gguf" else None
+    if not source.is_dir() or (source / "config.json").exists():
+        return None
+    found = [file for file in source.iterdir() if file.suffix.lower() == ".gguf"]
+    return found[0] if len(found) == 1 else None
 
 
 @contextmanager
@@ -29,7 +40,7 @@ def dequantized(file: Path, target: Path) -> Iterator[Path]:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
             _check_space(file, directory)
-            _dequantize(file, directory)
+            dequantize_gguf(file, directory)
             (directory / STAMP).write_text(stamp)
         yield directory
     except Exception:
@@ -64,20 +75,3 @@ def _check_space(file: Path, directory: Path) -> None:
             f"not enough space to dequantize and fold {file.name}: {needed} bytes are needed in "
             f"{directory.parent}, {free} are free"
         )
-
-
-def _dequantize(file: Path, directory: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot read {file.name}: {error}") from error
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, name):
-            delattr(owner, name)  # the weights are plain now, and a stale mark stops every reader
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

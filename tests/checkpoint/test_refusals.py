@@ -281,7 +281,9 @@ def test_a_dequantized_gguf_folds_and_loses_the_stale_mark(src):
 @pytest.mark.parametrize("nested", [False, True])
 def test_folded_already(src, mark, nested):
     edit_config(src, **({"text_config": mark} if nested else mark))
-    refused(src, f"was folded already: config.json says {next(iter(mark))}")
+    refused(
+        src, f"was folded already, as {next(iter(mark))} in config.json says: fold the original"
+    )
 
 
 def test_a_second_fold(src):
