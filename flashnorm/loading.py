@@ -156,14 +156,14 @@ def _load_pretrained(place: dict[str, str], dtype: torch.dtype | str) -> nn.Modu
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(**place)
-    model, info = _model_class(config).from_pretrained(
+    model, info = model_class(config).from_pretrained(
         **place, dtype=dtype, output_loading_info=True
     )
     _check_complete(model, info, place["pretrained_model_name_or_path"])
     return model.eval()
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that the config names, else the automatic class that knows its type."""
     import transformers
 

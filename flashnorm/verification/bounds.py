@@ -12,8 +12,8 @@ from math import sqrt
 import torch
 from torch import nn
 
-# λ of the probabilistic rounding bound: a sum of n terms keeps within λ·√n·u with probability
-# 1 − 2·exp(−λ²/2), which is 0.9993 for λ = 4. More would only hide mistakes.
+# λ of the probabilistic bounds: one sum keeps within them with probability 1 − 2·exp(−λ²/2), which
+# is 0.9993 for λ = 4. More would only hide mistakes.
 CONFIDENCE = 4.0
 
 # A rewritten model may be this much farther from the truth in half precision than the original.
@@ -37,21 +37,22 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def output_bound(size: Size, computed: torch.dtype) -> float:
     """Largest relative output error that the roundings of a correct rewrite explain.
 
-        bound = √d · (u_stored + λ · √n · u_computed)
+        bound = λ · √d · (u_stored + √n · u_computed)
 
     Two models that are equal in exact arithmetic differ by two kinds of roundings:
 
     - a rewritten weight is rounded once to its stored dtype, `W*(1 + δ)` with `|δ| <= u_stored`.
-      The δ of one row are independent of each other and of x, so `W* x` gains a relative error of
-      no more than u_stored, whatever the width: error and product grow alike, by √n.
+      The δ of one row are independent of each other and of x, so that (Hoeffding) the error of an
+      element of `W* x` stays below `λ u_stored ‖W*∘x‖` with probability `1 − 2 exp(−λ²/2)`, and
+      ‖W*∘x‖ is the size of the product itself: no factor √n.
     - a contraction of n terms that is computed in another order moves by at most λ √n u_computed,
-      with probability `1 − 2 exp(−λ²/2)` (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+      with the same probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
 
     The d contractions round independently, and a normalized residual stream carries a relative
     error on without enlarging it, so their errors add as squares: √d.
     """
     stored, running = unit_roundoff(size.stored), unit_roundoff(computed)
-    return sqrt(size.depth) * (stored + CONFIDENCE * sqrt(size.width) * running)
+    return CONFIDENCE * sqrt(size.depth) * (stored + sqrt(size.width) * running)
 
 
 def width_of(model: nn.Module) -> int:

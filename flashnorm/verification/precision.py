@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from flashnorm.errors import FlashNormError
+
 WIDE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -57,11 +59,12 @@ class Float64Mode(TorchDispatchMode):
         if any(argument.alias_info for argument in schema.arguments):
             return func(*args, **kwargs)  # a view keeps the memory of its base
         args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
-        return func(*args, **kwargs)
+        return _SUBSTITUTES.get(schema.name, func)(*args, **kwargs)
 
     def _note_leaks(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember `schema` where it writes a wide value into a narrow tensor."""
-        written, read = [], []
+        written: list[Tensor] = []
+        read: list[Tensor] = []
         for argument, value in _bound(schema, args, kwargs):
             tensors = [value] if isinstance(value, Tensor) else []
             is_written = argument.alias_info is not None and argument.alias_info.is_write
@@ -97,6 +100,27 @@ def _wide_dtypes(
 def _widen(tensor: Tensor) -> Tensor:
     wide = WIDE.get(tensor.dtype)
     return tensor if wide is None else tensor.to(wide)
+
+
+def _grouped_matmul(
+    rows: Tensor, weights: Tensor, offs: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """`rows[group e] @ weights[e]`, rows [T, n] in groups that end at `offs` [E]: [T, k]."""
+    if rows.ndim != 2 or weights.ndim != 3 or offs is None:
+        raise FlashNormError(
+            f"a grouped matrix product of shapes {tuple(rows.shape)} and {tuple(weights.shape)} "
+            "has no float64 form here: load the model with experts_implementation='eager'"
+        )
+    result = rows.new_zeros(rows.shape[0], weights.shape[-1])
+    start = 0
+    for weight, end in zip(weights, offs.tolist(), strict=True):
+        result[start:end] = rows[start:end] @ weight
+        start = end
+    return result
+
+
+# Operations that torch has in narrow dtypes only.
+_SUBSTITUTES = {"aten::_grouped_mm": _grouped_matmul}
 
 
 @contextmanager
