@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,103 @@ from flashnorm.plan import Gain, Plan
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flashnorm.graph.nouns import Graph
+
+FORWARD_CHANGES = (
+    "the tied head was not given a weight of its own: this model's forward does something else "
+    "when its config says that the head is not tied"
+)
+QUANTIZED = (
+    "its readers are quantized ({}): a gain per input channel does not fit their scales; fold "
+    "before quantizing. Deferral, which needs no fold, still applies"
+)
 ALREADY_ONE = "its gain is one everywhere already: nothing to fold"
+
+
+def inspect(model: Any, example_inputs: Any = None, *, untie: bool = False) -> Plan:
+    """The plan of a model: every norm, whether its gain folds, into what, and if not why.
+
+    `model` is a live `torch.nn.Module`, a local directory, a bare config.json, a GGUF file or a hub
+    id. Of a path only the config is read, and the gains themselves where the weights are at hand:
+    parameters stay fake, so a model of any size takes seconds. `example_inputs`, a dict or tuple
+    for the model's forward, is needed for modules that are not from transformers. `untie` plans a
+    copy of a tied head's weight, so that the final gain folds as well.
+
+    Raises TraceError where the model cannot be recorded, CheckpointError where a path holds no
+    model that can be read. Source: FlashNorm, arXiv 2407.09577.
+    """
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        return inspect_module(model, example_inputs, untie=untie)
+    from flashnorm.origin import open_origin
+
+    origin = open_origin(model)
+    plan = _plan(origin.fake_model(), example_inputs, untie, allow_real=False)
+    plan = replace(plan, notes=(*origin.notes, *plan.notes))
+    if origin.quantized:
+        return _without_folds(plan, QUANTIZED.format(origin.quantized))
+    return without_identities(plan, origin.gain)
 
 
 def inspect_module(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) -> Plan:
     """The plan of a live module; it is left as it was found."""
-    from flashnorm.graph.inputs import decode_inputs, example_inputs as defaults
-    from flashnorm.graph.trace import trace
+    plan = _plan(model, example_inputs, untie, allow_real=True)
+    return without_identities(plan, _live_values(model))
+
+
+def _plan(model: nn.Module, example_inputs: Any, untie: bool, allow_real: bool) -> Plan:
     from flashnorm.planner import make_plan
 
+    graph = _record(model, example_inputs, allow_real)
+    plan = make_plan(graph, untie=untie)
+    if not plan.untied:
+        return plan
+    with _declared_untied(model):
+        if operations(_record(model, example_inputs, allow_real)) == operations(graph):
+            return plan
+    return replace(make_plan(graph), notes=(*plan.notes, FORWARD_CHANGES))
+
+
+def _record(model: nn.Module, example_inputs: Any, allow_real: bool) -> Graph:
+    from flashnorm.graph import inputs
+    from flashnorm.graph.trace import trace
+
     if example_inputs is not None:
-        graph = trace(model, [example_inputs])
-    else:
-        graph = trace(model, defaults(model), lambda i, o: decode_inputs(i, o, model))
-    return without_identities(make_plan(graph, untie=untie), _live_values(model))
+        return trace(model, [example_inputs], allow_real=allow_real)
+    return trace(
+        model,
+        inputs.example_inputs(model),
+        lambda given, output: inputs.decode_inputs(given, output, model),
+        allow_real=allow_real,
+    )
+
+
+def operations(graph: Graph) -> list[tuple[str, str, str]]:
+    """What a forward does, in order: to tell whether a setting changes it."""
+    return [(node.op, node.path, node.source) for node in graph.nodes]
+
+
+@contextmanager
+def _declared_untied(model: nn.Module) -> Iterator[None]:
+    """Some forwards ask the config whether the head is tied, and scale its input if it is."""
+    configs = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
+    for config in tied:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
+
+
+def _without_folds(plan: Plan, reason: str) -> Plan:
+    sites = tuple(
+        replace(s, gain="kept", reason=reason, consumers=()) if s.gain == "folded" else s
+        for s in plan.sites
+    )
+    return replace(plan, sites=sites, untied=())
 
 
 def without_identities(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
@@ -44,7 +128,8 @@ def without_identities(plan: Plan, value_of: Callable[[str], Tensor | None]) -> 
         else s
         for s in plan.sites
     )
-    return replace(plan, sites=sites)
+    kept = {c.parameter for s in sites for c in s.consumers}
+    return replace(plan, sites=sites, untied=tuple(u for u in plan.untied if u[0] in kept))
 
 
 def _live_values(model: nn.Module) -> Callable[[str], Tensor | None]:

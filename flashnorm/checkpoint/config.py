@@ -29,14 +29,20 @@ def check_not_quantized(config: dict[str, Any]) -> None:
     A GGUF file that was dequantized still declares `gguf` over plain floating-point tensors; those
     are checked tensor by tensor.
     """
+    if method := quantization(config):
+        raise QuantizedError(
+            f"the weights are quantized: config.json declares the method {method}; "
+            f"{QUANTIZED_REMEDY}"
+        )
+
+
+def quantization(config: dict[str, Any]) -> str | None:
+    """The method by which a config says that its weights are quantized; None if they are plain."""
     for part in _parts(config):
         for key in QUANTIZED_KEYS:
-            declared = part.get(key)
-            if declared and _method(declared) != "gguf":
-                raise QuantizedError(
-                    f"the weights are quantized: config.json has {key} with method "
-                    f"{_method(declared)}; {QUANTIZED_REMEDY}"
-                )
+            if (declared := part.get(key)) and _method(declared) != "gguf":
+                return _method(declared)
+    return None
 
 
 QUANTIZED_REMEDY = (

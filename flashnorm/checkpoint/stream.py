@@ -31,7 +31,7 @@ Report = Callable[[int], None]
 def load_gains(source: Source, layout: Layout) -> Gains:
     """The effective gain of every folded site, as the model multiplies by it: flat, [n]."""
     return {
-        gain: algebra.effective_gain(_load(source, place), gain)
+        gain: algebra.effective_gain(load_tensor(source, place), gain)
         for gain, place in layout.gains.items()
     }
 
@@ -96,7 +96,8 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # the setting reaches beyond the thread that makes it
 
 
-def _load(source: Source, place: Place) -> Tensor:
+def load_tensor(source: Source, place: Place) -> Tensor:
+    """One small tensor, whole."""
     dtype = FLOAT_DTYPES[place.entry.dtype]
     data = bytearray(b"".join(_chunks(source, place)))
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -23,7 +23,10 @@ def fake_model(model_class: Any, config: Any) -> nn.Module:
     dtype = getattr(config, "dtype", None) or torch.float32
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-            return build(config, dtype=dtype).eval()
+            model = build(config, dtype=dtype).eval()
+            if hasattr(model, "tie_weights"):
+                model.tie_weights()
+            return model
     except Exception as error:
         raise TraceError(
             f"{type(config).__name__} could not be built into a model: "

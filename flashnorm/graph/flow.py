@@ -66,6 +66,8 @@ class Flow:
     gains: list[GainUse] = field(default_factory=list)
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[str, str] = field(default_factory=dict)
+    # Gains after which the norm adds a bias: kept for that, unless there is a deeper reason.
+    biased: dict[str, str] = field(default_factory=dict)
     touched: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # The label of each gain's first element, in increasing order.
     bases: dict[str, int] = field(default_factory=dict)
@@ -79,6 +81,12 @@ class Flow:
         """Refuse every gain that the label names; the first reason stays."""
         for name in self.gains_in(label):
             self.refused.setdefault(name, reason)
+
+    def add_bias(self, gain: str, bias: int, node: Node) -> None:
+        """Note that the norm of `gain` adds a bias, which a fold of the gain alone leaves behind."""
+        names = ", ".join(sorted(self.roots[bias] or ()))
+        self.biased.setdefault(gain, f"the norm adds its bias {names} after the gain, which does "
+                                     f"not move with it yet ({node.where})")
 
     def gains_in(self, label: Tensor) -> list[str]:
         """The gain parameters that a label names."""
@@ -126,6 +134,8 @@ def follow(graph: Graph) -> Flow:
     for value in graph.outputs:
         if value in flow.labels:
             flow.refuse(flow.labels[value], "the model returns its output")
+    for gain, reason in flow.biased.items():
+        flow.refused.setdefault(gain, reason)
     return flow
 
 
@@ -253,6 +263,4 @@ def _start_fused(flow: Flow, node: Node, visit: Visit) -> None:
     uses = flow.uses[view.name]
     uses[:] = [use for use in uses if use.node is not node]
     if visit.bias is not None:
-        names = flow.parameters_in(visit.bias) or frozenset()
-        reason = f"the norm adds its bias {', '.join(sorted(names))} after the gain ({node.where})"
-        flow.refuse(flow.labels[visit.output], reason)
+        flow.add_bias(view.name, visit.bias, node)

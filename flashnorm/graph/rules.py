@@ -85,7 +85,19 @@ def _add(flow: Flow, node: Node) -> Labels:
     """Sums of equally labelled values, and of zeros."""
     if len(node.inputs) < 2:
         raise Blocked(f"a number is added to its output ({node.where})")
-    return [_unified(flow, node, node.inputs[0], node.inputs[1])]
+    first, second = node.inputs[:2]
+    for value, other in ((first, second), (second, first)):
+        if value in flow.labels and other not in flow.labels and flow.parameters_in(other):
+            return _bias(flow, node, value, other)
+    return [_unified(flow, node, first, second)]
+
+
+def _bias(flow: Flow, node: Node, value: int, bias: int) -> Labels:
+    """A norm's bias: it stops the gain, but what reads the sum is looked at all the same."""
+    label = flow.labels[value].expand(flow.graph.values[node.outputs[0]].shape)
+    for gain in flow.gains_in(label):
+        flow.add_bias(gain, bias, node)
+    return [label]
 
 
 def _unified(flow: Flow, node: Node, first: int, second: int) -> Tensor:
@@ -100,8 +112,6 @@ def _sum_reason(flow: Flow, node: Node, first: int, second: int) -> str:
     other = next((v for v in (first, second) if v not in flow.labels), None)
     if other is None:
         return f"it is added to a value that carries other gains ({node.where})"
-    if names := flow.parameters_in(other):
-        return f"the bias {', '.join(sorted(names))} is added to it ({node.where})"
     return f"its output is also added to another value, such as the residual ({node.where})"
 
 

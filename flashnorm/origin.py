@@ -1,0 +1,144 @@
+"""Where a model comes from when it is named rather than given: its config, and its gains.
+
+Nothing here loads weights. Gains are read one by one from safetensors where these are at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashnorm.checkpoint.config import quantization
+from flashnorm.checkpoint.names import resolve_names
+from flashnorm.checkpoint.source import Source, open_source
+from flashnorm.checkpoint.stream import load_tensor
+from flashnorm.errors import CheckpointError, FlashNormError
+from flashnorm.loading import locate, model_class, quiet_transformers
+from flashnorm.marker import folded_by
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PathName = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a named model. `quantized` is the method that its stored weights are in."""
+
+    config: Any
+    quantized: str | None
+    notes: tuple[str, ...]
+    gain: Callable[[str], Tensor | None]
+
+    def fake_model(self) -> nn.Module:
+        """The model with fake parameters."""
+        from flashnorm.graph.build import fake_model
+
+        with quiet_transformers():
+            return fake_model(model_class(self.config), self.config)
+
+
+def open_origin(source: PathName) -> Origin:
+    """Read the config that `source` names. Raises FlashNormError where there is none."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return _from_config_file(path)
+    place = locate(source)
+    config = _config(place, os.fspath(source))
+    weights, notes = _weights(Path(place["pretrained_model_name_or_path"]), place)
+    method = None if "gguf_file" in place else quantization(config.to_dict())
+    return Origin(config, method, (*_folded_note(config), *notes), _gains(weights))
+
+
+def _from_config_file(path: Path) -> Origin:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(_unknown(str(path), model_type))
+    with quiet_transformers():
+        config = CONFIG_MAPPING[model_type].from_dict(data)
+    method = quantization(data)
+    notes = (
+        f"config.json declares weights quantized by {method}: the plan holds once they are "
+        "dequantized",
+    )
+    return Origin(config, None, (*_folded_note(config), *(notes if method else ())), _no_gain)
+
+
+def _unknown(name: str, model_type: Any) -> str:
+    import transformers
+
+    if model_type is None:
+        return f"{name} has no model_type: it is not the config of a transformers model"
+    return (
+        f"{name}: transformers {transformers.__version__} does not know the model type "
+        f"{model_type!r}; a newer transformers may, or pass the live model to flashnorm.inspect"
+    )
+
+
+def _config(place: dict[str, str], name: str) -> Any:
+    from transformers import AutoConfig
+
+    file = Path(place["pretrained_model_name_or_path"]) / "config.json"
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(**place)
+        except Exception as error:
+            if file.is_file():
+                _explain_config(file)
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(f"no config could be read from {name}: {first}") from error
+
+
+def _explain_config(file: Path) -> None:
+    """Raise the clearer error where the config itself is at fault."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(_unknown(str(file), model_type))
+
+
+def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[str, ...]]:
+    if "gguf_file" in place or not path.is_dir():
+        return None, ()
+    try:
+        return open_source(path), ()
+    except FlashNormError as error:
+        return None, (f"the weights were not read: {error}",)
+
+
+def _gains(source: Source | None) -> Callable[[str], Tensor | None]:
+    if source is None:
+        return _no_gain
+
+    def gain(name: str) -> Tensor | None:
+        try:
+            return load_tensor(source, source.where[resolve_names([name], source.where)[name]])
+        except FlashNormError:
+            return None
+
+    return gain
+
+
+def _no_gain(name: str) -> None:
+    return None
+
+
+def _folded_note(config: Any) -> tuple[str, ...]:
+    key = folded_by(config.to_dict())
+    return (f"folded before, as {key} in its config says",) if key else ()
