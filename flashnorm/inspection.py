@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -60,28 +60,35 @@ def inspect_module(model: nn.Module, example_inputs: Any = None, *, untie: bool 
 def _plan(model: nn.Module, example_inputs: Any, untie: bool, allow_real: bool) -> Plan:
     from flashnorm.planner import make_plan
 
-    graph = _record(model, example_inputs, allow_real)
+    graph = record(model, example_inputs, allow_real)
     plan = make_plan(graph, untie=untie)
     if not plan.untied:
         return plan
     with _declared_untied(model):
-        if operations(_record(model, example_inputs, allow_real)) == operations(graph):
+        if operations(record(model, example_inputs, allow_real)) == operations(graph):
             return plan
     return replace(make_plan(graph), notes=(*plan.notes, FORWARD_CHANGES))
 
 
-def _record(model: nn.Module, example_inputs: Any, allow_real: bool) -> Graph:
+def record(model: nn.Module, example_inputs: Any = None, allow_real: bool = True) -> Graph:
+    """The graph of a model, on the given inputs or on ones made from its signature."""
     from flashnorm.graph import inputs
     from flashnorm.graph.trace import trace
 
-    if example_inputs is not None:
-        return trace(model, [example_inputs], allow_real=allow_real)
+    candidates = (
+        inputs.example_inputs(model) if example_inputs is None else [_as_inputs(example_inputs)]
+    )
     return trace(
         model,
-        inputs.example_inputs(model),
+        candidates,
         lambda given, output: inputs.decode_inputs(given, output, model),
         allow_real=allow_real,
     )
+
+
+def _as_inputs(given: Any) -> Any:
+    """A tensor by itself is the one argument of the forward."""
+    return given if isinstance(given, (Mapping, tuple, list)) else (given,)
 
 
 def operations(graph: Graph) -> list[tuple[str, str, str]]:

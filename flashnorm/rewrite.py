@@ -45,10 +45,18 @@ def fold_(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) 
     Source: FlashNorm, arXiv 2407.09577.
     """
     plan = inspect_module(model, example_inputs, untie=untie)
+    if plan.folded:
+        apply_plan_(model, plan)
+    return plan
+
+
+def apply_plan_(model: nn.Module, plan: Plan) -> None:
+    """Execute a plan on the model that it was made for. Raises FoldError as `fold_` does."""
+    if UNDO in model.__dict__:
+        # The record of the first fold would be lost, and with it the way back.
+        raise FoldError("this model was folded already; unfold_ it before another plan is applied")
     parameters = _parameters(model)
     _check(plan, parameters)
-    if not plan.folded:
-        return plan
     tied = _untie_(model, plan, parameters)
     undo = Undo(plan, *_saved(plan, parameters), tied)
     with torch.no_grad():
@@ -60,7 +68,6 @@ def fold_(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) 
         for gain in plan.gains():
             algebra.identity_gain_(parameters[gain.parameter], gain)
     _mark(model, plan, undo)
-    return plan
 
 
 def unfold_(model: nn.Module) -> None:

@@ -130,7 +130,7 @@ def _spans(flow: Flow, gain: str, labels: Tensor) -> tuple[Span, ...]:
     """Runs of positions that carry consecutive elements of one gain."""
     base = flow.base(gain)
     size = flow.numel(gain)
-    elements = torch.where((labels >= base) & (labels < base + size), labels - base, -1)
+    elements = torch.where((labels >= base) & (labels < base + size), labels - base, -2)
     spans: list[Span] = []
     breaks = (elements[1:] != elements[:-1] + 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(elements)]

@@ -26,7 +26,8 @@ def example_inputs(model: nn.Module) -> list[dict[str, Any]]:
         base["decoder_input_ids"] = ids
     full = {**base, "attention_mask": _causal_mask(TOKENS, TOKENS), "position_ids": positions}
     flat = {**base, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    candidates = [full, flat, {**base, "attention_mask": torch.ones_like(ids)}, base]
+    bare = {**base, "use_cache": False}
+    candidates = [full, flat, {**base, "attention_mask": torch.ones_like(ids)}, base, bare]
     kept = [{k: v for k, v in c.items() if k in accepted} for c in candidates]
     dummies = getattr(model, "dummy_inputs", None)
     return [*kept, dict(dummies)] if isinstance(dummies, Mapping) else kept

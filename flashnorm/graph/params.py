@@ -144,9 +144,8 @@ def picked_axis(graph: Graph, node: Node) -> tuple[int, tuple[int, ...]] | None:
 
 def _pointwise(graph: Graph, node: Node, view: ParamView) -> list[ParamView] | None:
     """A function of each element by itself: `1 + w`, `w · c`. Other operands must be numbers."""
-    out = graph.values[node.outputs[0]]
-    first = view.coordinates[0]
-    if len(node.inputs) != 1 or first is None or tuple(first.shape) != out.shape:
+    same_shape = graph.values[node.inputs[0]].shape == graph.values[node.outputs[0]].shape
+    if len(node.inputs) != 1 or not same_shape:
         return None
     linear = node.op in ("mul", "div", "neg") and view.relation != POINTWISE
     relation = max(view.relation, SCALED) if linear else POINTWISE

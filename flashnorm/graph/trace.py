@@ -43,6 +43,8 @@ def trace(
     Raises TraceError, with the last failure, when no candidate runs.
     """
     candidates = list(candidates)
+    if not candidates:
+        raise TraceError(f"{type(model).__name__}: no inputs were given to record it with")
     failure: Exception | None = None
     for fake in (True, False) if allow_real else (True,):
         for inputs in candidates:
@@ -208,7 +210,8 @@ def _plain_implementations(model: nn.Module) -> Iterator[None]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     saved = [(c, dict(c.__dict__)) for c in configs.values() if hasattr(c, "__dict__")]
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    # A fake forward that fails is tried for real; its log would only alarm.
+    logging.disable(logging.ERROR)
     try:
         for name, plain in PLAIN_IMPLEMENTATIONS.items():
             if setter := getattr(model, name, None):
