@@ -1,0 +1,198 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` is immediate."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashnorm.cli.boundary import DEBUG, Options, Result, run, stderr_console, stdout_console
+
+if TYPE_CHECKING:
+    from flashnorm.plan import Plan
+
+app = typer.Typer(
+    name="flashnorm",
+    help="Fold normalization gains into the neighbouring linear layers, exactly, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Show where an error was raised.", envvar=DEBUG)
+]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
+]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from flashnorm import __version__
+
+        typer.echo(f"flashnorm {__version__}")
+        raise typer.Exit
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    untie: Untie = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Show every norm of a model, whether its gain folds, into what, and if not why.
+
+    Reads no weights but the gains: seconds for a model of any size.
+    """
+
+    def command() -> Result:
+        import flashnorm
+        from flashnorm.cli.progress import waiting
+        from flashnorm.report import show
+
+        with waiting(f"recording {model}"):
+            plan = flashnorm.inspect(model, untie=untie)
+        return Result(plan.to_json(), show(plan, every=every))
+
+    run(command, Options(as_json, debug))
+
+
+@app.command("fold")
+def fold_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory or a GGUF file.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The new directory to write.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Leave folded gains out instead of writing ones.")
+    ] = False,
+    untie: Untie = False,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Write a copy of a checkpoint with its gains folded; every shard is read and written once.
+
+    DST appears complete or not at all. A run that was interrupted goes on where it stopped.
+    """
+
+    def command() -> Result:
+        import flashnorm
+        from flashnorm.cli.progress import bytes_bar
+
+        start, written = time.perf_counter(), 0
+        with bytes_bar(f"recording {source}") as report:
+
+            def progress(done: int, total: int, name: str) -> None:
+                nonlocal written
+                written = done
+                report(done, total, name)
+
+            plan = flashnorm.fold_checkpoint(
+                Path(source).expanduser(),
+                Path(target).expanduser(),
+                strict=strict,
+                untie=untie,
+                progress=progress,
+            )
+        return _folded(plan, source, target, strict, written, time.perf_counter() - start)
+
+    stays = f"the shards that are finished stay beside {target}; run the same command to go on"
+    run(command, Options(as_json, debug, stays))
+
+
+@app.command("verify")
+def verify_command(
+    reference: Annotated[str, typer.Argument(metavar="A", help="The reference.")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="What should equal it.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file to read instead of the shipped one.", metavar="FILE"),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Measure whether B computes what A computes: exit code 0 if it does, 1 if it does not.
+
+    Each is a directory, a GGUF file or a hub id.
+    """
+
+    def command() -> Result:
+        import flashnorm
+        from flashnorm.cli.progress import steps_bar
+
+        words = None if text is None else _read(text)
+        with steps_bar(f"loading {reference}") as report:
+            found = flashnorm.verify(reference, candidate, text=words, progress=report)
+        return Result(found.to_json(), found, 0 if found.ok else 1)
+
+    run(command, Options(as_json, debug))
+
+
+@app.command("demo")
+def demo_command(
+    directory: Annotated[
+        Path, typer.Option(help="Where the checkpoints are written (1.1 GB).")
+    ] = Path("demo-output"),
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Fold a small real model and prove that nothing changed: about two minutes on a laptop."""
+
+    def command() -> Result:
+        from flashnorm.demo import run_demo
+
+        console = stderr_console() if as_json else stdout_console()
+        report = run_demo(directory, console=console)
+        return Result(report.to_json(), None, 0 if report.ok else 1)
+
+    run(command, Options(as_json, debug, f"{directory} keeps what is finished"))
+
+
+def _folded(plan: Plan, source: str, target: str, strict: bool, size: int, took: float) -> Result:
+    """What `fold` says when it is done. `size` in bytes, `took` in seconds."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from flashnorm.report import summary, totals
+
+    found = totals(plan)
+    data = {
+        "source": source,
+        "target": target,
+        "mode": "strict" if strict else "compat",
+        "norms": found.norms,
+        "folded": found.folded,
+        "bytes": size,
+        "seconds": round(took, 3),
+        "plan": plan.to_json(),
+    }
+    head = Text(f"{target} is written: {size / 1e6:,.1f} MB in {took:.1f} s", style="bold")
+    then = Text(f"prove it: flashnorm verify {shlex.quote(source)} {shlex.quote(target)}")
+    return Result(data, Group(head, summary(plan), then))
+
+
+def _read(file: Path) -> str:
+    from flashnorm.errors import FlashNormError
+
+    try:
+        return file.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashNormError(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app(prog_name="flashnorm")

@@ -1,0 +1,233 @@
+"""A plan as a person reads it: a table of norms, alike ones in one row, and what it comes to."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flashnorm.plan import Plan, Site
+
+COLOURS = {"folded": "green", "kept": "yellow", "none": "dim"}
+
+# A number that is a whole component of a module path: `blocks.12.norm`, or `0.norm`.
+_NUMBER = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.' ,;)]|$)|^\d+(?=\.\D)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sites that are alike but for the numbers in their paths. `into` are the consumers."""
+
+    path: str
+    count: int
+    kind: str
+    width: int
+    eps: float | None
+    gain: str
+    into: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a plan comes to. Elements are single numbers in gain vectors, shared ones once.
+
+    `kept` and `none` are the reasons of the norms that are not folded, each with its count.
+    """
+
+    norms: int
+    folded: int
+    elements: int
+    folded_elements: int
+    kept: tuple[tuple[str, int], ...]
+    none: tuple[tuple[str, int], ...]
+
+
+def rows(plan: Plan, *, every: bool = False) -> list[Row]:
+    """The rows of a plan in the order of execution; `every=True` gives each site its own."""
+    groups: dict[object, list[Site]] = defaultdict(list)
+    for place, site in enumerate(plan.sites):
+        groups[place if every else _likeness(site)].append(site)
+    return [_row(sites) for sites in groups.values()]
+
+
+def totals(plan: Plan) -> Totals:
+    """Count norms, gain elements and reasons."""
+    sizes: dict[str, dict[str, int]] = {"folded": {}, "kept": {}, "none": {}}
+    for site in plan.sites:
+        name = site.weight.parameter if site.weight else site.path
+        sizes[site.gain][name] = _elements(site)
+    folded = sum(sizes["folded"].values())
+    kept = sum(size for name, size in sizes["kept"].items() if name not in sizes["folded"])
+    return Totals(
+        norms=len(plan.sites),
+        folded=len(plan.folded),
+        elements=folded + kept,
+        folded_elements=folded,
+        kept=_reasons(plan, "kept"),
+        none=_reasons(plan, "none"),
+    )
+
+
+def show(plan: Plan, *, every: bool = False) -> RenderableType:
+    """The table of a plan and, below it, the summary."""
+    if not plan.sites:
+        return Group(Text("no normalization was found"), *_remarks(plan))
+    return Group(_table(rows(plan, every=every)), summary(plan))
+
+
+def summary(plan: Plan) -> RenderableType:
+    """What a plan comes to, one line each."""
+    found = totals(plan)
+    lines = [
+        Text(f"{found.folded} of {found.norms} norms fold ({_share(found.folded, found.norms)})"),
+        Text(
+            f"{found.folded_elements:,} of {found.elements:,} gain elements become one "
+            f"({_share(found.folded_elements, found.elements)})"
+        ),
+    ]
+    lines += [_labelled(f"{n} kept", reason, "yellow") for reason, n in found.kept]
+    lines += [_labelled(f"{n} without", reason, "dim") for reason, n in found.none]
+    return Group(*lines, *_remarks(plan))
+
+
+def _remarks(plan: Plan) -> list[Text]:
+    """What holds for the model as a whole."""
+    lines = [
+        _labelled("untied", f"{new} gets a copy of {old} of its own", "cyan")
+        for new, old in plan.untied
+    ]
+    lines += [_labelled("note", note, "cyan") for note in plan.notes]
+    if plan.unreached:
+        what = f"{len(plan.unreached)} parameters, the first is {plan.unreached[0]}"
+        lines.append(_labelled("not reached by the recorded passes", what, "yellow"))
+    return lines
+
+
+def _labelled(label: str, words: str, style: str) -> Text:
+    return Text.assemble((f"{label}: ", style), words)
+
+
+def _table(found: Sequence[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("norm", overflow="fold")
+    table.add_column("kind")
+    table.add_column("width", justify="right")
+    table.add_column("eps", justify="right")
+    table.add_column("gain")
+    table.add_column("goes into, or why not", overflow="fold")
+    for row in found:
+        path = row.path or "(the model itself)"
+        table.add_row(
+            Text(f"{path} ×{row.count}" if row.count > 1 else path),
+            row.kind,
+            str(row.width),
+            "–" if row.eps is None else f"{row.eps:.3g}",
+            Text(row.gain, style=COLOURS[row.gain.split()[0]]),
+            Text(row.reason or row.into),
+        )
+    return table
+
+
+def _row(sites: list[Site]) -> Row:
+    first = sites[0]
+    convention = " (1+w)" if first.weight and first.weight.offset == 1 else ""
+    return Row(
+        path=merged([site.path for site in sites]),
+        count=len(sites),
+        kind=first.kind,
+        width=first.width,
+        eps=first.eps,
+        gain=first.gain + (convention if first.gain != "none" else ""),
+        into=_into(sites),
+        reason=merged([site.reason for site in sites]),
+    )
+
+
+def _likeness(site: Site) -> object:
+    """Equal for sites that may share a row."""
+    weight = replace(site.weight, parameter="") if site.weight else None
+    readers = tuple(dict.fromkeys(_skeleton(c.parameter) for c in site.consumers))
+    texts = _skeleton(site.path), _skeleton(site.reason)
+    return site.kind, site.width, site.eps, site.gain, weight, readers, texts
+
+
+def _into(sites: list[Site]) -> str:
+    """The consumers, named from the block that they share with the norm, by parent module."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for site in sites:
+        for consumer in site.consumers:
+            name = _relative(consumer.parameter, site.path)
+            names[_skeleton(name)].append(name)
+    parents: dict[str, list[str]] = defaultdict(list)
+    for group in names.values():
+        parent, _, leaf = merged(group).rpartition(".")
+        parents[parent].append(leaf)
+    return ", ".join(
+        f"{parent}.{leaves[0]}" if parent and len(leaves) == 1 else _several(parent, leaves)
+        for parent, leaves in parents.items()
+    )
+
+
+def _several(parent: str, leaves: list[str]) -> str:
+    return f"{parent}: {' '.join(leaves)}" if parent else ", ".join(leaves)
+
+
+def _relative(parameter: str, path: str) -> str:
+    """`parameter` without the block that holds the norm too, and without a final `.weight`."""
+    parts, block = parameter.removesuffix(".weight").split("."), path.split(".")[:-1]
+    shared = 0
+    while shared < min(len(parts) - 1, len(block)) and parts[shared] == block[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
+def _reasons(plan: Plan, state: str) -> tuple[tuple[str, int], ...]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for site in plan.sites:
+        if site.gain == state:
+            groups[_skeleton(site.reason)].append(site.reason)
+    return tuple((merged(reasons), len(reasons)) for reasons in groups.values())
+
+
+def _elements(site: Site) -> int:
+    """The length of the gain: its readers say it, else it is taken to be the width."""
+    ends = [span.gain_start + span.length for c in site.consumers for span in c.spans]
+    return max(ends, default=site.width)
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Texts that differ in path numbers only, as one: `blocks.{0-3,7}.norm`."""
+    columns = [set(map(int, column)) for column in zip(*map(_NUMBER.findall, texts), strict=True)]
+    slots = iter(columns)
+
+    def fill(match: re.Match[str]) -> str:
+        values = next(slots)
+        return match[0] if len(values) == 1 else f"{{{ranges(values)}}}"
+
+    return _NUMBER.sub(fill, texts[0])
+
+
+def ranges(values: Iterable[int]) -> str:
+    """Whole numbers in short: 0, 1, 2, 5 as `0-2,5`."""
+    runs: list[tuple[int, int]] = []
+    for value in sorted(set(values)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], value)
+        else:
+            runs.append((value, value))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _skeleton(text: str) -> str:
+    return _NUMBER.sub("#", text)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
