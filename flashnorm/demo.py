@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.status import Status
 from rich.table import Table
 
 from flashnorm.errors import FlashNormError
@@ -62,8 +63,8 @@ def run_demo(
     _show_plan(console, plan)
     with _timed(console, times, "3/4  fold it: write a new checkpoint"):
         fold_checkpoint(original, folded, plan=plan)
-    with _timed(console, times, "4/4  verify: original against folded"):
-        report = verify(original, folded)
+    with _timed(console, times, "4/4  verify: original against folded") as status:
+        report = verify(original, folded, progress=lambda done, total, step: status.update(step))
     console.print(report)
     _show_texts(console, report)
     _summarize(console, plan, report, times, folded)
@@ -116,17 +117,17 @@ def _clear(folded: Path) -> None:
 
 
 @contextmanager
-def _timed(console: Console, times: dict[str, float], name: str) -> Iterator[None]:
+def _timed(console: Console, times: dict[str, float], name: str) -> Iterator[Status]:
     start = time.perf_counter()
-    with console.status(name):
-        yield
+    with console.status(name) as status:
+        yield status
     times[name] = time.perf_counter() - start
     console.print(f"[bold]{name}[/bold]  {times[name]:.1f} s")
 
 
 def _show_plan(console: Console, plan: Plan) -> None:
     """How many norms fold, and for each reason how many stay."""
-    console.print(f"     {len(plan.sites)} norms found, {len(plan.folded)} fold exactly")
+    console.print(f"     {len(plan.sites)} norms found; the gains of {len(plan.folded)} fold")
     reasons: dict[str, int] = {}
     for site in plan.sites:
         if site.gain == "kept":
@@ -152,7 +153,7 @@ def _summarize(
 ) -> None:
     table = Table(title="In short", show_header=False, width=min(console.width, 100))
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("norms without a gain now", f"{len(plan.folded)} of {len(plan.sites)}")
     table.add_row(
         "exactly the same function?",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.errors import FlashNormError
-from flashnorm.loading import load_model, load_tokenizer, quiet_transformers
+from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transformers
 from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
 from flashnorm.verification.bounds import Size, output_bound, width_of
@@ -76,6 +76,9 @@ def verify(
     """
     start = time.perf_counter()
     step = _stepper(progress)
+    for source in (reference, candidate):
+        if not isinstance(source, nn.Module):
+            locate(source)  # a misspelt candidate is found before the reference is measured
     with _opened(reference) as model:
         samples = _samples(reference, model, example_inputs, tokenizer, text, tokens, sample)
         half = _half_dtype(model)

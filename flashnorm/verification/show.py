@@ -35,8 +35,8 @@ def plain(report: Report) -> str:
 def _heading(report: Report) -> Text:
     text = Text(f"{report.reference}  against  {report.candidate}\n", style="bold")
     text.append(
-        f"{report.output} at {report.rows} positions of {report.inputs}; width {report.width}, "
-        f"depth {report.depth}, weights held in {report.stored}; {report.seconds:.0f} s",
+        f"{report.output} at {report.rows} positions of {report.inputs}, {report.seconds:.0f} s; "
+        f"width {report.width}, depth {report.depth}, {report.stored} weights",
         style="not bold dim",
     )
     return text
@@ -47,9 +47,9 @@ def _figures(report: Report) -> Table:
     for name in ("", "reference", "candidate", "difference", "bound"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     exact, bound = report.float64, report.float64_bound
-    table.add_row("float64, max|Δ|/max|y|", "0", "", f"{exact.max:.2e}", f"{bound:.2e}")
+    table.add_row("float64 error, max", "0", "", f"{exact.max:.2e}", f"{bound:.2e}")
     single, bound = report.float32, report.float32_bound
-    table.add_row("float32, max|Δ|/max|y|", "", "", f"{single.max:.2e}", f"{bound:.2e}")
+    table.add_row("float32 error, max", "", "", f"{single.max:.2e}", f"{bound:.2e}")
     _pair_rows(table, "float32", report.precise)
     _pair_rows(table, report.half_dtype, report.half)
     if report.kl is not None:
@@ -67,7 +67,7 @@ def _pair_rows(table: Table, dtype: str, pair: Pair) -> None:
     for name in ("max", "rms", "typical"):
         values = [f"{getattr(side, name):.2e}" for side in (pair.reference, pair.candidate)]
         ratio = f"× {pair.ratio:.3f}" if name == "typical" else ""
-        table.add_row(f"{dtype} from the truth, {name}", *values, ratio, "")
+        table.add_row(f"{dtype} to truth, {name}", *values, ratio, "")
 
 
 def _verdict(report: Report) -> Text:
