@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from flashnorm.plan import Plan, Site
 
 COLOURS = {"folded": "green", "kept": "yellow", "none": "dim"}
+OTHERS = 62  # columns that a norm's path leaves to the rest of its row
 
 # A number that is a whole component of a module path: `blocks.12.norm`, or `0.norm`.
 _NUMBER = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.' ,;)]|$)|^\d+(?=\.\D)")
@@ -79,7 +80,7 @@ def show(plan: Plan, *, every: bool = False) -> RenderableType:
     """The table of a plan and, below it, the summary."""
     if not plan.sites:
         return Group(Text("no normalization was found"), *_remarks(plan))
-    return Group(_table(rows(plan, every=every)), summary(plan))
+    return Group(_Fitted(rows(plan, every=every)), summary(plan))
 
 
 def summary(plan: Plan) -> RenderableType:
@@ -114,14 +115,25 @@ def _labelled(label: str, words: str, style: str) -> Text:
     return Text.assemble((f"{label}: ", style), words)
 
 
-def _table(found: Sequence[Row]) -> Table:
+@dataclass(frozen=True)
+class _Fitted:
+    """The table as wide as the console lets it be."""
+
+    rows: list[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _table(self.rows, options.max_width)
+
+
+def _table(found: Sequence[Row], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("norm", overflow="fold")
+    longest = max(len(row.path) + 5 for row in found)
+    table.add_column("norm", overflow="fold", min_width=min(longest, max(16, width - OTHERS)))
     table.add_column("kind")
     table.add_column("width", justify="right")
     table.add_column("eps", justify="right")
     table.add_column("gain")
-    table.add_column("goes into, or why not", overflow="fold")
+    table.add_column("goes into, or why not", overflow="fold", min_width=16)
     for row in found:
         path = row.path or "(the model itself)"
         table.add_row(
