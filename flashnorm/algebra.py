@@ -8,6 +8,7 @@ block by block, so that no second copy of a large weight is ever made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ def _magnitude(values: Tensor) -> Tensor:
     return values.detach().view(integer) & torch.iinfo(integer).max
 
 
+@lru_cache(maxsize=4096)
 def _bits(value: float, dtype: torch.dtype) -> int:
     return int(_magnitude(torch.tensor(value, dtype=dtype)))
 
@@ -110,8 +112,8 @@ def _safe_range(dtype: torch.dtype, gain: Tensor) -> tuple[int, int]:
     """Bits of the magnitudes between which no product with the gain, or with 1, leaves the normal
     range of `dtype`; a factor of two covers every rounding on the way."""
     info, magnitude = torch.finfo(dtype), gain.abs()
-    smallest = float(magnitude[magnitude > 0].min()) if bool(magnitude.any()) else 1.0
-    largest = float(magnitude.max()) if magnitude.numel() else 1.0
+    smallest = float(torch.where(magnitude > 0, magnitude, 1.0).amin()) if gain.numel() else 1.0
+    largest = float(magnitude.amax()) if gain.numel() else 1.0
     low, high = 2 * info.tiny / min(1.0, smallest), info.max / max(1.0, largest) / 2
     return _bits(low, dtype), _bits(high, dtype)
 

@@ -81,7 +81,7 @@ def _fold(
     check_not_folded(config)
     check_not_quantized(config)
     source = open_source(path)
-    plan = plan or _inspect(path, untie)
+    plan = _inspect(path, untie) if plan is None else plan
     layout = plan_layout(source, plan, strict=strict)
     check_twins(source, layout)
     gains = load_gains(source, layout)

@@ -58,6 +58,12 @@ def _kernel_copy(reader: int, writer: int, start: int, length: int, target: int)
         raise
 
 
+def expect_sequential(reader: int) -> None:
+    """Tell the system that the file will be read once from front to back."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(reader, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
 def start_writeback(writer: int, start: int, length: int) -> None:
     """Ask the system to begin writing these bytes to disk, so that the last sync is short.
 

@@ -17,7 +17,13 @@ from flashnorm import algebra
 from flashnorm.checkpoint.blocks import Block, Gains, shard_blocks
 from flashnorm.checkpoint.header import FLOAT_DTYPES
 from flashnorm.checkpoint.layout import Layout, Shard
-from flashnorm.checkpoint.rawio import COPY_BYTES, read_exact, start_writeback, write_exact
+from flashnorm.checkpoint.rawio import (
+    COPY_BYTES,
+    expect_sequential,
+    read_exact,
+    start_writeback,
+    write_exact,
+)
 from flashnorm.checkpoint.source import Place, Source
 from flashnorm.errors import CheckpointError
 
@@ -54,6 +60,7 @@ def write_shard(source: Path, target: Path, shard: Shard, gains: Gains, report: 
     """
     with open(source, "rb") as reader, open(target, "wb", buffering=0) as writer:
         descriptors = reader.fileno(), writer.fileno()
+        expect_sequential(descriptors[0])
         write_exact(descriptors[1], memoryview(shard.header.raw), 0)
         report(len(shard.header.raw))
         lost, flushed = 0, 0

@@ -89,8 +89,9 @@ def gguf_model():
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_gguf(tmp_path, gguf_model):
+def test_a_real_gguf(tmp_path, gguf_model):
     before = gguf_model.stat()
     plan = llama_plan(30, hidden=576, head=False)
     fold_checkpoint(gguf_model, tmp_path / "dst", plan=plan)
@@ -114,6 +115,84 @@ def test_gguf(tmp_path, gguf_model):
     wanted, found = (model(torch.tensor(tokens[:1])).logits for model in (original, folded))
     assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-4  # fp32, 30 layers
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+def write_gguf(file):
+    """A tiny Llama in GGUF, its matrices in Q8_0 and its gains in float32."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(128)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in tiny_llama().float().state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor.numpy())
+            continue
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("named", ["file", "directory"])
+@torch.no_grad()
+def test_gguf(tmp_path, named):
+    (tmp_path / "src").mkdir()
+    file = tmp_path / "src" / "tiny.gguf"
+    write_gguf(file)
+    before = snapshot(file.parent)
+    src = file if named == "file" else file.parent
+    fold_checkpoint(src, tmp_path / "dst", plan=llama_plan(LAYERS, hidden=HIDDEN))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
+    assert snapshot(file.parent) == before
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["flashnorm"]["source"] == "tiny.gguf"
+    assert "quantization_config" not in config
+    original = transformers.LlamaForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    wanted = original.double()(torch.arange(40).view(2, 20) * 3).logits
+    found, _ = logits(tmp_path / "dst")
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5  # weights in fp32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("untie", [False, True])
+@torch.no_grad()
+def test_the_plan_is_made_where_none_is_given(tmp_path, tied, untie):
+    tiny_llama(tied).save_pretrained(tmp_path / "src", max_shard_size="100KB")
+    plan = fold_checkpoint(tmp_path / "src", tmp_path / "dst", untie=untie)
+    assert len(plan.gains()) == 2 * LAYERS + (not tied or untie)
+    assert plan.untied == ((("lm_head.weight", "model.embed_tokens.weight"),) * (tied and untie))
+    wanted, _ = logits(tmp_path / "src")
+    found, info = logits(tmp_path / "dst")
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-6
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
 
 
 def test_an_invalid_gguf(tmp_path):
