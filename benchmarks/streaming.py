@@ -92,13 +92,15 @@ def llama_plan(layers: int) -> Plan:
     return Plan((*sites, site("model.norm", ["lm_head"])))
 
 
+def raw_bytes(values: torch.Tensor) -> bytes:
+    return values.bfloat16().view(torch.uint8).numpy().tobytes()
+
+
 def make_checkpoint(path: Path, layers: int) -> None:
     """Shards of about `SHARD_BYTES`; each tensor starts somewhere else in one block of noise."""
     path.mkdir()
     rng = torch.Generator().manual_seed(0)
-    noise = (
-        (0.02 * torch.randn(1 << 24, generator=rng)).bfloat16().view(torch.uint8).numpy().tobytes()
-    )
+    noise = raw_bytes(0.02 * torch.randn(1 << 24, generator=rng))
     parts: list[list[Entry]] = [[]]
     size = 0
     for name, shape in shapes(layers).items():
@@ -115,7 +117,7 @@ def make_checkpoint(path: Path, layers: int) -> None:
             for entry in entries:
                 if len(entry.shape) == 1:
                     gain = 1 + 0.3 * torch.randn(entry.shape, generator=rng)
-                    file.write(gain.bfloat16().view(torch.uint8).numpy().tobytes())
+                    file.write(raw_bytes(gain))
                     continue
                 start, left = 2 * int(torch.randint(1 << 20, (1,), generator=rng)), entry.nbytes
                 while left:

@@ -64,7 +64,7 @@ def fold_checkpoint(
     check_target(source, target)
     if file := gguf_file(source):
         with dequantized(file, target) as directory:
-            return _fold(directory, target, source.name, plan, strict, untie, progress)
+            return _fold(directory, target, file.name, plan, strict, untie, progress)
     return _fold(source, target, source.name, plan, strict, untie, progress)
 
 
