@@ -128,12 +128,12 @@ class _Fitted:
 def _table(found: Sequence[Row], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     longest = max(len(row.path) + 5 for row in found)
-    table.add_column("norm", overflow="fold", min_width=min(longest, max(16, width - OTHERS)))
+    table.add_column("norm", overflow="fold", width=min(longest, max(16, width - OTHERS)))
     table.add_column("kind")
     table.add_column("width", justify="right")
     table.add_column("eps", justify="right")
     table.add_column("gain")
-    table.add_column("goes into, or why not", overflow="fold", min_width=16)
+    table.add_column("goes into, or why not", overflow="fold")
     for row in found:
         path = row.path or "(the model itself)"
         table.add_row(
