@@ -135,9 +135,8 @@ def _table(found: Sequence[Row], width: int) -> Table:
     table.add_column("gain")
     table.add_column("goes into, or why not", overflow="fold")
     for row in found:
-        path = row.path or "(the model itself)"
         table.add_row(
-            Text(f"{path} ×{row.count}" if row.count > 1 else path),
+            Text(f"{row.path} ×{row.count}" if row.count > 1 else row.path),
             row.kind,
             str(row.width),
             "–" if row.eps is None else f"{row.eps:.3g}",
@@ -151,7 +150,7 @@ def _row(sites: list[Site]) -> Row:
     first = sites[0]
     convention = " (1+w)" if first.weight and first.weight.offset == 1 else ""
     return Row(
-        path=merged([site.path for site in sites]),
+        path=merged([site.path for site in sites]) or "(the model itself)",
         count=len(sites),
         kind=first.kind,
         width=first.width,

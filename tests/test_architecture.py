@@ -1,0 +1,201 @@
+"""The shape of the package: imports go one way, files stay small, no model is known by name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashnorm
+
+PACKAGE = Path(flashnorm.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import what stands before it, and its own layer. An entry is a module or a package;
+# the longest that fits counts, so that the entry of a package may stand after its parts.
+ORDER = [
+    "flashnorm",  # the names of __init__ only: the functions behind them are layers of their own
+    "flashnorm.errors",
+    "flashnorm.plan",
+    "flashnorm.algebra",
+    "flashnorm.marker",
+    "flashnorm.graph",
+    "flashnorm.planner",
+    "flashnorm.loading",
+    "flashnorm.checkpoint.*",
+    "flashnorm.origin",
+    "flashnorm.inspection",
+    "flashnorm.rewrite",
+    "flashnorm.checkpoint.fold",
+    "flashnorm.checkpoint",  # __init__, which shows the entry
+    "flashnorm.verification",
+    "flashnorm.report",
+    "flashnorm.demo",
+    "flashnorm.cli",
+    "flashnorm.__main__",
+]
+
+NAMES = re.compile(
+    r"\b(?:[qkvo]|qkv|gate|up|down|gate_up|in|out)_proj\b"
+    r"|\bc_(?:attn|proj|fc)\b|\blm_head\b|\bembed_tokens\b|\bwte\b|\bln_(?:f|\d)\b"
+    r"|\w*_layernorm\b|\bself_attn\b"
+    r"|\b(?!Flash)[A-Z]\w+RMSNorm\b|\b(?:Llama|Mistral|Gemma|Qwen|Mixtral|Phi|OPT|Falcon|GPT)\w+\b"
+    r"|\bmodel_type\s*(?:==|!=|in\s*[\[({])"
+)
+# Operations of torch that look like the name of a layer.
+OPERATIONS = {"native_layernorm"}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file) for file in FILES}
+
+
+def layer(module: str) -> int:
+    """The place of a module in ORDER."""
+    if module in ORDER:
+        return ORDER.index(module)
+    parents = module.split(".")
+    for length in range(len(parents) - 1, 1, -1):
+        parent = ".".join(parents[:length])
+        for entry in (f"{parent}.*", parent):
+            if entry in ORDER:
+                return ORDER.index(entry)
+    raise AssertionError(f"{module} has no place in ORDER: say which modules it may import")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module of the package that a file imports, in functions and for types too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.split(".")[0] == "flashnorm"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the direction"
+            if node.module and node.module.split(".")[0] == "flashnorm":
+                found |= {target(node.module, name.name) for name in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "flashnorm":
+            found |= {flashnorm._LAZY[node.attr]} if node.attr in flashnorm._LAZY else set()
+    return found
+
+
+def target(module: str, name: str) -> str:
+    """What `from module import name` imports."""
+    if module == "flashnorm" and name in flashnorm._LAZY:
+        return flashnorm._LAZY[name]
+    full = f"{module}.{name}"
+    return full if full in MODULES else module
+
+
+def violations(module: str, source: str) -> list[str]:
+    own = layer(module)
+    return [
+        f"{module} imports {name}, which comes after it"
+        for name in sorted(imported(ast.parse(source)))
+        if layer(name) > own
+    ]
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=module_name
+)
+def test_imports_go_one_way(file):
+    assert violations(module_name(file), file.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f():\n    from flashnorm.report import show",
+        "import flashnorm\nflashnorm.verify",
+        "from flashnorm import inspect",
+        "import flashnorm.cli.app",
+        "from flashnorm import planner",
+    ],
+)
+def test_an_import_against_the_direction_is_seen(source):
+    assert violations("flashnorm.graph.flow", source)
+    assert not violations("flashnorm.cli.app", source)
+
+
+def test_every_layer_exists():
+    assert {entry.removesuffix(".*") for entry in ORDER} <= MODULES
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_files_stay_small(file):
+    assert len(file.read_text("utf-8").splitlines()) <= 400
+
+
+def known_names(source: str) -> list[str]:
+    return [name for name in NAMES.findall(source) if name not in OPERATIONS]
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_no_model_is_known_by_name(file):
+    assert known_names(file.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'name.endswith("q_proj.weight")',
+        "layer.input_layernorm",
+        "isinstance(module, LlamaRMSNorm)",
+        'if config.model_type == "gemma2":',
+        'if model_type in ("llama", "mistral"):',
+        "transformers.LlamaForCausalLM",
+        "model.lm_head",
+    ],
+)
+def test_a_known_name_is_seen(source):
+    assert known_names(source)
+
+
+def test_version_is_said_once_more_in_pyproject():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == flashnorm.__version__
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "rich")
+
+
+@pytest.mark.parametrize("module", ["flashnorm", "flashnorm.cli"])
+def test_importing_loads_nothing_heavy(module):
+    heavy = HEAVY if module == "flashnorm" else HEAVY[:-1]
+    loaded = python(f"import sys, {module}; print(*sorted(sys.modules))").split()
+    assert set(loaded) & set(heavy) == set()
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['flashnorm', 'fold', '--help']\n"
+        "from flashnorm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print('\\nMODULES', *sys.modules)"
+    )
+    assert set(python(code).rpartition("MODULES")[2].split()) & set(HEAVY[:-1]) == set()
+
+
+def test_importing_is_fast():
+    """Under 150 ms more than torch alone; the best of several, because other work delays some."""
+    code = (
+        "import time, torch; start = time.perf_counter(); import flashnorm; "
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(python(code)) for _ in range(3)) < 0.150
