@@ -13,8 +13,8 @@ from flashnorm.errors import CheckpointError, FlashNormError, FoldError, Quantiz
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 
 if TYPE_CHECKING:
-    from flashnorm.inspection import inspect as inspect
     from flashnorm.checkpoint import fold_checkpoint as fold_checkpoint
+    from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import unfold_ as unfold_
     from flashnorm.verification import verify as verify

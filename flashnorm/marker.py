@@ -1,5 +1,4 @@
-"""The marker that a folded model carries in its config, so that it is never folded twice unnoticed.
-"""
+"""The marker in the config of a folded model, so that it is never folded twice unnoticed."""
 
 from __future__ import annotations
 

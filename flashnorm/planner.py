@@ -6,7 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from flashnorm.graph.absorb import absorb
-from flashnorm.graph.flow import Flow, GainUse, follow
+from flashnorm.graph.flow import Flow, GainUse
+from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
 from flashnorm.graph.nouns import Graph
 from flashnorm.graph.sites import Visit
@@ -35,7 +36,18 @@ def make_plan(graph: Graph, *, untie: bool = False) -> Plan:
     consumers, untied = absorb(flow, untie)
     rows = _rows(flow)
     sites = tuple(_site(flow, row, conventions, consumers) for row in rows)
-    return Plan(sites, untied=untied, unreached=unreached, notes=tuple(graph.notes))
+    notes = (*graph.notes, *_final_note(sites))
+    return Plan(sites, untied=untied, unreached=unreached, notes=notes)
+
+
+def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:
+    """The output of the last norm is an interface: callers may ask for it by name."""
+    if not sites or sites[-1].gain != "folded":
+        return ()
+    return (
+        f"hidden states taken after {sites[-1].path or 'the last norm'} come without its gain, "
+        "which is in its readers",
+    )
 
 
 def _conventions(flow: Flow) -> dict[str, Gain]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from flashnorm.graph.absorb import absorb
-from flashnorm.graph.flow import follow
+from flashnorm.graph.follow import follow
 from flashnorm.inspection import record
 from flashnorm.plan import Gain, Plan, Site
 from flashnorm.planner import make_plan

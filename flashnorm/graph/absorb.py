@@ -26,7 +26,9 @@ class Column:
     node: str
 
 
-def absorb(flow: Flow, untie: bool) -> tuple[dict[str, list[Consumer]], tuple[tuple[str, str], ...]]:
+def absorb(
+    flow: Flow, untie: bool
+) -> tuple[dict[str, list[Consumer]], tuple[tuple[str, str], ...]]:
     """The consumers of every gain parameter, and the tied parameters that need a copy.
 
     Refuses, in `flow.refused`, every gain that some reading of a consumer does not allow.
@@ -51,11 +53,15 @@ def _is_tied(flow: Flow, name: str) -> bool:
 
 def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
     """Uses by parameter; with `untie`, by the one of its names that the reading module owns."""
+    as_gains = defaultdict(list)
+    for gain in flow.gains:
+        as_gains[gain.parameter].append(Use(gain.visit.node, other=True))
+    uses = {name: found + as_gains[name] for name, found in flow.uses.items()}
     if not untie:
-        return dict(flow.uses)
+        return uses
     split: dict[str, list[Use]] = defaultdict(list)
-    for name, uses in flow.uses.items():
-        for use in uses:
+    for name, found in uses.items():
+        for use in found:
             owned = [a for a in flow.graph.aliases[name] if a.rpartition(".")[0] == use.node.path]
             split[owned[0] if owned else name].append(use)
     return split
@@ -76,8 +82,11 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
         _read(flow, name, column, use)
     dtype = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].dtype
     if dtype not in _FOLDABLE:
-        flow.refuse(column.labels, f"its reader {name} is quantized ({dtype}): a gain per input "
-                                   "channel does not fit its scales; fold before quantizing")
+        flow.refuse(
+            column.labels,
+            f"its reader {name} is quantized ({dtype}): a gain per input "
+            "channel does not fit its scales; fold before quantizing",
+        )
     return column
 
 
@@ -113,15 +122,19 @@ def _refuse_all(flow: Flow, first: Tensor, second: Tensor | None, reason: str) -
 def _other_reason(flow: Flow, name: str, use: Use) -> str:
     names = flow.graph.aliases[_first_name(flow, name)]
     if len(names) > 1 or use.node.op == "embedding":
-        return (f"its reader {names[-1]} is tied to {names[0]}, which is also read by "
-                f"{use.node.where}; untie it (--untie) to fold")
+        return (
+            f"its reader {names[-1]} is tied to {names[0]}, which is also read by "
+            f"{use.node.where}; untie it (--untie) to fold"
+        )
     return f"its reader {name} is also read by {use.node.where}"
 
 
 def _clash_reason(flow: Flow, name: str, column: Column, use: Use) -> str:
     if use.labels is None or not flow.gains_in(column.labels):
-        return (f"its reader {name} also multiplies a value that is not this norm's output "
-                f"({use.node.where if use.labels is None else column.node})")
+        return (
+            f"its reader {name} also multiplies a value that is not this norm's output "
+            f"({use.node.where if use.labels is None else column.node})"
+        )
     gains = sorted({*flow.gains_in(column.labels), *flow.gains_in(use.labels)})
     return f"its reader {name} is read by several norms: {', '.join(gains)} ({use.node.where})"
 

@@ -1,10 +1,10 @@
 """Labels: which element of which gain every element of a tensor carries as a factor.
 
-A label tensor has the shape of the value it describes. NONE means no gain, FREE that the element is
-zero and so carries any gain; a positive number names one gain element. Labels that do not vary along
-an axis have stride 0 there, so most of them cost nothing, and the model's own view operations run on
-them unchanged: a chunk, a transpose or a concatenation of features moves the labels as it moves the
-numbers.
+A label tensor has the shape of the value it describes. NONE means no gain, FREE that the element
+is zero and so carries any gain; a positive number names one gain element. Labels that do not vary
+along an axis have stride 0 there, so most of them cost nothing, and the model's own view operations
+run on them unchanged: a chunk, a transpose or a concatenation of features moves the labels as it
+moves the numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def unify(first: Tensor, second: Tensor) -> Tensor:
         return first
     if bool(((first != second) & (first != FREE) & (second != FREE)).any()):
         raise Conflict
-    return first if bool((without_repeats(first) != FREE).all()) else torch.where(first == FREE, second, first)
+    return (
+        first
+        if bool((without_repeats(first) != FREE).all())
+        else torch.where(first == FREE, second, first)
+    )
 
 
 def along(label: Tensor, dim: int) -> Tensor:

@@ -23,9 +23,29 @@ SAME, SCALED, POINTWISE = range(3)
 
 _CASTS = frozenset({"_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh"})
 _VIEWS = frozenset(
-    {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze",
-     "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "expand", "movedim",
-     "narrow", "flatten", "unflatten", "repeat", "flip"}
+    {
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "t",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "expand",
+        "movedim",
+        "narrow",
+        "flatten",
+        "unflatten",
+        "repeat",
+        "flip",
+    }
 )
 _POINTWISE = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "exp", "abs", "softplus"})
 # Above this many elements a coordinate is given up rather than written out.
@@ -67,8 +87,7 @@ class ParamView:
 
 
 def derive(graph: Graph, node: Node, views: dict[int, ParamView]) -> list[ParamView] | None:
-    """The views that `node` makes out of a view, one per output; None if it makes something else.
-    """
+    """The views that `node` makes of a view, one per output; None if it makes something else."""
     inputs = [i for i in node.inputs if i in views]
     if len(set(inputs)) != 1 or node.args == () or not isinstance(node.args[0], Ref):
         return None
@@ -136,10 +155,12 @@ def picked_axis(graph: Graph, node: Node) -> tuple[int, tuple[int, ...]] | None:
     if len(used) != 1:
         return None
     axis, index = used[0]
-    if graph.values[index.value].dtype in (torch.bool, torch.uint8):
-        mask_axes = len(graph.values[index.value].shape)
-        return (axis, graph.values[node.outputs[0]].shape[axis : axis + 1]) if mask_axes == 1 else None
-    return axis, graph.values[index.value].shape
+    chosen = graph.values[index.value]
+    if chosen.dtype not in (torch.bool, torch.uint8):
+        return axis, chosen.shape
+    if len(chosen.shape) != 1:
+        return None
+    return axis, graph.values[node.outputs[0]].shape[axis : axis + 1]
 
 
 def _pointwise(graph: Graph, node: Node, view: ParamView) -> list[ParamView] | None:
@@ -150,5 +171,3 @@ def _pointwise(graph: Graph, node: Node, view: ParamView) -> list[ParamView] | N
     linear = node.op in ("mul", "div", "neg") and view.relation != POINTWISE
     relation = max(view.relation, SCALED) if linear else POINTWISE
     return [replace(view, relation=relation)]
-
-

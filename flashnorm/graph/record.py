@@ -37,7 +37,7 @@ class Geometry:
 
     @staticmethod
     def of(tensor: Tensor) -> Geometry:
-        return Geometry(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Geometry(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 class Recorder(TorchDispatchMode):
@@ -94,7 +94,13 @@ class Recorder(TorchDispatchMode):
         path, call = self._stack[-1]
         self.graph.nodes.append(
             Node(
-                _base_name(func), func, recorded_args, recorded_kwargs, outputs, path, call,
+                _base_name(func),
+                func,
+                recorded_args,
+                recorded_kwargs,
+                outputs,
+                path,
+                call,
                 _source(sys._getframe(1)),
             )
         )
@@ -158,15 +164,14 @@ class Recorder(TorchDispatchMode):
                 continue
             self._write_alias(other, value, old, written)
 
-    def _write_alias(
-        self, other: Tensor, value: int, old: int, written: Geometry | None
-    ) -> None:
+    def _write_alias(self, other: Tensor, value: int, old: int, written: Geometry | None) -> None:
         path, call = self._stack[-1]
         index = len(self.graph.nodes)
         fresh = self._new_value(other, "computed", index)
         args = (Ref(self._ids[id(other)]), Ref(value), Geometry.of(other), written)
-        node = Node(ALIAS_WRITE, _cannot_run, args, {}, (fresh,), path, call,
-                    _source(sys._getframe(3)))
+        node = Node(
+            ALIAS_WRITE, _cannot_run, args, {}, (fresh,), path, call, _source(sys._getframe(3))
+        )
         self.graph.nodes.append(node)
         self._ids[id(other)] = fresh
 
@@ -177,6 +182,8 @@ def _cannot_run(*_: Any) -> Any:
 
 def _base_name(func: Any) -> str:
     name = func._schema.name.split("::")[-1]
+    if name == "view" and func._schema.overload_name == "dtype":
+        return "view_as_dtype"  # reinterprets the bits, moves no element
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 

@@ -16,8 +16,20 @@ from flashnorm.plan import Kind
 
 # Operations through which a value stays itself: its elements keep their values and order.
 SAME = frozenset(
-    {"_to_copy", "view", "_unsafe_view", "reshape", "clone", "detach", "alias", "expand",
-     "contiguous", "unsqueeze", "squeeze", "lift_fresh"}
+    {
+        "_to_copy",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "clone",
+        "detach",
+        "alias",
+        "expand",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "lift_fresh",
+    }
 )
 _MAX_DEPTH = 24
 
@@ -81,20 +93,19 @@ def _quotient(graph: Graph, node: Node) -> Visit | None:
     return _scaled_by_itself(graph, node, *operands, 1.0) if operands else None
 
 
-def _scaled_by_itself(
-    graph: Graph, node: Node, x: int, factor: int, degree: float
-) -> Visit | None:
+def _scaled_by_itself(graph: Graph, node: Node, x: int, factor: int, degree: float) -> Visit | None:
     if prod(graph.values[factor].shape) >= prod(graph.values[x].shape):
         return None
     statistic = _statistic(graph, factor, _MAX_DEPTH)
     if statistic is None or statistic.degree != degree:
         return None
-    centre = _centre(graph, x)
-    source = same_as(graph, statistic.source)
-    if statistic.centred:
-        matches = centre is not None and same_as(graph, centre) == source
+    centre, source = _centre(graph, x), statistic.source
+    reference = source if statistic.centred else _centre(graph, source)
+    if reference is not None:
+        # The same difference may be computed twice: once to be squared, once to be scaled.
+        matches = centre is not None and same_as(graph, centre) == same_as(graph, reference)
     else:
-        matches = same_as(graph, x) == source
+        matches = same_as(graph, x) == same_as(graph, source)
     if not matches:
         return None
     kind: Kind = "rms" if centre is None else "layer"
@@ -236,8 +247,15 @@ def _fused_rms(graph: Graph, node: Node) -> Visit:
 def _fused(kind: Kind, graph: Graph, node: Node) -> Visit:
     named = node.bound
     width = prod(named["normalized_shape"])
-    return Visit(kind, width, named["eps"], node, node.outputs[0],
-                 _ref(named.get("weight")), _ref(named.get("bias")))
+    return Visit(
+        kind,
+        width,
+        named["eps"],
+        node,
+        node.outputs[0],
+        _ref(named.get("weight")),
+        _ref(named.get("bias")),
+    )
 
 
 def _ref(item: Any) -> int | None:

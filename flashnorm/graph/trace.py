@@ -7,11 +7,10 @@ The model is left exactly as it was found.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +80,7 @@ def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fak
     return recorder.graph
 
 
-def _trace_decode(
-    model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder
-) -> None:
+def _trace_decode(model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder) -> None:
     failure: Exception | None = None
     for step in steps:
         try:
@@ -112,9 +109,7 @@ def _fake_mode(model: nn.Module) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _declare_parameters(
-    model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None
-) -> None:
+def _declare_parameters(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None) -> None:
     """Enter every parameter into the graph; put fakes (or copies of buffers) into the model."""
     graph = recorder.graph
     first: dict[int, str] = {}
@@ -125,16 +120,15 @@ def _declare_parameters(
             continue
         graph.aliases[name] = (name,)
         graph.parameters[name] = recorder.add(parameter, "parameter", name)
-    swapped: dict[int, Tensor] = {}
+    stand_ins: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or mode is None:
+        for key, held in module._parameters.items():
+            if held is None or mode is None:
                 continue
-            if id(parameter) not in swapped:
-                fake = _as_fake(parameter, mode)
-                recorder.alias(fake, recorder.value_of(parameter))
-                swapped[id(parameter)] = fake
-            module._parameters[key] = swapped[id(parameter)]  # type: ignore[assignment]
+            if id(held) not in stand_ins:
+                stand_ins[id(held)] = cast(nn.Parameter, _as_fake(held, mode))
+                recorder.alias(stand_ins[id(held)], recorder.value_of(held))
+            module._parameters[key] = stand_ins[id(held)]
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.clone() if mode is None else _as_fake(buffer, mode)
@@ -165,19 +159,21 @@ def _declare_inputs(
     return tuple(declare(item) for item in inputs)
 
 
-def _mark_outputs(output: Any, recorder: Recorder) -> None:
-    """What the caller sees: tensors in containers; caches and other objects are internal state."""
+def _mark_outputs(output: Any, recorder: Recorder, depth: int = 6) -> None:
+    """What the caller gets: every tensor that can be reached from the output, caches included."""
+    if depth == 0 or isinstance(output, (str, bytes, type, nn.Module)):
+        return
     if isinstance(output, Tensor):
         recorder.graph.outputs.add(recorder.value_of(output))
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            _mark_outputs(item, recorder)
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            _mark_outputs(item, recorder)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for part in dataclasses.fields(output):
-            _mark_outputs(getattr(output, part.name), recorder)
+        return
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    elif isinstance(output, (tuple, list, set)):
+        parts = output
+    else:
+        parts = vars(output).values() if hasattr(output, "__dict__") else ()
+    for part in parts:
+        _mark_outputs(part, recorder, depth - 1)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import flashnorm
 from flashnorm.plan import Plan
 from flashnorm.verification.precision import float64_truth
+from tests.forcing import force_
 
 from .build import tiny_inputs, tiny_model
 
@@ -38,15 +40,17 @@ def fold_outcome(name: str, *, with_inputs: bool, seed: int = 0) -> Outcome:
 
 
 def _doubled(inputs: dict) -> dict:
-    return {
-        key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-        for key, value in inputs.items()
-    }
+    def double(tensor):
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    return tree_map_only(torch.Tensor, double, inputs)
 
 
 def _logits(model, inputs):
+    # Copies, because some models keep state from one call to the next.
+    model, inputs = copy.deepcopy(model), copy.deepcopy(inputs)
     with torch.no_grad(), float64_truth():
-        return copy.deepcopy(model)(**copy.deepcopy(inputs)).logits
+        return model(**inputs).logits
 
 
 def _nudged(model):
@@ -61,3 +65,21 @@ def _nudged(model):
 
 def _relative(found, expected) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def needed_refusals(name: str, seed: int = 0) -> dict[str, bool]:
+    """For every refused gain whether folding it all the same changes the logits.
+
+    Each is folded into whatever contracts with it, alone, on a model of its own.
+    """
+    model = tiny_model(name, seed).double()
+    inputs = _doubled(tiny_inputs(model))
+    before = _logits(model, inputs)
+    plan = flashnorm.inspect(model, copy.deepcopy(inputs))
+    kept = dict.fromkeys(s.weight.parameter for s in plan.sites if s.gain == "kept" and s.weight)
+    needed = {}
+    for gain in kept:
+        forced = copy.deepcopy(model)
+        force_(forced, copy.deepcopy(inputs), [gain])
+        needed[gain] = not _relative(_logits(forced, inputs), before) < 1e-9
+    return needed
