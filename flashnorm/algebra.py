@@ -124,7 +124,7 @@ def _stays_normal(block: Tensor, low: int, high: int) -> bool:
     if int(bits.amax()) > high:
         return False
     tiny = _bits(torch.finfo(block.dtype).tiny, block.dtype)
-    pass
+    bits -= tiny
     bits &= torch.iinfo(bits.dtype).max  # what lies below tiny wraps to the top
     return int(bits.amin()) >= low - tiny
 

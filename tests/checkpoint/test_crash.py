@@ -175,7 +175,7 @@ def test_another_fold_starts_over(tmp_path, src, change):
     kill_in_the_third_shard(copy, dst)
     options = {"plan": PLAN, "strict": change == "mode"}
     if change == "plan":
-        options["plan"] = type(PLAN)(PLAN.sites[:-3])
+        options["plan"] = type(PLAN)(PLAN.sites[3:])
     if change == "source":
         tensors = llama_tensors(LAYERS, hidden=HIDDEN, inner=1376, vocab=1024, seed=1)
         shutil.rmtree(copy)
