@@ -43,7 +43,7 @@ class Pair:
 class Greedy:
     """The tokens that both models write. `margin` is the reference's logit gap at `divergence`.
 
-    A margin within `tolerance` is a tie that rounding alone may turn.
+    A margin within `tolerance` is a tie: the float32 difference of the models may turn it.
     """
 
     reference: tuple[int, ...]
@@ -186,7 +186,7 @@ def _greedy_words(greedy: Greedy) -> str:
     margin = "unknown" if greedy.margin is None else f"{greedy.margin:.2e}"
     return (
         f"differ from token {greedy.divergence} on, where the reference's margin is {margin} "
-        f"({'a tie' if greedy.ok else 'no tie'}: rounding explains {greedy.tolerance:.2e})"
+        f"({'a tie' if greedy.ok else 'no tie'} within {greedy.tolerance:.2e})"
     )
 
 

@@ -63,7 +63,8 @@ def verify(
     - in float64, casts included, max|Δ| / max|y| is within `bounds.output_bound`;
     - in half precision (the reference's own, else bfloat16) the candidate's error against that
       float64 truth is at most `bounds.HALF_RATIO` times the reference's own;
-    - the greedy tokens are equal, or part at a tie that rounding explains.
+    - the greedy tokens are equal, or part where the reference's margin is smaller than the float32
+      difference of the two models (and than what its bound allows).
 
     text: what is read, default a shipped public-domain text; tokens: how many of its tokens carry
     the perplexity (float32); sample: how many are compared in full. tokenizer: default the
@@ -129,6 +130,10 @@ def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtyp
     _check_shapes(first, second)
     size = Size(first.size.width, first.size.depth, second.size.stored)
     logits = first.output == "logits"
+    single, bound = (
+        measure.deviation(second.single, first.single),
+        output_bound(size, torch.float32),
+    )
     return Report(
         reference=first.name,
         candidate=second.name,
@@ -140,14 +145,14 @@ def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtyp
         stored=_dtype_name(size.stored),
         float64=measure.deviation(second.truth, first.truth),
         float64_bound=output_bound(size, torch.float64),
-        float32=measure.deviation(second.single, first.single),
-        float32_bound=output_bound(size, torch.float32),
+        float32=single,
+        float32_bound=bound,
         precise=_pair(first.single, second.single, first.truth),
         half_dtype=_dtype_name(half),
         half=_pair(first.half, second.half, first.truth),
         kl=measure.divergence(first.truth, second.truth) if logits else None,
         perplexity=_perplexity(first.reading, second.reading),
-        greedy=_greedy(first.writing, second.writing, size, samples),
+        greedy=_greedy(first.writing, second.writing, min(single.max, bound), samples),
         layers=(),
         notes=_notes(first, second, samples),
         seconds=0.0,
@@ -166,14 +171,14 @@ def _perplexity(a: measure.Reading | None, b: measure.Reading | None) -> Perplex
 
 
 def _greedy(
-    a: measure.Writing | None, b: measure.Writing | None, size: Size, samples: Samples
+    a: measure.Writing | None, b: measure.Writing | None, error: float, samples: Samples
 ) -> Greedy | None:
-    """Two logits may each move by the float32 bound: a smaller margin between them is a tie."""
+    """Two logits that may each move by `error`, relative to the largest, make a tie within 2."""
     if a is None or b is None or samples.ids is None:
         return None
     index = measure.first_difference(a.ids, b.ids)
     logits = a.logits[index if index is not None else slice(None)].double()
-    tolerance = 2 * output_bound(size, torch.float32) * float(logits.abs().max())
+    tolerance = 2 * error * float(logits.abs().max())
     margin = None
     if index is not None and index < min(len(a.ids), len(b.ids)):
         margin = float(logits[a.ids[index]] - logits[b.ids[index]])

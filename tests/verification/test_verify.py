@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from flashnorm import FlashNormError, verify
-from flashnorm.verification.report import Report
+from flashnorm import FlashNormError, fold_, verify
+from flashnorm.verification.report import Greedy, Report
 
 from . import tiny
 
@@ -144,6 +145,25 @@ def test_other_kinds_of_models_equal_themselves(make: Callable[[], Any]) -> None
     assert (report.perplexity is None) == (make in (tiny.bert, tiny.t5))
     assert (report.greedy is None) == any("no greedy tokens" in note for note in report.notes)
     assert report.output == ("last_hidden_state" if make is tiny.bert else "logits")
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gemma, tiny.mixtral])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_fold_does_is_ok(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    model = make().to(dtype)
+    candidate = copy.deepcopy(model)
+    assert fold_(candidate).folded
+    report = check(model, candidate)
+    assert report.ok, str(report)
+    assert dtype != torch.float64 or report.float64.max <= 1e-12
+
+
+def test_a_divergence_counts_unless_it_is_a_tie() -> None:
+    tie = Greedy((1, 2), (1, 3), 1, margin=1e-5, tolerance=1e-4, prompt_tokens=4)
+    assert tie.ok
+    assert not replace(tie, margin=1e-3).ok
+    assert not replace(tie, margin=float("nan")).ok
+    assert not replace(tie, margin=None).ok
 
 
 class Normed(nn.Module):
