@@ -11,22 +11,25 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flashnorm.verification.bounds import owns_matrix
+from flashnorm.verification.choices import Choices
 from flashnorm.verification.inputs import Inputs, run
 from flashnorm.verification.precision import float64_truth, in_dtype
 from flashnorm.verification.report import LayerError
 
 
 def layer_errors(
-    reference: nn.Module, candidate: nn.Module, inputs: Inputs
+    reference: nn.Module, candidate: nn.Module, inputs: Inputs, tolerance: float
 ) -> tuple[LayerError, ...]:
     """max|Δ| / max|truth| of each comparable module, in the order in which they finish.
 
     Only modules that hold, themselves or below them, a weight with two or more axes are compared:
     what a norm alone puts out changes rightly when its gain moves on into the next weight. Of a
-    module that is called several times the last call counts.
+    module that is called several times the last call counts. The candidate follows the discrete
+    choices of the reference where they tie within `tolerance`.
     """
     truths: dict[str, Tensor] = {}
-    _record(reference, inputs, lambda path, value: truths.__setitem__(path, value))
+    choices = Choices()
+    _record(reference, inputs, truths.__setitem__, choices)
     found: dict[str, float] = {}
 
     def compare(path: str, value: Tensor) -> None:
@@ -35,12 +38,14 @@ def layer_errors(
             found.pop(path, None)
             found[path] = _error(value, truth)
 
-    _record(candidate, inputs, compare)
+    _record(candidate, inputs, compare, choices.follower(tolerance))
     return tuple(LayerError(path or "the model", error) for path, error in found.items())
 
 
-def _record(model: nn.Module, inputs: Inputs, keep: Callable[[str, Tensor], None]) -> None:
-    with in_dtype(model, torch.float64), float64_truth(), _watched(model, keep):
+def _record(
+    model: nn.Module, inputs: Inputs, keep: Callable[[str, Tensor], None], choices: Choices
+) -> None:
+    with in_dtype(model, torch.float64), float64_truth(choices), _watched(model, keep):
         run(model, inputs)
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from flashnorm.errors import FlashNormError
+from flashnorm.verification.choices import CHOOSING, Choices
 
 WIDE = {
     torch.float16: torch.float64,
@@ -38,9 +39,10 @@ class Float64Mode(TorchDispatchMode):
     because there the rounding is the model's own arithmetic.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Choices | None = None) -> None:
         super().__init__()
         self.leaks: set[str] = set()
+        self.choices = choices
 
     def __torch_dispatch__(
         self,
@@ -59,7 +61,10 @@ class Float64Mode(TorchDispatchMode):
         if any(argument.alias_info for argument in schema.arguments):
             return func(*args, **kwargs)  # a view keeps the memory of its base
         args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
-        return _SUBSTITUTES.get(schema.name, func)(*args, **kwargs)
+        result = _SUBSTITUTES.get(schema.name, func)(*args, **kwargs)
+        if self.choices is not None and schema.name in CHOOSING:
+            return self.choices.settle(schema.name, args, kwargs, result)
+        return result
 
     def _note_leaks(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember `schema` where it writes a wide value into a narrow tensor."""
@@ -124,14 +129,14 @@ _SUBSTITUTES = {"aten::_grouped_mm": _grouped_matmul}
 
 
 @contextmanager
-def float64_truth() -> Iterator[Float64Mode]:
+def float64_truth(choices: Choices | None = None) -> Iterator[Float64Mode]:
     """Within it, a model that was moved to float64 really computes in float64.
 
     Yields the mode, whose `leaks` are empty where that holds without exception. The default dtype
-    is float64 inside, and gradients are off.
+    is float64 inside, and gradients are off. `choices` records or follows discrete choices.
     """
     before = torch.get_default_dtype()
-    mode = Float64Mode()
+    mode = Float64Mode(choices)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad(), mode:

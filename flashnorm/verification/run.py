@@ -17,15 +17,16 @@ from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transfor
 from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
 from flashnorm.verification.bounds import Size, output_bound, width_of
+from flashnorm.verification.choices import Choices
 from flashnorm.verification.inputs import Inputs, Samples
 from flashnorm.verification.layers import counted_matrices, layer_errors
-from flashnorm.verification.precision import float64_truth, in_dtype, parameter_dtype
+from flashnorm.verification.precision import Float64Mode, float64_truth, in_dtype, parameter_dtype
 from flashnorm.verification.report import Greedy, LayerError, Pair, Perplexity, Report
 
 Source = nn.Module | str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]
 
-STEPS = ("float64", "float32", "half precision", "perplexity", "greedy tokens")
+STEPS = ("float64", "float32", "perplexity", "greedy tokens", "half precision")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Outcome:
     single: list[Tensor]
     half: list[Tensor]
     size: Size
+    choices: Choices
     reading: measure.Reading | None
     writing: measure.Writing | None
     notes: tuple[str, ...]
@@ -60,7 +62,8 @@ def verify(
     are named are loaded one after the other, so that only one is in memory at a time, in its stored
     dtype and in float64. The verdict is ok where
 
-    - in float64, casts included, max|Δ| / max|y| is within `bounds.output_bound`;
+    - in float64, casts included, max|Δ| / max|y| is within `bounds.output_bound`, where discrete
+      choices that tie (a router's experts) are taken from the reference;
     - in half precision (the reference's own, else bfloat16) the candidate's error against that
       float64 truth is at most `bounds.HALF_RATIO` times the reference's own;
     - the greedy tokens are equal, or part where the reference's margin is smaller than the float32
@@ -85,40 +88,69 @@ def verify(
         half = _half_dtype(model)
         first = _examine(_name(reference), model, samples, half, step)
     with _opened(candidate) as model:
-        second = _examine(_name(candidate), model, samples, half, step)
+        second = _examine(_name(candidate), model, samples, half, step, first)
     report = _compare(first, second, samples, half)
     if not report.checks[0].ok:
-        report = replace(report, layers=_locate(reference, candidate, samples))
+        report = replace(report, layers=_locate(reference, candidate, samples, report))
     return replace(report, seconds=time.perf_counter() - start)
 
 
 def _examine(
-    name: str, model: nn.Module, samples: Samples, half: torch.dtype, step: Callable[[str], None]
+    name: str,
+    model: nn.Module,
+    samples: Samples,
+    half: torch.dtype,
+    step: Callable[[str], None],
+    guide: Outcome | None = None,
 ) -> Outcome:
-    """Run one model in float64, float32 and half precision, and let it read and write."""
+    """Run one model in float64, float32 and half precision, and let it read and write.
+
+    In float64 it follows the discrete choices of `guide` where they tie.
+    """
     step(f"{name}: {STEPS[0]}")
-    stored = parameter_dtype(model)
-    with in_dtype(model, torch.float64), float64_truth() as mode, counted_matrices(model) as count:
+    stored, width = parameter_dtype(model), width_of(model)
+    choices = Choices()
+    if guide is not None:
+        choices = guide.choices.follower(_tolerance(guide, stored))
+    with (
+        in_dtype(model, torch.float64),
+        float64_truth(choices) as mode,
+        counted_matrices(model) as count,
+    ):
         truth = [feed.output_of(feed.run(model, window)) for window in samples.windows]
-    depth = max(1, count[0] // len(samples.windows))
-    notes = [f"{name}: {leak} stayed below float64" for leak in sorted(mode.leaks)]
-    reading = writing = None
-    talks = samples.ids is not None and feed.writes_tokens(model) and truth[0][0] == "logits"
+    size = Size(width, max(1, count[0] // len(samples.windows)), stored)
+    output = truth[0][0]
     with torch.no_grad(), in_dtype(model, torch.float32):
         step(f"{name}: {STEPS[1]}")
         single = _outputs(model, samples)
+        ids = samples.ids if output == "logits" and feed.writes_tokens(model) else None
+        step(f"{name}: {STEPS[2]}")
+        reading = None if ids is None else measure.read_text(model, ids)
         step(f"{name}: {STEPS[3]}")
-        if talks and samples.ids is not None:
-            reading = measure.read_text(model, samples.ids)
-        step(f"{name}: {STEPS[4]}")
-        if talks and samples.ids is not None:
-            writing = measure.write_text(model, samples.ids[: measure.PROMPT_TOKENS])
-    step(f"{name}: {STEPS[2]}")
+        writing = None if ids is None else measure.write_text(model, ids[: measure.PROMPT_TOKENS])
+    step(f"{name}: {STEPS[4]}")
     with torch.no_grad(), in_dtype(model, half):
         lower = _outputs(model, samples)
     values = [value.cpu() for _, value in truth]
-    size = Size(width_of(model), depth, stored)
-    return Outcome(name, truth[0][0], values, single, lower, size, reading, writing, tuple(notes))
+    notes = _own_notes(name, mode, choices)
+    return Outcome(
+        name, output, values, single, lower, size, choices, reading, writing, tuple(notes)
+    )
+
+
+def _tolerance(guide: Outcome, stored: torch.dtype) -> float:
+    """How far, relative to the largest, rounding may move a score of a model stored like this."""
+    return output_bound(replace(guide.size, stored=stored), torch.float64)
+
+
+def _own_notes(name: str, mode: Float64Mode, choices: Choices) -> list[str]:
+    notes = [f"{name}: {leak} stayed below float64" for leak in sorted(mode.leaks)]
+    if choices.turned:
+        notes.append(
+            f"{choices.turned} discrete choices (such as a router's experts) tie within rounding "
+            "and fall otherwise in the candidate; in float64 it was made to follow the reference"
+        )
+    return notes
 
 
 def _outputs(model: nn.Module, samples: Samples) -> list[Tensor]:
@@ -209,10 +241,12 @@ def _check_shapes(first: Outcome, second: Outcome) -> None:
         )
 
 
-def _locate(reference: Source, candidate: Source, samples: Samples) -> tuple[LayerError, ...]:
+def _locate(
+    reference: Source, candidate: Source, samples: Samples, report: Report
+) -> tuple[LayerError, ...]:
     """Both models once more, side by side, on the first window."""
     with _opened(reference) as a, _opened(candidate) as b:
-        return layer_errors(a, b, samples.windows[0])
+        return layer_errors(a, b, samples.windows[0], report.float64_bound)
 
 
 def _samples(

@@ -158,6 +158,17 @@ def test_what_fold_does_is_ok(make: Callable[[], Any], dtype: torch.dtype) -> No
     assert dtype != torch.float64 or report.float64.max <= 1e-12
 
 
+def test_a_router_that_ties_is_followed_and_a_wrong_router_is_not() -> None:
+    model = tiny.mixtral().to(torch.bfloat16)
+    candidate = copy.deepcopy(model)
+    fold_(candidate)
+    assert any("discrete choices" in note for note in check(model, candidate).notes)
+    with torch.no_grad():
+        gate = candidate.model.layers[0].mlp.gate.weight
+        gate.copy_(gate.flip(0))
+    assert not check(model, candidate).ok
+
+
 def test_a_divergence_counts_unless_it_is_a_tie() -> None:
     tie = Greedy((1, 2), (1, 3), 1, margin=1e-5, tolerance=1e-4, prompt_tokens=4)
     assert tie.ok
@@ -220,4 +231,4 @@ def test_training_mode_comes_back(model: Any) -> None:
 def test_progress_counts_to_its_total(model: Any) -> None:
     seen: list[tuple[int, int, str]] = []
     check(model, model, progress=lambda *step: seen.append(step))
-    assert [done for done, _, _ in seen] == list(range(seen[0][1]))
+    assert [done for done, _, _ in seen] == list(range(seen[0][1])) == list(range(10))
