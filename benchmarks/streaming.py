@@ -42,15 +42,19 @@ SHARD_BYTES = int(1.5e9)
 TARGET_RATIO, TARGET_BYTES = 0.60, 500_000_000
 
 CHILD = """
-import json, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 from flashnorm import Plan, fold_checkpoint
 plan = Plan.from_json(json.loads(pathlib.Path(sys.argv[3]).read_text()))
 def status(key):
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
+limit = int(sys.argv[4])
 before, start = status("VmRSS"), time.perf_counter()
-fold_checkpoint(sys.argv[1], sys.argv[2], plan=plan)
+def progress(done, total, shard):
+    if done > limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+fold_checkpoint(sys.argv[1], sys.argv[2], plan=plan, progress=progress if limit else None)
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "peak": status("VmHWM"), "imports": before}))
 """
@@ -140,9 +144,9 @@ def drop_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def start_fold(work: Path, name: str) -> subprocess.Popen[str]:
+def start_fold(work: Path, name: str, limit: int = 0) -> subprocess.Popen[str]:
     paths = [str(work / part) for part in ("src", name, "plan.json")]
-    command = [sys.executable, "-c", CHILD, *paths]
+    command = [sys.executable, "-c", CHILD, *paths, str(limit)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -193,15 +197,13 @@ def hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def kills(work: Path, count: int, seconds: float) -> dict[str, int]:
-    """Kill folds at random moments, resume each, compare with an undisturbed fold."""
+def kills(work: Path, count: int, size: int) -> dict[str, int]:
+    """Kill folds (SIGKILL) at random bytes, resume each, compare with an undisturbed fold."""
     timed_fold(work, "whole")
     wanted, source = hashes(work / "whole"), hashes(work / "src")
     rng, killed, resumed = random.Random(0), 0, 0
     for i in range(count):
-        process = start_fold(work, "dst")
-        time.sleep(rng.uniform(0, seconds))
-        process.kill()
+        process = start_fold(work, "dst", limit=rng.randrange(1, int(0.99 * size)))
         killed += process.wait() != 0
         partial = work / ".dst.flashnorm-partial"
         resumed += partial.exists()
@@ -288,8 +290,7 @@ def main() -> None:
         rows = rounds(work, options.rounds, options.warm)
         result: dict[str, Any] = summary(rows, size, 2 * VOCAB * HIDDEN)
         print(table(result), flush=True)
-        start = 2.0  # importing torch; a kill before that would test nothing
-        result["kills"] = kills(work, options.kills, start + result["fold_seconds"])
+        result["kills"] = kills(work, options.kills, size)
         print(f"kills: {result['kills']}")
     cache = "warm" if options.warm else "source dropped before each run"
     here = machine()
