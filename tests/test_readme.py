@@ -1,0 +1,152 @@
+"""The README is a promise: every command and every Python block in it is run as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import flashnorm
+from flashnorm.cli import app
+
+from .test_cli import llama
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MODEL = "demo-output/SmolLM2-135M-Instruct"  # what `make demo` leaves behind
+
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+MAKE = [line for line in SHELL if line.startswith("make ")]
+COMMANDS = [line for line in SHELL if not line.startswith("make ")]
+
+
+def targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    return {name for line in re.findall(r"^\.PHONY: (.*)$", text, re.M) for name in line.split()}
+
+
+def rule(target: str) -> str:
+    """The recipe of a target, as make itself would run it. `make -n` does run recursive makes."""
+    assert "$(MAKE)" not in (ROOT / "Makefile").read_text("utf-8")
+    done = subprocess.run(
+        ["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of the README, with this Python's own scripts first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        shlex.split(line),
+        cwd=folder,
+        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder in which a tiny Llama stands where the demo leaves its model."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / MODEL).parent.mkdir()
+    llama(folder / MODEL, tied=True)
+    return folder
+
+
+def test_only_what_is_run_here_stands_in_the_readme():
+    assert {kind for kind, _ in BLOCKS} == {"", "sh", "python"}
+    assert {line.split()[0] for line in SHELL} == {"make", "flashnorm"}
+    assert len(PYTHON) == 1
+    assert {"make demo", "make test"} <= set(MAKE)
+    assert {line.split()[1] for line in COMMANDS} >= {"inspect", "fold", "verify", "--version"}
+
+
+def test_commands(small, monkeypatch):
+    """In their order: what one writes the next one reads."""
+    monkeypatch.chdir(small)
+    for line in COMMANDS:
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert done.stderr == "", line
+        if "--json" in line:
+            json.loads(done.stdout)
+    assert (small / "folded" / "model.safetensors").is_file()
+
+
+def test_the_console_script_is_on_the_path(tmp_path):
+    assert "flashnorm --version" in COMMANDS
+    assert run("flashnorm --version", tmp_path).stdout == f"flashnorm {flashnorm.__version__}\n"
+
+
+def test_python(small, monkeypatch, capsys):
+    monkeypatch.chdir(small)
+    for text in PYTHON:
+        exec(compile(text, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "4 of 5 norms folded, proved: True\n"
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_commands_on_its_model(tmp_path):
+    pytest.importorskip("gguf")
+    for line in ("flashnorm demo", *COMMANDS):
+        done = run(line, tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("line", [*MAKE, "make venv"])
+def test_make_commands_are_targets(line):
+    (target,) = shlex.split(line)[1:]
+    assert target in targets()
+    assert rule(target)
+
+
+def test_make_demo_runs_the_demo_and_make_test_everything():
+    assert ".venv/bin/flashnorm demo" in rule("demo")
+    recipe = rule("test")
+    assert '-m "not slow"' in recipe
+    for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
+        assert f".venv/bin/{tool}" in recipe
+    assert "not slow" not in rule("test-all")
+
+
+def test_the_check_of_a_change_is_the_test_command_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    last = script.read_text("utf-8").splitlines()[-1]
+    assert last == "exec make test"
+    assert last.removeprefix("exec ") in MAKE
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_the_check_ends_as_make_ends(code, tmp_path):
+    """`make` on the path is a stand-in that ends with `code`."""
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$@" in "$PWD"\nexit {code}\n')
+    make.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci" / "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, f"test in {ROOT}\n")
+
+
+def test_links_lead_somewhere():
+    for place in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / place).exists(), place
