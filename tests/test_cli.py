@@ -180,9 +180,8 @@ def test_a_broken_config_is_one_line(tmp_path):
 def test_fold_writes_what_the_function_writes(models, tmp_path):
     shown = run("fold", models / "a", tmp_path / "dst").stdout
     assert "5 of 5 norms fold" in shown
-    assert f"prove it: flashnorm verify {models / 'a'} {tmp_path / 'dst'}" in shown.replace(
-        "\n", " "
-    ).replace("  ", " ")
+    proof = f"prove it: flashnorm verify {models / 'a'} {tmp_path / 'dst'}"
+    assert proof in shown.splitlines(), "whole, to be copied, however long it is"
     for file in (models / "b").iterdir():
         assert (tmp_path / "dst" / file.name).read_bytes() == file.read_bytes()
 

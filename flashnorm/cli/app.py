@@ -180,7 +180,8 @@ def _folded(plan: Plan, source: str, target: str, strict: bool, size: int, took:
         "plan": plan.to_json(),
     }
     head = Text(f"{target} is written: {size / 1e6:,.1f} MB in {took:.1f} s", style="bold")
-    then = Text(f"prove it: flashnorm verify {shlex.quote(source)} {shlex.quote(target)}")
+    command = f"flashnorm verify {shlex.quote(source)} {shlex.quote(target)}"
+    then = Text(f"prove it: {command}", no_wrap=True, overflow="ignore")  # to be copied whole
     return Result(data, Group(head, summary(plan), then))
 
 

@@ -76,7 +76,7 @@ def stderr_console() -> Console:
 
 
 def _print(view: RenderableType) -> None:
-    stdout_console().print(view)
+    stdout_console().print(view, crop=False)
     sys.stdout.flush()
 
 
