@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import torch
 
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.flow import Flow, GainUse
@@ -29,6 +33,22 @@ class _Row:
 
 def make_plan(graph: Graph, *, untie: bool = False) -> Plan:
     """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan."""
+    with one_thread():
+        return _make_plan(graph, untie)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Labels are small: on a busy machine a team of threads costs more than it gains."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make_plan(graph: Graph, untie: bool) -> Plan:
     flow = follow(graph)
     unreached = refuse_unreached(flow)
     conventions = _conventions(flow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ def _spans(flow: Flow, gain: str, labels: Tensor) -> tuple[Span, ...]:
     spans: list[Span] = []
     breaks = (elements[1:] != elements[:-1] + 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(elements)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         first = int(elements[start])
         if first >= 0:
             spans.append(Span(start, first, stop - start))

@@ -1,4 +1,4 @@
-"""Contractions: where a gain along the summed axis goes into the parameter on the other side (E1)."""
+"""Contractions: a gain along the summed axis goes into the parameter on the other side (E1)."""
 
 from __future__ import annotations
 

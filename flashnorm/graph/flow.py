@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,14 +80,19 @@ class Flow:
 
     def gains_in(self, label: Tensor) -> list[str]:
         """The gain parameters that a label names."""
-        numbers = torch.unique(without_repeats(label))
+        numbers = without_repeats(label).numpy()
         numbers = numbers[numbers > NONE]
         if not len(numbers):
             return []
-        starts = torch.tensor(list(self.bases.values()))
-        owners = torch.searchsorted(starts, numbers, right=True) - 1
-        names = list(self.bases)
-        return [names[i] for i in torch.unique(owners).tolist()]
+        starts = list(self.bases.values())
+        first = bisect_right(starts, numbers.min()) - 1
+        last = bisect_right(starts, numbers.max()) - 1
+        between = range(first, last + 1)
+        return [n for i, n in enumerate(self.bases) if i in between and self._names(n, numbers)]
+
+    def _names(self, gain: str, numbers: Any) -> bool:
+        base = self.bases[gain]
+        return bool(((numbers >= base) & (numbers < base + self.numel(gain))).any())
 
     def label_of(self, value: int) -> Tensor:
         """The label of any value: zeros carry whatever is asked for, the unlabelled nothing."""

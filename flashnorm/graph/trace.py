@@ -74,23 +74,31 @@ def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fak
         stack.enter_context(recorder.watching_modules())
         stack.enter_context(recorder)
         output = _call(model, inputs)
-        _mark_outputs(output, recorder)
+        state: frozenset[int] = frozenset()
         if decode is not None:
-            _trace_decode(model, decode(inputs, output), recorder)
+            state = _trace_decode(model, decode(inputs, output), recorder)
+        _mark_outputs(output, recorder, state)
     return recorder.graph
 
 
-def _trace_decode(model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder) -> None:
+def _trace_decode(
+    model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder
+) -> frozenset[int]:
+    """Record one more step. Returns the ids of what it took back: state that only the model reads."""
     failure: Exception | None = None
     for step in steps:
         try:
-            _mark_outputs(_call(model, step), recorder)
-            return
+            output = _call(model, step)
         except Exception as error:
             failure = error
+            continue
+        state = frozenset(id(item) for item in step.values())
+        _mark_outputs(output, recorder, state)
+        return state
     if failure is not None:
         first_line = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         recorder.graph.notes.append(f"the cached decode step was not recorded: {first_line}")
+    return frozenset()
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:
@@ -159,9 +167,9 @@ def _declare_inputs(
     return tuple(declare(item) for item in inputs)
 
 
-def _mark_outputs(output: Any, recorder: Recorder, depth: int = 6) -> None:
-    """What the caller gets: every tensor that can be reached from the output, caches included."""
-    if depth == 0 or isinstance(output, (str, bytes, type, nn.Module)):
+def _mark_outputs(output: Any, recorder: Recorder, state: frozenset[int], depth: int = 6) -> None:
+    """What the caller gets: every tensor that can be reached from the output, but for `state`."""
+    if depth == 0 or id(output) in state or isinstance(output, (str, bytes, type, nn.Module)):
         return
     if isinstance(output, Tensor):
         recorder.graph.outputs.add(recorder.value_of(output))
@@ -173,7 +181,7 @@ def _mark_outputs(output: Any, recorder: Recorder, depth: int = 6) -> None:
     else:
         parts = vars(output).values() if hasattr(output, "__dict__") else ()
     for part in parts:
-        _mark_outputs(part, recorder, depth - 1)
+        _mark_outputs(part, recorder, state, depth - 1)
 
 
 @contextmanager
