@@ -160,11 +160,12 @@ def _summarize(
         f"computed in float64, the outputs differ by {report.float64.max:.0e}; rounding explains "
         f"up to {report.float64_bound:.0e}",
     )
-    table.add_row(
-        f"as good in {report.half_dtype}?",
-        f"error {report.half.reference.typical:.4f} before, {report.half.candidate.typical:.4f} "
-        "after, both against float64",
-    )
+    if report.half is not None:
+        before, after = report.half.reference.typical, report.half.candidate.typical
+        table.add_row(
+            f"as good in {report.half_dtype}?",
+            f"error {before:.4f} before, {after:.4f} after, both against float64",
+        )
     if report.perplexity is not None:
         found = report.perplexity
         table.add_row("perplexity", f"{found.reference:.4f} before, {found.candidate:.4f} after")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.verification.inputs import longest, model_inputs, output_of, run
-from flashnorm.verification.report import Deviation
+from flashnorm.verification.report import Deviation, Pair
 
 TEXT_WINDOW = 512
 GREEDY_TOKENS = 64
@@ -21,21 +21,26 @@ PROMPT_TOKENS = 32
 def deviation(values: Sequence[Tensor], truths: Sequence[Tensor]) -> Deviation:
     """How far `values` are from `truths`, window by window: [..., n] each, of equal shapes."""
     largest, scale, squares, power = [], [], [], []
-    logs = []
     for value, truth in zip(values, truths, strict=True):
         truth = truth.double().reshape(-1, truth.shape[-1])
         delta = value.double().reshape(truth.shape) - truth
         largest.append(delta.abs().max())
         scale.append(truth.abs().max())
-        rows, norms = delta.norm(dim=-1), truth.norm(dim=-1)  # [T]
-        squares.append(rows.square().sum())
-        power.append(norms.square().sum())
-        logs.append((rows / norms.clamp_min(torch.finfo(torch.float64).tiny)).flatten())
+        squares.append(delta.square().sum())
+        power.append(truth.square().sum())
     return Deviation(
         max=_ratio(torch.stack(largest).max(), torch.stack(scale).max()),
         rms=_ratio(torch.stack(squares).sum().sqrt(), torch.stack(power).sum().sqrt()),
-        typical=_geometric_mean(torch.cat(logs)),
+        typical=_geometric_mean(_row_errors(values, truths)),
     )
+
+
+def pair(reference: Sequence[Tensor], candidate: Sequence[Tensor], truth: Sequence[Tensor]) -> Pair:
+    """Both models against one truth, and how sure their ratio is."""
+    before, after = _row_errors(reference, truth), _row_errors(candidate, truth)
+    logs = after.log() - before.log()  # [T]
+    spread = float(logs.std() / logs.numel() ** 0.5) if logs.numel() > 1 else 0.0
+    return Pair(deviation(reference, truth), deviation(candidate, truth), spread)
 
 
 def divergence(truths: Sequence[Tensor], values: Sequence[Tensor]) -> float:
@@ -117,7 +122,17 @@ def _ratio(a: Tensor, b: Tensor) -> float:
     return float(a / b) if float(b) != 0 else float("inf")
 
 
+def _row_errors(values: Sequence[Tensor], truths: Sequence[Tensor]) -> Tensor:
+    """‖Δ_row‖ / ‖truth_row‖ of every row: [T]; no less than the unit of float64."""
+    found = []
+    for value, truth in zip(values, truths, strict=True):
+        truth = truth.double().reshape(-1, truth.shape[-1])
+        rows = (value.double().reshape(truth.shape) - truth).norm(dim=-1)
+        found.append(rows / truth.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.cat(found).clamp_min(torch.finfo(torch.float64).eps)
+
+
 def _geometric_mean(values: Tensor) -> float:
-    if bool((values == 0).all()):
+    if bool((values <= torch.finfo(torch.float64).eps).all()):
         return 0.0
-    return float(values.clamp_min(torch.finfo(torch.float64).eps).log().mean().exp())
+    return float(values.log().mean().exp())

@@ -146,12 +146,15 @@ def float64_truth(choices: Choices | None = None) -> Iterator[Float64Mode]:
 
 
 @contextmanager
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+def in_dtype(
+    model: nn.Module, dtype: torch.dtype, *, narrow_tables: bool = False
+) -> Iterator[nn.Module]:
     """The model with its floating parameters in `dtype`, and as it was when the context ends.
 
     The values are held twice meanwhile, nothing else is copied; ties survive. Buffers of the state
     dict follow the parameters. Other buffers (rotary frequencies, masks) are only ever widened: a
-    model that is loaded in a half dtype keeps them in the dtype in which it made them.
+    model that is loaded in a half dtype keeps them in the dtype in which it made them. For models
+    that do not, `narrow_tables` narrows them as well.
     """
     held: list[tuple[Tensor, Tensor]] = []
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
@@ -161,7 +164,8 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
                 continue
             goal = dtype if not tensor.is_complex() else _complex_of(dtype)
             narrows = torch.finfo(goal).eps > torch.finfo(tensor.dtype).eps
-            if goal == tensor.dtype or (narrows and id(tensor) not in saved):
+            kept = narrows and id(tensor) not in saved and not narrow_tables
+            if goal == tensor.dtype or kept:
                 continue
             held.append((tensor, tensor.data))
             tensor.data = tensor.data.to(goal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from math import exp
 from typing import Any
 
 from flashnorm.verification.bounds import HALF_RATIO
@@ -26,10 +27,14 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same deviation of both models, each from the float64 truth of the reference."""
+    """The same deviation of both models, each from the float64 truth of the reference.
+
+    `spread` is the standard error of the logarithm of their ratio, over the rows.
+    """
 
     reference: Deviation
     candidate: Deviation
+    spread: float
 
     @property
     def ratio(self) -> float:
@@ -37,6 +42,11 @@ class Pair:
         if self.reference.typical == 0:
             return 1.0 if self.candidate.typical == 0 else float("inf")
         return self.candidate.typical / self.reference.typical
+
+    @property
+    def surely(self) -> float:
+        """The ratio less two standard errors: what is left when chance is taken off."""
+        return self.ratio * exp(-2 * self.spread)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class Report:
     float32_bound: float
     precise: Pair
     half_dtype: str
-    half: Pair
+    half: Pair | None
     kl: float | None
     perplexity: Perplexity | None
     greedy: Greedy | None
@@ -129,19 +139,18 @@ class Report:
     @property
     def checks(self) -> tuple[Check, ...]:
         """The parts of the verdict that apply to these models."""
-        error, ratio = self.float64.max, self.half.ratio
+        error = self.float64.max
         found = [
             Check(
                 "float64 error",
                 error <= self.float64_bound,
                 f"{error:.2e}, bound {self.float64_bound:.2e}",
             ),
-            Check(
-                f"{self.half_dtype} error",
-                ratio <= HALF_RATIO,
-                f"{ratio:.3f} times the original's, bound {HALF_RATIO}",
-            ),
         ]
+        if self.half is not None:
+            words = f"{self.half.ratio:.3f} times the original's"
+            words += f" (± {2 * self.half.spread:.0%}), bound {HALF_RATIO}"
+            found.append(Check(f"{self.half_dtype} error", self.half.surely <= HALF_RATIO, words))
         if self.greedy is not None:
             found.append(Check("greedy tokens", self.greedy.ok, _greedy_words(self.greedy)))
         return tuple(found)
@@ -166,7 +175,8 @@ class Report:
             "first_wrong_layer": asdict(first) if first else None,
         }
         figures = json.loads(json.dumps(asdict(self)))
-        figures["half"]["ratio"] = self.half.ratio
+        if self.half is not None:
+            figures["half"]["ratio"] = self.half.ratio
         return _finite({**verdict, **figures})
 
     def __rich__(self) -> Any:

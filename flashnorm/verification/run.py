@@ -21,7 +21,7 @@ from flashnorm.verification.choices import Choices
 from flashnorm.verification.inputs import Inputs, Samples
 from flashnorm.verification.layers import counted_matrices, layer_errors
 from flashnorm.verification.precision import Float64Mode, float64_truth, in_dtype, parameter_dtype
-from flashnorm.verification.report import Greedy, LayerError, Pair, Perplexity, Report
+from flashnorm.verification.report import Greedy, LayerError, Perplexity, Report
 
 Source = nn.Module | str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]
@@ -37,7 +37,7 @@ class Outcome:
     output: str
     truth: list[Tensor]
     single: list[Tensor]
-    half: list[Tensor]
+    half: list[Tensor] | None
     size: Size
     choices: Choices
     reading: measure.Reading | None
@@ -65,7 +65,8 @@ def verify(
     - in float64, casts included, max|Δ| / max|y| is within `bounds.output_bound`, where discrete
       choices that tie (a router's experts) are taken from the reference;
     - in half precision (the reference's own, else bfloat16) the candidate's error against that
-      float64 truth is at most `bounds.HALF_RATIO` times the reference's own;
+      float64 truth is at most `bounds.HALF_RATIO` times the reference's own, beyond chance: two
+      standard errors over the compared positions;
     - the greedy tokens are equal, or part where the reference's margin is smaller than the float32
       difference of the two models (and than what its bound allows).
 
@@ -117,7 +118,7 @@ def _examine(
         float64_truth(choices) as mode,
         counted_matrices(model) as count,
     ):
-        truth = [feed.output_of(feed.run(model, window)) for window in samples.windows]
+        truth = _true_outputs(name, model, samples)
     size = Size(width, max(1, count[0] // len(samples.windows)), stored)
     output = truth[0][0]
     with torch.no_grad(), in_dtype(model, torch.float32):
@@ -129,10 +130,9 @@ def _examine(
         step(f"{name}: {STEPS[3]}")
         writing = None if ids is None else measure.write_text(model, ids[: measure.PROMPT_TOKENS])
     step(f"{name}: {STEPS[4]}")
-    with torch.no_grad(), in_dtype(model, half):
-        lower = _outputs(model, samples)
-    values = [value.cpu() for _, value in truth]
     notes = _own_notes(name, mode, choices)
+    lower = _half_outputs(name, model, samples, half, notes)
+    values = [value.cpu() for _, value in truth]
     return Outcome(
         name, output, values, single, lower, size, choices, reading, writing, tuple(notes)
     )
@@ -153,6 +153,32 @@ def _own_notes(name: str, mode: Float64Mode, choices: Choices) -> list[str]:
     return notes
 
 
+def _true_outputs(name: str, model: nn.Module, samples: Samples) -> list[tuple[str, Tensor]]:
+    """The first run of a model: here it shows whether the inputs fit."""
+    try:
+        return [feed.output_of(feed.run(model, window)) for window in samples.windows]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise FlashNormError(
+            f"{name} does not run on {samples.origin} ({type(error).__name__}: {error}): pass "
+            "example_inputs=, a dict of keyword arguments or a tuple of positional ones"
+        ) from error
+
+
+def _half_outputs(
+    name: str, model: nn.Module, samples: Samples, half: torch.dtype, notes: list[str]
+) -> list[Tensor] | None:
+    """The outputs in half precision; None, and a note, for a model that mixes dtypes then."""
+    failure = ""
+    for narrow_tables in (False, True):
+        try:
+            with torch.no_grad(), in_dtype(model, half, narrow_tables=narrow_tables):
+                return _outputs(model, samples)
+        except RuntimeError as error:
+            failure = str(error).splitlines()[0]
+    notes.append(f"{name} does not run in {_dtype_name(half)}: {failure}")
+    return None
+
+
 def _outputs(model: nn.Module, samples: Samples) -> list[Tensor]:
     return [feed.output_of(feed.run(model, window))[1].cpu() for window in samples.windows]
 
@@ -162,6 +188,9 @@ def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtyp
     _check_shapes(first, second)
     size = Size(first.size.width, first.size.depth, second.size.stored)
     logits = first.output == "logits"
+    lower = None
+    if first.half is not None and second.half is not None:
+        lower = measure.pair(first.half, second.half, first.truth)
     single, bound = (
         measure.deviation(second.single, first.single),
         output_bound(size, torch.float32),
@@ -179,9 +208,9 @@ def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtyp
         float64_bound=output_bound(size, torch.float64),
         float32=single,
         float32_bound=bound,
-        precise=_pair(first.single, second.single, first.truth),
+        precise=measure.pair(first.single, second.single, first.truth),
         half_dtype=_dtype_name(half),
-        half=_pair(first.half, second.half, first.truth),
+        half=lower,
         kl=measure.divergence(first.truth, second.truth) if logits else None,
         perplexity=_perplexity(first.reading, second.reading),
         greedy=_greedy(first.writing, second.writing, min(single.max, bound), samples),
@@ -189,10 +218,6 @@ def _compare(first: Outcome, second: Outcome, samples: Samples, half: torch.dtyp
         notes=_notes(first, second, samples),
         seconds=0.0,
     )
-
-
-def _pair(reference: list[Tensor], candidate: list[Tensor], truth: list[Tensor]) -> Pair:
-    return Pair(measure.deviation(reference, truth), measure.deviation(candidate, truth))
 
 
 def _perplexity(a: measure.Reading | None, b: measure.Reading | None) -> Perplexity | None:

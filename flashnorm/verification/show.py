@@ -51,7 +51,8 @@ def _figures(report: Report) -> Table:
     single, bound = report.float32, report.float32_bound
     table.add_row("float32 error, max", "", "", f"{single.max:.2e}", f"{bound:.2e}")
     _pair_rows(table, "float32", report.precise)
-    _pair_rows(table, report.half_dtype, report.half)
+    if report.half is not None:
+        _pair_rows(table, report.half_dtype, report.half)
     if report.kl is not None:
         table.add_row("KL divergence, float64, nats", "", "", f"{report.kl:.2e}", "")
     if report.perplexity is not None:

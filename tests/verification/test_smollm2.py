@@ -40,6 +40,7 @@ def assert_equal_models(report: Report) -> None:
     assert report.float64.max <= 1e-12
     assert report.float32.max <= 2e-5
     assert report.half_dtype == "bfloat16"
+    assert report.half is not None
     assert report.half.ratio <= 1.1
     assert report.greedy is not None
     assert report.greedy.reference == report.greedy.candidate

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flashnorm import FlashNormError, fold_, verify
+from flashnorm.verification.measure import pair
 from flashnorm.verification.report import Greedy, Report
 
 from . import tiny
@@ -32,6 +33,7 @@ def test_a_right_fold_is_ok(model: Any) -> None:
     report = check(model, tiny.folded(model))
     assert report.ok, str(report)
     assert 0 < report.float64.max <= report.float64_bound
+    assert report.half is not None
     assert report.half.candidate.typical <= 1.1 * report.half.reference.typical
     assert report.greedy is not None
     assert report.greedy.divergence is None
@@ -206,6 +208,36 @@ def test_any_module_with_example_inputs() -> None:
     assert not report.ok
     assert report.first_wrong_layer is not None
     assert report.first_wrong_layer.path == "out"
+
+
+class Stubborn(Normed):
+    """Makes a float32 tensor inside, so that it runs in float32 and float64 only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x).float())
+
+
+def test_a_model_that_does_not_run_in_half_precision_says_so() -> None:
+    report = check(Stubborn(), Stubborn(), example_inputs=(torch.randn(4, 32),))
+    assert report.half is None
+    assert any("Stubborn does not run in bfloat16" in note for note in report.notes)
+    assert json.dumps(report.to_json())
+
+
+def test_inputs_that_do_not_fit_are_named() -> None:
+    with pytest.raises(FlashNormError, match=r"Normed does not run on example_inputs \(Runtime"):
+        check(Normed(), Normed(), example_inputs=(torch.randn(4, 33),))
+
+
+def test_the_ratio_is_judged_beyond_chance() -> None:
+    """Half of the rows twice as wrong, half of them exact as before: that may be luck in 4 rows."""
+    truth = [torch.ones(4, 8, dtype=torch.float64)]
+    error = 0.01 * torch.ones(4, 8, dtype=torch.float64)
+    worse = error * torch.tensor([1.0, 2.0, 1.0, 2.0])[:, None]
+    few = pair([truth[0] + error], [truth[0] + worse], truth)
+    many = pair([truth[0] + error] * 100, [truth[0] + worse] * 100, truth * 100)
+    assert few.ratio == pytest.approx(2**0.5) == pytest.approx(many.ratio)
+    assert few.surely <= 1.1 < many.surely
 
 
 def test_a_module_without_token_ids_needs_inputs() -> None:
