@@ -13,7 +13,7 @@ from flashnorm.errors import CheckpointError, FlashNormError, FoldError, Quantiz
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 
 if TYPE_CHECKING:
-    from flashnorm.checkpoint import fold_checkpoint as fold_checkpoint
+    from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
     from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import unfold_ as unfold_
@@ -25,7 +25,7 @@ _LAZY = {
     "inspect": "flashnorm.inspection",
     "fold_": "flashnorm.rewrite",
     "unfold_": "flashnorm.rewrite",
-    "fold_checkpoint": "flashnorm.checkpoint",
+    "fold_checkpoint": "flashnorm.checkpoint.fold",
     "verify": "flashnorm.verification",
 }
 

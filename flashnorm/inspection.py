@@ -65,9 +65,11 @@ def _plan(model: nn.Module, example_inputs: Any, untie: bool, allow_real: bool) 
     if not plan.untied:
         return plan
     with _declared_untied(model):
-        if operations(record(model, example_inputs, allow_real)) == operations(graph):
-            return plan
-    return replace(make_plan(graph), notes=(*plan.notes, FORWARD_CHANGES))
+        same = operations(record(model, example_inputs, allow_real)) == operations(graph)
+    if same and _can_be_untied(getattr(model, "config", None)):
+        return plan
+    tied = make_plan(graph)
+    return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
 
 
 def record(model: nn.Module, example_inputs: Any = None, allow_real: bool = True) -> Graph:
@@ -94,6 +96,17 @@ def _as_inputs(given: Any) -> Any:
 def operations(graph: Graph) -> list[tuple[str, str, str]]:
     """What a forward does, in order: to tell whether a setting changes it."""
     return [(node.op, node.path, node.source) for node in graph.nodes]
+
+
+def _can_be_untied(config: Any) -> bool:
+    """Whether a config that says so comes back from a file as it was, but for that."""
+    if not hasattr(config, "to_dict"):
+        return True
+    untied = {**config.to_dict(), "tie_word_embeddings": False}
+    text = untied.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        untied["text_config"] = {**text, "tie_word_embeddings": False}
+    return bool(type(config).from_dict(untied).to_dict() == untied)
 
 
 @contextmanager

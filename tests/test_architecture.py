@@ -27,12 +27,11 @@ ORDER = [
     "flashnorm.graph",
     "flashnorm.planner",
     "flashnorm.loading",
-    "flashnorm.checkpoint.*",
+    "flashnorm.checkpoint",
     "flashnorm.origin",
     "flashnorm.inspection",
     "flashnorm.rewrite",
     "flashnorm.checkpoint.fold",
-    "flashnorm.checkpoint",  # __init__, which shows the entry
     "flashnorm.verification",
     "flashnorm.report",
     "flashnorm.demo",

@@ -26,6 +26,7 @@ from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
 from flashnorm.checkpoint.stream import check_twins, load_gains, write_shard
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.errors import CheckpointError
+from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
 
 CONFIG = "config.json"
@@ -81,7 +82,7 @@ def _fold(
     check_not_folded(config)
     check_not_quantized(config)
     source = open_source(path)
-    plan = _inspect(path, untie) if plan is None else plan
+    plan = inspect(path, untie=untie) if plan is None else plan
     layout = plan_layout(source, plan, strict=strict)
     check_twins(source, layout)
     gains = load_gains(source, layout)
@@ -101,12 +102,6 @@ def _fold(
         work.publish()
     _warn(gains, lost)
     return plan
-
-
-def _inspect(path: Path, untie: bool) -> Plan:
-    from flashnorm.inspection import inspect
-
-    return inspect(path, untie=untie)
 
 
 def _write_shards(

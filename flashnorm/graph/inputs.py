@@ -38,18 +38,24 @@ def decode_inputs(inputs: Any, output: Any, model: nn.Module) -> Iterator[dict[s
     for name in ("past_key_values", "cache_params", "state"):
         cache = output.get(name) if isinstance(output, Mapping) else None
         if cache is not None and isinstance(inputs, Mapping) and "input_ids" in inputs:
-            yield from _steps(inputs, name, cache, _accepted(model))
+            yield from _steps(inputs, name, cache, output, _accepted(model))
             return
 
 
 def _steps(
-    inputs: Mapping[str, Any], name: str, cache: Any, accepted: frozenset[str]
+    inputs: Mapping[str, Any],
+    name: str,
+    cache: Any,
+    output: Mapping[str, Any],
+    accepted: frozenset[str],
 ) -> Iterator[dict[str, Any]]:
     one = inputs["input_ids"][:, :1]
     length = inputs["input_ids"].shape[1]
     step: dict[str, Any] = {"input_ids": one, name: cache, "use_cache": True}
     if "decoder_input_ids" in inputs:
-        step = {**inputs, "decoder_input_ids": one, name: cache}
+        step = {"decoder_input_ids": one, name: cache, "use_cache": True}
+        if (encoded := output.get("encoder_last_hidden_state")) is not None:
+            step["encoder_outputs"] = (encoded,)
     position = {"position_ids": torch.full_like(one, length)}
     mask = {"attention_mask": _causal_mask(1, length + 1)}
     flat = {"attention_mask": torch.ones(BATCH, length + 1, dtype=torch.long)}

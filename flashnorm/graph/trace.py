@@ -84,7 +84,7 @@ def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fak
 def _trace_decode(
     model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder
 ) -> frozenset[int]:
-    """Record one more step. Returns the ids of what it took back: state that only the model reads."""
+    """Record one more step. Returns the ids of what it took back: state of the model itself."""
     failure: Exception | None = None
     for step in steps:
         try:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flashnorm import FoldError, Gain, Span, algebra
-from flashnorm.checkpoint import blocks, fold_checkpoint
+from flashnorm import FoldError, Gain, Span, algebra, fold_checkpoint
+from flashnorm.checkpoint import blocks
 from flashnorm.plan import Consumer, Plan, Site
 
 from .helpers import load, write_checkpoint

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from flashnorm import CheckpointError
-from flashnorm.checkpoint import fold, fold_checkpoint, stream
+from flashnorm import CheckpointError, fold_checkpoint
+from flashnorm.checkpoint import fold, stream
 
 from .helpers import llama_plan, llama_tensors, snapshot, write_checkpoint
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import flashnorm
-from flashnorm import algebra
-from flashnorm.checkpoint import fold_checkpoint
+from flashnorm import algebra, fold_checkpoint
 
 from .helpers import (
     INDEX,

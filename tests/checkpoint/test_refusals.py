@@ -9,8 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashnorm import CheckpointError, Consumer, FoldError, Plan, QuantizedError, Site, Span
-from flashnorm.checkpoint import fold_checkpoint
+from flashnorm import (
+    CheckpointError,
+    Consumer,
+    FoldError,
+    Plan,
+    QuantizedError,
+    Site,
+    Span,
+    fold_checkpoint,
+)
 
 from .helpers import (
     INDEX,

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashnorm import CheckpointError
-from flashnorm.checkpoint import fold_checkpoint
+from flashnorm import CheckpointError, fold_checkpoint
 from flashnorm.checkpoint import gguf as gguf_source
 
 from .helpers import llama_plan, load, snapshot
