@@ -65,7 +65,7 @@ def totals(plan: Plan) -> Totals:
         name = site.weight.parameter if site.weight else site.path
         sizes[site.gain][name] = _elements(site)
     folded = sum(sizes["folded"].values())
-    kept = sum(size for name, size in sizes["kept"].items() if name not in sizes["folded"])
+    kept = sum(sizes["kept"].values())
     return Totals(
         norms=len(plan.sites),
         folded=len(plan.folded),

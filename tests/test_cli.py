@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -261,13 +262,14 @@ def test_verify_reads_a_text(models, tmp_path, monkeypatch):
 
     def verify(reference, candidate, *, text, progress):
         seen["text"] = text
+        seen["logs"] = transformers.utils.logging.get_logger().isEnabledFor(logging.WARNING)
         print("a library that prints")
         return Proof()
 
     monkeypatch.setattr(flashnorm, "verify", verify, raising=False)
     (tmp_path / "text").write_text("naïve words", "utf-8")
     result = run("verify", "a", "b", "--text", tmp_path / "text", "--json")
-    assert seen["text"] == "naïve words"
+    assert seen == {"text": "naïve words", "logs": False}
     assert json.loads(result.stdout) == {"ok": True}
     assert "a library that prints" in result.stderr
 

@@ -67,6 +67,15 @@ def test_norms_that_differ_keep_their_own_row(other):
     ]
 
 
+def test_norms_kept_for_other_reasons_keep_their_own_row():
+    reasons = ["it is read twice", "the model returns its output", "it is read twice"]
+    sites = [site(f"m.layers.{i}.norm", gain="kept", reason=r) for i, r in enumerate(reasons)]
+    assert [(row.path, row.reason) for row in rows(Plan((*sites,)))] == [
+        ("m.layers.{0,2}.norm", reasons[0]),
+        ("m.layers.1.norm", reasons[1]),
+    ]
+
+
 def test_reasons_that_differ_in_the_layer_are_counted_together():
     sites = [
         site(f"m.layers.{i}.norm", gain="kept", reason=f"it is added in 'm.layers.{i}' at m.py:7")
