@@ -151,7 +151,13 @@ def record_uses(flow: Flow, node: Node) -> None:
         if view is None:
             continue
         other = sides.get(value)
-        flow.uses[view.name].append(_use(flow, node, value, other, added))
+        if other is None or not _is_nothing(flow, other.value):
+            flow.uses[view.name].append(_use(flow, node, value, other, added))
+
+
+def _is_nothing(flow: Flow, value: int) -> bool:
+    """Zeros, and the rows of an expert that got no token: the product is the same for any gain."""
+    return value in flow.zeros or 0 in flow.graph.values[value].shape
 
 
 def _use(flow: Flow, node: Node, value: int, other: Side | None, added: int | None) -> Use:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -114,13 +115,18 @@ class Recorder(TorchDispatchMode):
     def watching_modules(self) -> Iterator[None]:
         """Keep track of the module that runs, for all modules of the process."""
 
+        thread = get_ident()
+
         def enter(module: nn.Module, _: Any) -> None:
+            if get_ident() != thread:
+                return
             self._calls += 1
             path = self._names.get(id(module), self._stack[-1][0])
             self._stack.append((path, self._calls))
 
         def leave(module: nn.Module, _: Any, __: Any) -> None:
-            self._stack.pop()
+            if get_ident() == thread:
+                self._stack.pop()
 
         hooks = nn.modules.module
         before = hooks.register_module_forward_pre_hook(enter)

@@ -94,7 +94,7 @@ def _quotient(graph: Graph, node: Node) -> Visit | None:
 
 
 def _scaled_by_itself(graph: Graph, node: Node, x: int, factor: int, degree: float) -> Visit | None:
-    if prod(graph.values[factor].shape) >= prod(graph.values[x].shape):
+    if _is_whole(graph, factor, x):
         return None
     statistic = _statistic(graph, factor, _MAX_DEPTH)
     if statistic is None or statistic.degree != degree:
@@ -110,6 +110,14 @@ def _scaled_by_itself(graph: Graph, node: Node, x: int, factor: int, degree: flo
         return None
     kind: Kind = "rms" if centre is None else "layer"
     return Visit(kind, statistic.width, statistic.eps, node, node.outputs[0])
+
+
+def _is_whole(graph: Graph, factor: int, x: int) -> bool:
+    """Whether the factor has an element of its own for each of x: then it is no statistic."""
+    sizes = zip(graph.values[factor].shape[::-1], graph.values[x].shape[::-1], strict=False)
+    return not any(mine == 1 and whole > 1 for mine, whole in sizes) and bool(
+        graph.values[factor].shape
+    )
 
 
 def _centre(graph: Graph, value: int) -> int | None:

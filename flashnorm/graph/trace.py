@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -48,21 +49,48 @@ def trace(
     for fake in (True, False) if allow_real else (True,):
         for inputs in candidates:
             try:
-                return _trace_once(model, inputs, decode, fake)
+                return _trace_with_decode(model, inputs, decode, fake)
             except Exception as error:
                 failure = error
     raise TraceError(_explain(model, failure)) from failure
 
 
 def _explain(model: nn.Module, failure: Exception | None) -> str:
-    cause = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    cause = failure and f"{type(failure).__name__}: {_first_line(failure)}"
     return (
         f"{type(model).__name__} could not be recorded ({cause}); pass example_inputs= that its "
         "forward accepts, or a live model instead of a config"
     )
 
 
-def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fake: bool) -> Graph:
+class _StepFailed(Exception):
+    """A decode step did not run; its half-written cache makes the recording useless."""
+
+
+class _NoMoreSteps(Exception):
+    """Every way of taking one more step has failed."""
+
+
+def _trace_with_decode(
+    model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fake: bool
+) -> Graph:
+    """Record a forward and the first decode step that runs, each try from the beginning."""
+    failure: _StepFailed | None = None
+    try:
+        for number in count():
+            try:
+                return _trace_once(model, inputs, decode, number, fake)
+            except _StepFailed as error:
+                failure = error
+    except _NoMoreSteps:
+        graph = _trace_once(model, inputs, None, 0, fake)
+    graph.notes.append(f"the cached decode step was not recorded: {failure}")
+    return graph
+
+
+def _trace_once(
+    model: nn.Module, inputs: Inputs, decode: DecodeStep | None, number: int, fake: bool
+) -> Graph:
     recorder = Recorder({id(module): path for path, module in model.named_modules()})
     with _prepared(model), ExitStack() as stack:
         mode = _fake_mode(model) if fake else None
@@ -76,29 +104,31 @@ def _trace_once(model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fak
         output = _call(model, inputs)
         state: frozenset[int] = frozenset()
         if decode is not None:
-            state = _trace_decode(model, decode(inputs, output), recorder)
+            state = _trace_step(model, decode(inputs, output), number, recorder)
         _mark_outputs(output, recorder, state)
     return recorder.graph
 
 
-def _trace_decode(
-    model: nn.Module, steps: Iterable[Mapping[str, Any]], recorder: Recorder
+def _trace_step(
+    model: nn.Module, steps: Iterable[Mapping[str, Any]], number: int, recorder: Recorder
 ) -> frozenset[int]:
     """Record one more step. Returns the ids of what it took back: state of the model itself."""
-    failure: Exception | None = None
-    for step in steps:
-        try:
-            output = _call(model, step)
-        except Exception as error:
-            failure = error
-            continue
-        state = frozenset(id(item) for item in step.values())
-        _mark_outputs(output, recorder, state)
-        return state
-    if failure is not None:
-        first_line = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        recorder.graph.notes.append(f"the cached decode step was not recorded: {first_line}")
-    return frozenset()
+    step = next(islice(steps, number, None), None)
+    if step is None:
+        if number:
+            raise _NoMoreSteps
+        return frozenset()
+    try:
+        output = _call(model, step)
+    except Exception as error:
+        raise _StepFailed(_first_line(error)) from error
+    state = frozenset(id(item) for item in step.values())
+    _mark_outputs(output, recorder, state)
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:

@@ -330,6 +330,22 @@ class Convolution(nn.Module):
         return self.reader(self.norm(x).transpose(1, 2))
 
 
+class ZeroRows(Base):
+    """The reader also multiplies zeros, and no rows at all: neither says anything of a gain."""
+
+    def forward(self, x):
+        y = self.norm(x)
+        first = self.reader(y.new_zeros(x.shape[0], 1, N))
+        return torch.cat([first, self.reader(y), self.reader(x[:, :0])], 1)
+
+
+class EmptyRows(Base):
+    """A gain used on an empty value as well."""
+
+    def forward(self, x):
+        return torch.cat([self.reader(self.norm(x)), self.reader(self.norm(x[:, :0]))], 1)
+
+
 class Scatter(Base):
     """Rows gathered, computed on, and added back, as experts do."""
 
@@ -401,6 +417,8 @@ EXPECTED = {
     Weightless: {},
     Dyt: {"weight": "adds its bias bias"},
     Convolution: {"norm.weight": FOLDED},
+    ZeroRows: {"norm.weight": FOLDED},
+    EmptyRows: {"norm.weight": FOLDED},
     Scatter: {"norm.weight": FOLDED},
     AttentionValues: {"norm.weight": FOLDED},
     AttentionScores: {"norm.weight": "multiplied with another activation"},

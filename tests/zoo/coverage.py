@@ -7,6 +7,7 @@ float64 error, and how many of the refusals were shown to be needed by folding a
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -134,13 +135,19 @@ def page(rows: list[Row]) -> str:
 def _table_row(row: Row) -> str:
     if row.error is None:
         return f"| {row.name} | | | | | | | | {row.cause} |"
-    reasons = Counter(reason.split(" (")[0] for reason in row.reasons.values())
+    reasons = Counter(map(_short, row.reasons.values()))
     why = "; ".join(f"{count}× {reason}" for reason, count in reasons.items())
     why += "" if row.default_inputs else " (traced on its own inputs only)"
     return (
         f"| {row.name} | {row.sites} | {row.folded} | {row.kept} | {row.none} | {row.error:.1e} | "
         f"{row.noise:.1e} | {row.refusals_needed}/{row.refused_gains} | {why} |"
     )
+
+
+def _short(reason: str) -> str:
+    """The reason without the names of parameters, modules and files; the JSON has it whole."""
+    reason = re.sub(r" in '[^']*' at [\w.]+:\d+", "", re.sub(r" \([^()]* at .*$", "", reason))
+    return re.sub(r"\b\w+(\.\w+)+\b", "…", reason)
 
 
 def _line(row: Row) -> str:
