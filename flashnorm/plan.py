@@ -109,6 +109,15 @@ class Plan:
             for consumer in site.consumers:
                 yield site.weight, consumer
 
+    def __str__(self) -> str:
+        """A line per site; `flashnorm inspect` prints a table."""
+        lines = [f"{len(self.folded)} of {len(self.sites)} gains folded"]
+        for site in self.sites:
+            into = ", ".join(consumer.parameter for consumer in site.consumers)
+            what = f"into {into}" if into else site.reason
+            lines.append(f"{site.path or '(root)'}: {site.kind} {site.width}, {site.gain}: {what}")
+        return "\n".join([*lines, *self.notes])
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dict; `Plan.from_json` inverts it."""
         return json.loads(json.dumps(asdict(self)))

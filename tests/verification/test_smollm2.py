@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real model, folded by hand: exact in float64, no worse in bfloat16."""
+"""SmolLM2-135M-Instruct, a real model: exact in float64, no worse in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import flashnorm
 from flashnorm import FlashNormError, verify
 from flashnorm.demo import find_gguf, run_demo
 from flashnorm.loading import dequantize_gguf, load_model, load_tokenizer
 from flashnorm.verification.report import Report
-
-from . import tiny
 
 
 def gguf() -> Path:
@@ -50,12 +50,37 @@ def assert_equal_models(report: Report) -> None:
     assert change < report.float32_bound
 
 
-def test_sixty_norms_fold_exactly(model: Any, tokenizer: Any) -> None:
-    folded = tiny.folded(model)
-    gains = [norm.weight for norm, _ in tiny.readers(folded)]
-    assert len(gains) == 60
-    assert all(bool((gain == 1).all()) for gain in gains)
-    assert_equal_models(verify(model, folded, tokenizer=tokenizer, tokens=512, sample=256))
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: Any) -> Path:
+    return dequantize_gguf(gguf(), tmp_path_factory.mktemp("smollm2") / "original")
+
+
+def test_sixty_of_sixty_one_norms_fold_exactly(original: Path, tmp_path: Path) -> None:
+    folded = tmp_path / "folded"
+    plan = flashnorm.fold_checkpoint(original, folded)
+    assert len(plan.folded) == 60
+    assert len(plan.sites) == 61
+    assert "tied to" in plan.sites[-1].reason
+    stock = AutoModelForCausalLM.from_pretrained(folded)
+    parameters = dict(stock.named_parameters())
+    assert all(bool((parameters[gain.parameter] == 1).all()) for gain in plan.gains())
+    assert_equal_models(verify(original, stock, tokens=512, sample=256))
+
+
+def test_memory_and_disk_give_the_same_bits(model: Any, original: Path, tmp_path: Path) -> None:
+    """With an untied head all 61 norms fold."""
+    folded = tmp_path / "folded"
+    plan = flashnorm.fold_checkpoint(original, folded, untie=True)
+    assert len(plan.folded) == 61
+    in_memory = copy.deepcopy(model)
+    flashnorm.fold_(in_memory, untie=True)
+    stock = AutoModelForCausalLM.from_pretrained(folded)
+    expected = in_memory.state_dict()
+    assert stock.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in stock.state_dict().items())
+    report = verify(model, in_memory, tokenizer=load_tokenizer(gguf()), tokens=64, sample=64)
+    assert report.ok, str(report)
+    assert report.float64.max <= 1e-12
 
 
 def test_one_gain_element_off_by_a_thousandth_is_found(model: Any, tokenizer: Any) -> None:
@@ -67,19 +92,6 @@ def test_one_gain_element_off_by_a_thousandth_is_found(model: Any, tokenizer: An
     assert not report.ok
     assert report.first_wrong_layer is not None
     assert report.first_wrong_layer.path == "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.slow
-def test_a_directory_against_a_directory(tmp_path: Path) -> None:
-    original, folded = tmp_path / "original", tmp_path / "folded"
-    dequantize_gguf(gguf(), original)
-    model: Any = tiny.folded(load_model(original))
-    model.save_pretrained(folded)
-    del model
-    report = verify(original, folded)
-    assert_equal_models(report)
-    assert report.perplexity is not None
-    assert report.perplexity.tokens >= 4000
 
 
 @pytest.mark.slow
