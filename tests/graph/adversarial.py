@@ -72,6 +72,22 @@ class SigmoidGate(Base):
         return self.reader(y) * torch.sigmoid(y).sum(-1, keepdim=True)
 
 
+class SelfProduct(Base):
+    def forward(self, x):
+        y = self.norm(x)
+        return self.reader(y * y)
+
+
+class ProductOfNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Rms(), Rms()
+        self.reader = nn.Linear(N, K)
+
+    def forward(self, x):
+        return self.reader(self.first(x) * self.second(x + 1))
+
+
 class SharedWeight(nn.Module):
     def __init__(self):
         super().__init__()
@@ -385,6 +401,10 @@ EXPECTED = {
     LayerNormWithBias: {"norm.weight": "adds its bias norm.bias"},
     Residual: {"norm.weight": RESIDUAL},
     SigmoidGate: {"norm.weight": "read by sigmoid in '.root.' at adversarial.py"},
+    SelfProduct: {"norm.weight": "multiplied by a function of itself or another norm"},
+    ProductOfNorms: dict.fromkeys(
+        ("first.weight", "second.weight"), "multiplied by a function of itself or another norm"
+    ),
     SharedWeight: {"first.weight": FOLDED},
     SharedWeightHalfBlocked: {"first.weight": "read by sin"},
     SharedNorm: {"norm.weight": FOLDED},
