@@ -149,6 +149,17 @@ def test_a_config_that_names_no_model(tmp_path, content, message):
             flashnorm.inspect(source)
 
 
+def test_an_unknown_model_type_is_not_folded_on_disk(tmp_path):
+    tiny().save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(
+        json.dumps(config | {"model_type": "nonsense"})
+    )
+    with pytest.raises(flashnorm.CheckpointError, match="does not know the model type 'nonsense'"):
+        flashnorm.fold_checkpoint(tmp_path / "source", tmp_path / "folded")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_model_that_cannot_run_says_what_is_missing():
     class Needs(torch.nn.Module):
         def forward(self, x, y):

@@ -54,6 +54,8 @@ def fold_checkpoint(
     and where a `plan` is given, `plan.untied` decides. `progress` is called with (bytes done,
     bytes in total, shard name).
 
+    Where nothing folds, `dst` is a copy of `src` without a marker, and a warning says so.
+
     `dst` must not exist; it appears complete, by one rename. A killed run goes on where it stopped
     when it is started again, and ends with the same bytes. Returns the plan that was applied.
 
@@ -87,7 +89,9 @@ def _fold(
     check_twins(source, layout)
     gains = load_gains(source, layout)
     dtype = "float64" if any(g.dtype == torch.float64 for g in gains.values()) else "float32"
-    files = {CONFIG: folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)}
+    files: dict[str, Any] = {}
+    if plan.folded:
+        files[CONFIG] = folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)
     if layout.index is not None:
         files[INDEX] = layout.index
     copies = other_files(path, {*files, *source.shards})
@@ -183,7 +187,13 @@ def _size(count: int) -> str:
 
 
 def _warn(gains: Gains, lost: int) -> None:
-    if all(bool((gain == 1).all()) for gain in gains.values()):
+    if not gains:
+        warnings.warn(
+            "no gain of this checkpoint folds, so the target is a copy of it; flashnorm inspect "
+            "says why",
+            stacklevel=4,
+        )
+    elif all(bool((gain == 1).all()) for gain in gains.values()):
         warnings.warn(
             "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
             "have been folded before",

@@ -65,8 +65,6 @@ class Layout:
 def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
     """Match the plan with the checkpoint; raise CheckpointError where they do not fit."""
     absorptions = plan.absorptions()
-    if not absorptions:
-        raise CheckpointError(f"there is nothing to fold in {source.path.name}: {_reasons(plan)}")
     copied = {new: old for new, old in plan.untied if new not in source.where}
     wanted = [gain.parameter for gain in plan.gains()]
     wanted += [name for name in absorptions if name not in copied]
@@ -109,11 +107,6 @@ class _Edits:
                 yield Piece(entry, self.absorbs.get(entry.name, ()), gain)
         for entry in entries:
             yield from self.copies.get(entry.name, ())
-
-
-def _reasons(plan: Plan) -> str:
-    reasons = dict.fromkeys(site.reason for site in plan.sites if site.reason)
-    return "; ".join(reasons) or "the plan has no site with a gain"
 
 
 def _check_fit(entry: Entry, pairs: Absorptions, gains: dict[Gain, Place]) -> None:

@@ -37,7 +37,8 @@ def follow(graph: Graph) -> Flow:
         _follow_norm(flow, node, flow.visits.get(index))
     for value in graph.outputs:
         if value in flow.labels:
-            flow.refuse(flow.labels[value], "the model returns its output")
+            node = graph.producer(value)
+            flow.refuse(flow.labels[value], f"the model returns its output ({node and node.where})")
     for gain, reason in flow.biased.items():
         flow.refused.setdefault(gain, reason)
     return flow

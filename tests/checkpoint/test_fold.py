@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashnorm
-from flashnorm import algebra, fold_checkpoint
+from flashnorm import Plan, Site, algebra, fold_checkpoint
 
 from .helpers import (
     INDEX,
@@ -20,6 +20,15 @@ from .helpers import (
     snapshot,
     write_checkpoint,
 )
+
+
+def test_nothing_to_fold_gives_a_copy(tmp_path):
+    source = write_checkpoint(tmp_path / "src", llama_tensors(2))
+    plan = Plan((Site("model.norm", "rms", 48, 1e-6, "kept", "the head is tied"),))
+    with pytest.warns(UserWarning, match="no gain of this checkpoint folds"):
+        assert fold_checkpoint(source, tmp_path / "dst", plan=plan) == plan
+    assert snapshot(tmp_path / "dst") == snapshot(source)
+
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 LAYERS = 3

@@ -15,7 +15,6 @@ from flashnorm import (
     FoldError,
     Plan,
     QuantizedError,
-    Site,
     Span,
     fold_checkpoint,
 )
@@ -355,11 +354,6 @@ def test_another_layout_than_planned(src, axis, span):
     consumer = Consumer("model.layers.0.self_attn.q_proj.weight", axis, (span,))
     plan = Plan((replace(llama_plan(2).sites[0], consumers=(consumer,)),))
     refused(src, r"q_proj.weight of shape \[48, 48\] cannot absorb the gain", plan=plan)
-
-
-def test_nothing_to_fold(src):
-    site = Site("model.norm", "rms", 48, 1e-6, "kept", "the head is tied")
-    refused(src, "there is nothing to fold in src: the head is tied", plan=Plan((site,)))
 
 
 def test_a_stored_head_that_differs_from_its_tie(src):
