@@ -12,18 +12,17 @@ from flashnorm.graph.contractions import CONTRACTIONS, record_uses
 from flashnorm.graph.flow import Blocked, Flow, GainUse, Use
 from flashnorm.graph.labels import NONE, without_repeats
 from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import ParamView
 from flashnorm.graph.rules import RULES
 from flashnorm.graph.sites import SAME, Visit, find_visits
 
 # More elements than any norm's gain has: what multiplies by more is not a gain.
 _LARGEST_GAIN = 1 << 22
+# A norm's output stays one on its way to the gain.
+CARRYING = CASTS | RESHAPES | MOVES
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty"})
 _FILLS = frozenset({"full", "full_like", "new_full", "fill"})
-
-
-# Operations on one value that only move its elements.
-MOVES = SAME | {"transpose", "permute", "t", "slice", "select", "movedim", "flatten", "unflatten"}
 
 
 def follow(graph: Graph) -> Flow:
@@ -37,8 +36,8 @@ def follow(graph: Graph) -> Flow:
         _follow_norm(flow, node, flow.visits.get(index))
     for value in graph.outputs:
         if value in flow.labels:
-            node = graph.producer(value)
-            flow.refuse(flow.labels[value], f"the model returns its output ({node and node.where})")
+            made = graph.producer(value)
+            flow.refuse(flow.labels[value], f"the model returns its output ({made and made.where})")
     for gain, reason in flow.biased.items():
         flow.refused.setdefault(gain, reason)
     return flow
@@ -156,7 +155,7 @@ def _follow_norm(flow: Flow, node: Node, visit: Visit | None) -> None:
     if out is None or out in flow.labels:
         return
     waiting = [v for v in node.inputs if v in flow.pending]
-    if len(waiting) == 1 and (node.op in MOVES or _is_other_factor(flow, node, waiting[0])):
+    if len(waiting) == 1 and (node.op in CARRYING or _is_other_factor(flow, node, waiting[0])):
         flow.pending[out] = flow.pending[waiting[0]]
 
 

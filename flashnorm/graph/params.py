@@ -16,37 +16,12 @@ from torch import Tensor
 
 from flashnorm.graph.labels import Conflict, taken
 from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 
 # The view holds the parameter's own elements, or these times one constant, or any function of
 # each element by itself.
 SAME, SCALED, POINTWISE = range(3)
 
-_CASTS = frozenset({"_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh"})
-_VIEWS = frozenset(
-    {
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "t",
-        "transpose",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "expand",
-        "movedim",
-        "narrow",
-        "flatten",
-        "unflatten",
-        "repeat",
-        "flip",
-    }
-)
 _POINTWISE = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "exp", "abs", "softplus"})
 # Above this many elements a coordinate is given up rather than written out.
 _LARGEST_COPY = 1 << 24
@@ -92,9 +67,9 @@ def derive(graph: Graph, node: Node, views: dict[int, ParamView]) -> list[ParamV
     if len(set(inputs)) != 1 or node.args == () or not isinstance(node.args[0], Ref):
         return None
     view = views[inputs[0]]
-    if node.op in _CASTS:
+    if node.op in CASTS:
         return [view]
-    if node.op in _VIEWS and node.args[0].value == inputs[0]:
+    if node.op in MOVES | RESHAPES and node.args[0].value == inputs[0]:
         return _moved(node, view)
     if node.op in ("index", "index_select") and node.args[0].value == inputs[0]:
         return _picked(graph, node, view)
@@ -117,7 +92,7 @@ def _run_view(node: Node, coordinate: Tensor | None) -> list[Tensor] | None:
         out = run_on(node, coordinate)
     except RuntimeError:
         # The axes cannot be merged without a copy; small ones are copied.
-        if node.op not in ("view", "_unsafe_view") or coordinate.numel() > _LARGEST_COPY:
+        if node.op not in RESHAPES or coordinate.numel() > _LARGEST_COPY:
             return None
         out = coordinate.reshape(node.args[1])
     return list(out) if isinstance(out, (tuple, list)) else [out]

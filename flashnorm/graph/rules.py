@@ -16,6 +16,7 @@ from flashnorm.graph.contractions import CONTRACTIONS, contract
 from flashnorm.graph.flow import Blocked, Flow
 from flashnorm.graph.labels import FREE, NONE, Conflict, filled, taken, unify, varies, without
 from flashnorm.graph.nouns import Node, Ref, substitute
+from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import picked_axis
 from flashnorm.graph.record import ALIAS_WRITE, Geometry
 
@@ -233,35 +234,9 @@ def _none(flow: Flow, node: Node) -> Labels:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh"), _keep),
-    **dict.fromkeys(
-        (
-            "t",
-            "transpose",
-            "permute",
-            "unsqueeze",
-            "squeeze",
-            "slice",
-            "select",
-            "split",
-            "split_with_sizes",
-            "chunk",
-            "unbind",
-            "expand",
-            "movedim",
-            "narrow",
-            "cat",
-            "stack",
-            "repeat",
-            "flip",
-            "roll",
-            "unfold",
-            "diagonal",
-            "unflatten",
-        ),
-        _move,
-    ),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten"), _reshape),
+    **dict.fromkeys(CASTS, _keep),
+    **dict.fromkeys(MOVES | {"cat", "stack", "roll", "unfold", "diagonal"}, _move),
+    **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys(CONTRACTIONS, contract),
     **dict.fromkeys(("add", "sub"), _add),
     **dict.fromkeys(("sum", "mean"), _sum),

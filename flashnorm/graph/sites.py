@@ -12,25 +12,11 @@ from math import prod
 from typing import Any
 
 from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.operations import CASTS, RESHAPES
 from flashnorm.plan import Kind
 
 # Operations through which a value stays itself: its elements keep their values and order.
-SAME = frozenset(
-    {
-        "_to_copy",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "clone",
-        "detach",
-        "alias",
-        "expand",
-        "contiguous",
-        "unsqueeze",
-        "squeeze",
-        "lift_fresh",
-    }
-)
+SAME = CASTS | RESHAPES | {"expand", "unsqueeze", "squeeze"}
 _MAX_DEPTH = 24
 
 

@@ -1,7 +1,6 @@
 """Modules made to break a fold, none of them from transformers.
 
-Each is a small network around one question. `EXPECTED` says for every gain whether it folds, or the
-words that the reason must hold.
+Each is a small network around one question; `expectations.py` has the answers.
 """
 
 import torch
@@ -389,57 +388,3 @@ class AttentionValues(nn.Module):
 class AttentionScores(AttentionValues):
     def forward(self, x):
         return self.reader(torch.softmax(self.norm(x) @ x.transpose(1, 2), -1) @ x)
-
-
-FOLDED = ""
-RESIDUAL = "added to another value"
-EXPECTED = {
-    Plain: {"norm.weight": FOLDED},
-    OnePlus: {"norm.weight": FOLDED},
-    FusedNorm: {"norm.weight": FOLDED},
-    BiasFreeLayerNorm: {"norm.weight": FOLDED},
-    LayerNormWithBias: {"norm.weight": "adds its bias norm.bias"},
-    Residual: {"norm.weight": RESIDUAL},
-    SigmoidGate: {"norm.weight": "read by sigmoid in '.root.' at adversarial.py"},
-    SelfProduct: {"norm.weight": "multiplied by a function of itself or another norm"},
-    ProductOfNorms: dict.fromkeys(
-        ("first.weight", "second.weight"), "multiplied by a function of itself or another norm"
-    ),
-    SharedWeight: {"first.weight": FOLDED},
-    SharedWeightHalfBlocked: {"first.weight": "read by sin"},
-    SharedNorm: {"norm.weight": FOLDED},
-    SharedReader: {
-        "first.weight": "reader.weight is read by several norms: first.weight, second.weight",
-        "second.weight": "read by several norms",
-    },
-    RawReader: {"norm.weight": "reader.weight also multiplies a value that is not this norm's"},
-    TiedEmbedding: {"norm.weight": "head.weight is tied to embed.weight"},
-    ScalarMultiplier: {"norm.weight": FOLDED},
-    ScalarParameter: {"norm.weight": FOLDED},
-    Chunks: {"norm.weight": FOLDED},
-    ChunkBlocked: {"norm.weight": "read by tanh"},
-    TransposedWeight: {"norm.weight": FOLDED},
-    SquareTransposed: {"norm.weight": FOLDED},
-    Einsum: {"norm.weight": FOLDED},
-    HeadsEinsum: {"norm.weight": FOLDED},
-    Concatenation: {"first.weight": FOLDED, "second.weight": FOLDED},
-    ConcatenationWithRaw: {"first.weight": FOLDED},
-    NoGrad: {"norm.weight": FOLDED},
-    CustomFunction: {"norm.weight": FOLDED},
-    CustomNonlinear: {"norm.weight": "read by sin"},
-    GainReadElsewhere: {"norm.weight": "the gain is also read by sum"},
-    WeightReadElsewhere: {"norm.weight": "reader.weight is also read by"},
-    InPlace: {"norm.weight": FOLDED},
-    InPlaceOnReader: {"norm.weight": "number is added"},
-    ColdExpert: {"norm.weight": "experts.1.weight was not reached"},
-    Returned: {"norm.weight": "the model returns its output"},
-    Exponential: {"norm.weight": "not an affine function"},
-    Weightless: {},
-    Dyt: {"weight": "adds its bias bias"},
-    Convolution: {"norm.weight": FOLDED},
-    ZeroRows: {"norm.weight": FOLDED},
-    EmptyRows: {"norm.weight": FOLDED},
-    Scatter: {"norm.weight": FOLDED},
-    AttentionValues: {"norm.weight": FOLDED},
-    AttentionScores: {"norm.weight": "multiplied with another activation"},
-}
