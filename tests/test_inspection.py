@@ -160,6 +160,20 @@ def test_an_unknown_model_type_is_not_folded_on_disk(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_encoder_layer_of_torch_itself(bias):
+    layer = torch.nn.TransformerEncoderLayer(
+        16, 4, 32, norm_first=True, batch_first=True, dtype=torch.float64, bias=bias
+    ).eval()
+    randomize_(layer, 0)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    before = layer(x)
+    plan = flashnorm.fold_(layer, x)
+    assert [site.path for site in plan.sites] == ["norm1", "norm2"]
+    assert {site.gain for site in plan.sites} == {"kept" if bias else "folded"}
+    assert (layer(x) - before).abs().max() < 1e-14
+
+
 def test_a_model_that_cannot_run_says_what_is_missing():
     class Needs(torch.nn.Module):
         def forward(self, x, y):

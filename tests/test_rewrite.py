@@ -133,6 +133,13 @@ def test_the_config_is_marked_and_unmarked():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_plain_weights_fold_though_the_config_says_quantized():
+    """As transformers leaves a model that it dequantized from GGUF while loading."""
+    model = tiny()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert len(flashnorm.fold_(model).folded) == 5
+
+
 def test_unfold_needs_a_fold():
     with pytest.raises(flashnorm.FoldError, match=r"was not folded by flashnorm\.fold_"):
         flashnorm.unfold_(tiny())

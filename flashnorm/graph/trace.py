@@ -243,7 +243,8 @@ def _plain_implementations(model: nn.Module) -> Iterator[None]:
     """Ask for plain attention, and for experts that all run whatever the router says."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     saved = [(c, dict(c.__dict__)) for c in configs.values() if hasattr(c, "__dict__")]
-    level = logging.root.manager.disable
+    level, fastpath = logging.root.manager.disable, torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole layer
     # A fake forward that fails is tried for real; its log would only alarm.
     logging.disable(logging.ERROR)
     try:
@@ -254,6 +255,7 @@ def _plain_implementations(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         logging.disable(level)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for config, attributes in saved:
             config.__dict__.clear()
             config.__dict__.update(attributes)

@@ -2,7 +2,11 @@
 
 import pytest
 
-from tests.zoo import UNBUILDABLE, causal_lm_types, variants
+import flashnorm
+from flashnorm.graph.build import fake_model
+from flashnorm.inspection import record
+from flashnorm.planner import make_plan
+from tests.zoo import UNBUILDABLE, causal_lm_types, tiny_model, variants
 from tests.zoo.coverage import EXACT
 from tests.zoo.fold import fold_outcome
 
@@ -23,3 +27,32 @@ def test_fold_is_exact(name, with_inputs):
     assert outcome.plan.sites
     assert all(site.reason for site in outcome.plan.sites if site.gain != "folded")
     assert all(site.consumers for site in outcome.plan.folded)
+
+
+# Their forward asks a tensor for its value (a router's counts, a longest row), which a config
+# alone cannot answer: a live model is needed.
+NEED_VALUES = (
+    "blt",
+    "dbrx",
+    "jetmoe",
+    "longcat_flash",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "reformer",
+    "xlm",
+    "xmod",
+)
+
+
+@pytest.mark.parametrize("name", [n for n in causal_lm_types() if n not in UNBUILDABLE])
+def test_a_config_alone_gives_the_plan_of_the_live_model(name):
+    if name in NEED_INPUTS:
+        pytest.skip("rows of ids per codebook must be passed as example_inputs")
+    model = tiny_model(name)
+    fake = fake_model(type(model), model.config)
+    if name in NEED_VALUES:
+        with pytest.raises(flashnorm.TraceError, match="or a live model instead of a config"):
+            make_plan(record(fake, allow_real=False))
+        return
+    planned = make_plan(record(fake, allow_real=False))
+    assert planned.sites == make_plan(record(model)).sites
