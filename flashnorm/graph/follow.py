@@ -7,6 +7,8 @@ operation with no rule refuses the gains that reach it, so that what is not unde
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from flashnorm.graph import params
 from flashnorm.graph.contractions import CONTRACTIONS, record_uses
 from flashnorm.graph.flow import Blocked, Flow, GainUse, Use
@@ -82,6 +84,7 @@ def _follow_labels(flow: Flow, node: Node) -> None:
         if rule is None:
             raise Blocked(f"its output is read by {node.where}, where a gain cannot be moved past")
         results = rule(flow, node)
+        _check_not_rounded(flow, node, results)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         # A spelling of the operation that its rule does not know: not understood, so kept.
         failure = f"{type(error).__name__}: {error}"
@@ -93,6 +96,14 @@ def _follow_labels(flow: Flow, node: Node) -> None:
     for out, label in zip(node.outputs, results, strict=False):
         if label is not None and bool((without_repeats(label) > NONE).any()):
             flow.labels[out] = label
+
+
+def _check_not_rounded(flow: Flow, node: Node, results: list[Tensor | None]) -> None:
+    """A cast to integers, or a copy into them, does not commute with a gain."""
+    for out, label in zip(node.outputs, results, strict=False):
+        dtype = flow.graph.values[out].dtype
+        if label is not None and not (dtype.is_floating_point or dtype.is_complex):
+            raise Blocked(f"it is rounded to {dtype} ({node.where})")
 
 
 def _refuse_all(flow: Flow, values: list[int], reason: str) -> None:

@@ -143,6 +143,7 @@ def _pointwise(graph: Graph, node: Node, view: ParamView) -> list[ParamView] | N
     same_shape = graph.values[node.inputs[0]].shape == graph.values[node.outputs[0]].shape
     if len(node.inputs) != 1 or not same_shape:
         return None
-    linear = node.op in ("mul", "div", "neg") and view.relation != POINTWISE
+    scaled = node.op in ("mul", "div", "neg") and not node.bound.get("rounding_mode")
+    linear = scaled and view.relation != POINTWISE
     relation = max(view.relation, SCALED) if linear else POINTWISE
     return [replace(view, relation=relation)]

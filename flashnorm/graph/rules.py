@@ -79,6 +79,8 @@ def _multiply(flow: Flow, node: Node) -> Labels:
 def _divide(flow: Flow, node: Node) -> Labels:
     if node.inputs[-1] in flow.labels and len(node.inputs) > 1:
         raise Blocked(f"it is divided by ({node.where})")
+    if node.bound.get("rounding_mode"):
+        raise Blocked(f"it is rounded ({node.where})")
     return _multiply(flow, node)
 
 
@@ -118,6 +120,8 @@ def _sum_reason(flow: Flow, node: Node, first: int, second: int) -> str:
 
 def _lerp(flow: Flow, node: Node) -> Labels:
     """Token shifts: a weighted sum of two equally labelled values."""
+    if any(value in flow.labels for value in node.inputs[2:]):
+        raise Blocked(f"it decides how other values are mixed ({node.where})")
     return [_unified(flow, node, node.inputs[0], node.inputs[1])]
 
 
@@ -178,13 +182,27 @@ def _add_rows(flow: Flow, node: Node) -> Labels:
 
 def _put_rows(flow: Flow, node: Node) -> Labels:
     named = node.bound
-    axes = [axis for axis, index in enumerate(named["indices"]) if isinstance(index, Ref)]
+    axes: list[int] = []
+    position = 0
+    for index in named["indices"]:
+        taken_axes = _axes_of_index(flow, index)
+        axes += range(position, position + taken_axes) if isinstance(index, Ref) else []
+        position += taken_axes
     return _into_rows(flow, node, named["self"], named["values"], axes)
+
+
+def _axes_of_index(flow: Flow, index: Any) -> int:
+    """A mask takes as many axes as it has, anything else one."""
+    if not isinstance(index, Ref):
+        return 1
+    value = flow.graph.values[index.value]
+    return len(value.shape) if value.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _into_rows(flow: Flow, node: Node, target: Any, source: Any, axes: list[int]) -> Labels:
     shape = flow.graph.values[node.outputs[0]].shape
     rows = _side(flow, node, source)
+    axes = [axis % len(shape) for axis in axes]
     try:
         if rows.ndim:
             lead = [a for a in range(rows.ndim - len(shape) + max(axes) + 1) if a < rows.ndim]

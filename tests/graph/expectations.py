@@ -45,6 +45,16 @@ from .adversarial import (
     WeightReadElsewhere,
     ZeroRows,
 )
+from .adversarial_rules import (
+    AddedFeatures,
+    FloorDivision,
+    FlooredReader,
+    IntegerCast,
+    LerpWeight,
+    MaskedFeatures,
+    MaskedRows,
+    ScatteredFeatures,
+)
 
 FOLDED = ""
 RESIDUAL = "added to another value"
@@ -92,6 +102,14 @@ EXPECTED = {
     Weightless: {},
     Dyt: {"weight": "adds its bias bias"},
     Convolution: {"norm.weight": FOLDED},
+    LerpWeight: {"norm.weight": "decides how other values are mixed"},
+    ScatteredFeatures: {"norm.weight": "features are written by an index"},
+    AddedFeatures: {"norm.weight": "features are written by an index"},
+    MaskedRows: {"norm.weight": FOLDED},
+    MaskedFeatures: {"norm.weight": "features are written by an index"},
+    FloorDivision: {"norm.weight": "rounded"},
+    IntegerCast: {"norm.weight": "rounded"},
+    FlooredReader: {"norm.weight": "multiplied with a function of reader.weight"},
     ZeroRows: {"norm.weight": FOLDED},
     EmptyRows: {"norm.weight": FOLDED},
     Scatter: {"norm.weight": FOLDED},
