@@ -52,6 +52,63 @@ def identity_gain_(parameter: Tensor, gain: Gain) -> None:
     parameter.fill_(gain.identity)
 
 
+def bias_product(weight: Tensor, shift: Tensor, axis: int, spans: Iterable[Span]) -> Tensor:
+    """E2: `W β`, what a norm's bias adds to a reader's, in float64.
+
+    weight: a matrix as it was before E1, whose `axis` meets the norm's features; shift: [m], the
+    norm's bias β. Returns [k], one element per position of the other axis.
+    """
+    total = torch.zeros(weight.shape[1 - axis], dtype=torch.float64, device=weight.device)
+    beta = shift.detach().reshape(-1).to(torch.float64)
+    for span in spans:
+        part = weight.detach().narrow(axis, span.start, span.length)
+        part = part if axis == 1 else part.t()
+        total += _matrix_vector(part, beta[span.gain_start : span.gain_start + span.length])
+    return total
+
+
+def _matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    return torch.cat([block.to(torch.float64) @ vector for block in matrix.split(rows)])
+
+
+def fold_bias_(bias: Tensor, product: Tensor) -> None:
+    """E2, in place: `c* = c + W β`; `product` is the sum of what `bias_product` gave."""
+    bias.copy_(bias.to(torch.float64) + product)
+
+
+def carry_bias_(shift: Tensor, gain: Tensor) -> None:
+    """E13, in place: `z·g + β = (z + β/g)·g`, so a bias without a slot in its readers stays as β/g.
+
+    shift: the bias β, as many elements as gain: [m], none of them zero where β is not.
+    """
+    flat = shift.reshape(-1).to(torch.float64)
+    quotient = torch.where(flat == 0, flat, flat / gain.to(torch.float64))
+    shift.copy_(quotient.view(shift.shape))
+
+
+def can_carry(shift: Tensor, gain: Tensor) -> bool:
+    """Whether β/g is finite in the dtype of β, and 0 where β is."""
+    kept = shift.detach().clone()
+    carry_bias_(kept, gain)
+    return bool(torch.isfinite(kept).all())
+
+
+def centre_(weight: Tensor, axis: int) -> None:
+    """E3, in place: `V* = V − mean(V)` over `axis`, the one along the residual's features.
+
+    The mean is taken in float64 and the difference rounded once.
+    """
+    if weight.numel() == 0:
+        return
+    rows = weight.movedim(axis, -1)
+    rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
+    step = max(1, BLOCK_ELEMENTS * rows.shape[0] // rows.numel())
+    for block in rows.split(step):
+        wide = block.to(torch.float64)
+        block.copy_(wide - wide.mean(-1, keepdim=True))
+
+
 def is_identity(parameter: Tensor, gain: Gain) -> bool:
     """Whether every element of the effective gain is exactly one."""
     return bool((effective_gain(parameter, gain) == 1).all())

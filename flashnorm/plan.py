@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Kind = Literal["rms", "layer", "dyt"]
 GainState = Literal["folded", "kept", "none"]
+# "folded" goes into the readers' biases (E2); "carried" stays with the norm as β/g (E13).
+BiasState = Literal["none", "folded", "carried", "kept"]
+CentringState = Literal["none", "folded", "kept"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A parameter that absorbs a gain along one of its axes (`W* = W diag(g)`, E1)."""
+    """A parameter that absorbs a gain along one of its axes (`W* = W diag(g)`, E1).
+
+    `bias` is the parameter that is added to its product and takes `W β` where the norm's bias is
+    folded (E2); W is then a matrix. Empty where there is none, or where it takes nothing.
+    """
 
     parameter: str
     axis: int
     spans: tuple[Span, ...]
+    bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,35 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Centring:
+    """A writer of a residual stream: its mean over `axis` is subtracted (`V* = V − mean`, E3)."""
+
+    parameter: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The bias β of a norm, and the gain before it: element i of one meets element i of the other.
+
+    `folded` where β goes into the readers' biases (E2) and is left at zero; else it is carried:
+    it stays as β/g, which becomes β in the readers that absorb g (E13).
+    """
+
+    parameter: str
+    gain: Gain
+    folded: bool
+
+
+@dataclass(frozen=True)
 class Site:
-    """One normalization: where it is, what it is, and what happens to its gain.
+    """One normalization: where it is, what it is, and what happens to its gain, bias and centring.
 
     `path` is the module that normalizes, `width` the number of normalized features, `eps` the
     epsilon read off the graph (None where there is none). `reason` is empty where the gain is
-    folded, else it says in plain words why not. `source` is the file and line of the model's code.
+    folded, else it says in plain words why not; `bias_reason` says why a bias is not folded into
+    the readers, `centring_reason` why the mean is still subtracted. `shift` names the parameter of
+    the bias. `source` is the file and line of the model's code.
     """
 
     path: str
@@ -71,11 +102,18 @@ class Site:
     consumers: tuple[Consumer, ...] = ()
     weight: Gain | None = None
     source: str = ""
+    bias: BiasState = "none"
+    bias_reason: str = ""
+    shift: str = ""
+    centring: CentringState = "none"
+    centring_reason: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
     """All sites of a model in the order of execution, and what holds for the model as a whole.
+
+    `centrings` are the writers to centre so that the centred sites need no mean.
 
     `untied` lists (new parameter, parameter it is copied from): a tied weight that gets a copy of
     its own so that it can absorb a gain. `unreached` lists the parameters that the recorded passes
@@ -86,6 +124,7 @@ class Plan:
     untied: tuple[tuple[str, str], ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    centrings: tuple[Centring, ...] = ()
     version: int = field(default=PLAN_VERSION)
 
     @property
@@ -101,6 +140,28 @@ class Plan:
         found: dict[str, dict[tuple[Gain, Consumer], None]] = defaultdict(dict)
         for gain, consumer in self._pairs():
             found[consumer.parameter][gain, consumer] = None
+        return {name: tuple(pairs) for name, pairs in found.items()}
+
+    def shifts(self) -> tuple[Shift, ...]:
+        """Every bias that moves with its gain, once each."""
+        found = (
+            Shift(site.shift, site.weight, site.bias == "folded")
+            for site in self.folded
+            if site.shift and site.weight
+        )
+        return tuple(dict.fromkeys(found))
+
+    def bias_absorptions(self) -> dict[str, tuple[tuple[Shift, Consumer], ...]]:
+        """For every bias that absorbs: the shifts that go into it, and through which weight (E2).
+
+        `c* = c + W β` with W as it is before it absorbs any gain.
+        """
+        found: dict[str, dict[tuple[Shift, Consumer], None]] = defaultdict(dict)
+        for site in self.folded:
+            if site.bias == "folded" and site.weight:
+                shift = Shift(site.shift, site.weight, True)
+                for consumer in site.consumers:
+                    found[consumer.bias][shift, consumer] = None
         return {name: tuple(pairs) for name, pairs in found.items()}
 
     def _pairs(self) -> Iterator[tuple[Gain, Consumer]]:
@@ -135,12 +196,13 @@ class Plan:
             untied=tuple((new, old) for new, old in data["untied"]),
             unreached=tuple(data["unreached"]),
             notes=tuple(data["notes"]),
+            centrings=tuple(Centring(**row) for row in data["centrings"]),
         )
 
 
 def _site(row: dict[str, Any]) -> Site:
     consumers = tuple(
-        Consumer(c["parameter"], c["axis"], tuple(Span(**s) for s in c["spans"]))
+        Consumer(c["parameter"], c["axis"], tuple(Span(**s) for s in c["spans"]), c["bias"])
         for c in row["consumers"]
     )
     weight = Gain(**row["weight"]) if row["weight"] else None
