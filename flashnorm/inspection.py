@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flashnorm.plan import Gain, Plan
+from flashnorm.plan import BiasState, Gain, GainState, Plan, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +21,10 @@ FORWARD_CHANGES = (
 QUANTIZED = (
     "its readers are quantized ({}): a gain per input channel does not fit their scales; fold "
     "before quantizing. Deferral, which needs no fold, still applies"
+)
+NOT_CARRIED = (
+    "its bias {} cannot be kept as β/g, because the gain is zero, or next to it, where the bias is "
+    "not (E13)"
 )
 ALREADY_ONE = "its gain is one everywhere already: nothing to fold"
 
@@ -48,13 +52,13 @@ def inspect(model: Any, example_inputs: Any = None, *, untie: bool = False) -> P
     plan = replace(plan, notes=(*origin.notes, *plan.notes))
     if origin.quantized:
         return _without_folds(plan, QUANTIZED.format(origin.quantized))
-    return without_identities(plan, origin.gain)
+    return with_values(plan, origin.gain)
 
 
 def inspect_module(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) -> Plan:
     """The plan of a live module; it is left as it was found."""
     plan = _plan(model, example_inputs, untie, allow_real=True)
-    return without_identities(plan, _live_values(model))
+    return with_values(plan, _live_values(model))
 
 
 def _plan(model: nn.Module, example_inputs: Any, untie: bool, allow_real: bool) -> Plan:
@@ -124,32 +128,53 @@ def _declared_untied(model: nn.Module) -> Iterator[None]:
 
 
 def _without_folds(plan: Plan, reason: str) -> Plan:
-    sites = tuple(
-        replace(s, gain="kept", reason=reason, consumers=()) if s.gain == "folded" else s
-        for s in plan.sites
-    )
+    sites = tuple(_unfolded(s, "kept", reason) if s.gain == "folded" else s for s in plan.sites)
     return replace(plan, sites=sites, untied=())
 
 
-def without_identities(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
-    """The plan with gains that are one everywhere already taken out: there is nothing to fold.
+def _unfolded(site: Site, state: GainState, reason: str) -> Site:
+    bias: dict[str, Any] = (
+        {"bias": "kept", "bias_reason": "its gain is not folded"} if site.shift else {}
+    )
+    return replace(site, gain=state, reason=reason, consumers=(), **bias)
+
+
+def with_values(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
+    """The plan that the values allow: nothing to fold where a gain is one everywhere already, and
+    no gain folded that is zero where the bias it would carry is not (E13).
 
     `value_of` gives the value of a parameter where it is at hand.
     """
-    from flashnorm.algebra import is_identity
+    settled: dict[tuple[Gain, str, BiasState], Callable[[Site], Site]] = {}
 
-    known: dict[Gain, bool] = {}
-    for gain in plan.gains():
-        value = value_of(gain.parameter)
-        known[gain] = value is not None and is_identity(value, gain)
-    sites = tuple(
-        replace(s, gain="none", reason=ALREADY_ONE, consumers=())
-        if s.gain == "folded" and s.weight and known[s.weight]
-        else s
-        for s in plan.sites
-    )
+    def settle(site: Site) -> Site:
+        assert site.weight is not None
+        key = (site.weight, site.shift, site.bias)
+        if key not in settled:
+            settled[key] = _settlement(*key, value_of)
+        return settled[key](site)
+
+    sites = tuple(settle(s) if s.gain == "folded" else s for s in plan.sites)
     kept = {c.parameter for s in sites for c in s.consumers}
     return replace(plan, sites=sites, untied=tuple(u for u in plan.untied if u[0] in kept))
+
+
+def _settlement(
+    gain: Gain, shift: str, bias: BiasState, value_of: Callable[[str], Tensor | None]
+) -> Callable[[Site], Site]:
+    """What the values of one gain and its bias do to the sites that have them."""
+    from flashnorm.algebra import can_carry, effective_gain, is_identity
+
+    value = value_of(gain.parameter)
+    beta = value_of(shift) if shift else None
+    if value is None or (shift and beta is None):
+        return lambda site: site
+    moves_bias = bias == "folded" and beta is not None and bool((beta != 0).any())
+    if is_identity(value, gain) and not moves_bias:
+        return lambda site: _unfolded(site, "none", ALREADY_ONE)
+    if bias == "carried" and beta is not None and not can_carry(beta, effective_gain(value, gain)):
+        return lambda site: _unfolded(site, "kept", NOT_CARRIED.format(shift))
+    return lambda site: site
 
 
 def _live_values(model: nn.Module) -> Callable[[str], Tensor | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
 from flashnorm.graph.nouns import Graph
+from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
 from flashnorm.graph.unreached import refuse_unreached
 from flashnorm.plan import Consumer, Gain, Plan, Site
@@ -53,9 +55,10 @@ def _make_plan(graph: Graph, untie: bool) -> Plan:
     unreached = refuse_unreached(flow)
     conventions = _conventions(flow)
     _refuse_other_readings(flow)
+    shifts = find_shifts(flow)
     consumers, untied = absorb(flow, untie)
     rows = _rows(flow)
-    sites = tuple(_site(flow, row, conventions, consumers) for row in rows)
+    sites = tuple(_site(flow, row, conventions, consumers, shifts) for row in rows)
     notes = (*graph.notes, *_final_note(sites))
     return Plan(sites, untied=untied, unreached=unreached, notes=notes)
 
@@ -108,7 +111,11 @@ def _rows(flow: Flow) -> list[_Row]:
 
 
 def _site(
-    flow: Flow, row: _Row, conventions: dict[str, Gain], consumers: dict[str, list[Consumer]]
+    flow: Flow,
+    row: _Row,
+    conventions: dict[str, Gain],
+    consumers: dict[str, list[Consumer]],
+    shifts: dict[str, str],
 ) -> Site:
     visit = row.visit
     common = (row.path, visit.kind, visit.width, visit.eps)
@@ -118,6 +125,25 @@ def _site(
     weight = conventions.get(row.parameter)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
+    shift = shifts.get(row.parameter, "")
     if reason:
-        return Site(*common, "kept", reason, weight=weight, source=source)
-    return Site(*common, "folded", "", tuple(found), weight, source)
+        bias = _kept_bias(flow, row.parameter)
+        return Site(*common, "kept", reason, weight=weight, source=source, **bias)
+    site = Site(*common, "folded", "", tuple(found), weight, source)
+    return _with_bias(flow, site, row.parameter, shift) if shift else site
+
+
+def _kept_bias(flow: Flow, gain: str) -> dict[str, Any]:
+    uses = flow.shifts.get(gain)
+    if not uses:
+        return {}
+    return {"bias": "kept", "bias_reason": "its gain is kept", "shift": uses[0].parameter}
+
+
+def _with_bias(flow: Flow, site: Site, gain: str, shift: str) -> Site:
+    """The bias goes into the readers' own biases (E2), or stays with the norm as β/g (E13)."""
+    slots, reason = find_slots(flow, gain, site.consumers)
+    if reason:
+        return replace(site, bias="carried", bias_reason=reason, shift=shift)
+    into = tuple(replace(c, bias=slots[c.parameter]) for c in site.consumers)
+    return replace(site, bias="folded", shift=shift, consumers=into)

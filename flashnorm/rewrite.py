@@ -7,6 +7,7 @@ as it was.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,19 @@ from flashnorm import algebra
 from flashnorm.errors import FoldError
 from flashnorm.inspection import inspect_module
 from flashnorm.marker import MARKERS, marker
-from flashnorm.plan import Consumer, Gain, Plan
+from flashnorm.plan import Consumer, Gain, Plan, Shift
 
 UNDO = "_flashnorm_undo"
+CONVERT = "convert the model to bfloat16 or float32 first"
 
 
 @dataclass(frozen=True)
 class Undo:
-    """What `unfold_` needs: the plan, the gains as they were, and what a zero gain wiped out."""
+    """What `unfold_` needs: the plan, the gains and biases as they were, and what a zero gain
+    wiped out."""
 
     plan: Plan
-    gains: dict[str, Tensor]
+    vectors: dict[str, Tensor]
     wiped: dict[tuple[Gain, Consumer], Tensor]
     tied: dict[str, nn.Parameter]
 
@@ -35,8 +38,10 @@ class Undo:
 def fold_(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) -> Plan:
     """Fold every gain that can be folded exactly into the linear layers that read it, in place.
 
-    E1: `norm(x)·g Wᵀ = norm(x) W*ᵀ`, `W* = W diag(g)`; the gain is left at its identity. Weights
-    keep their dtype (float16, bfloat16, float32 or float64) and are rounded once. `example_inputs`
+    E1: `norm(x)·g Wᵀ = norm(x) W*ᵀ`, `W* = W diag(g)`; the gain is left at its identity. A norm's
+    bias goes into its readers' biases, `c* = c + W β` (E2), or where one of them has none stays
+    with the norm as β/g (E13). Weights keep their dtype (float16, bfloat16, float32 or float64) and
+    are rounded once. `example_inputs`
     is a dict or tuple for the model's forward, needed for modules that are not from transformers.
     `untie` gives a tied head a weight of its own, which costs vocab × width elements.
 
@@ -60,6 +65,7 @@ def apply_plan_(model: nn.Module, plan: Plan) -> None:
     tied = _untie_(model, plan, parameters)
     undo = Undo(plan, *_saved(plan, parameters), tied)
     with torch.no_grad():
+        _move_biases_(plan, parameters)
         for name, pairs in plan.absorptions().items():
             for gain, consumer in pairs:
                 vector = algebra.effective_gain(parameters[gain.parameter], gain)
@@ -68,6 +74,34 @@ def apply_plan_(model: nn.Module, plan: Plan) -> None:
         for gain in plan.gains():
             algebra.identity_gain_(parameters[gain.parameter], gain)
     _mark(model, plan, undo)
+
+
+def _move_biases_(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+    """E2 and E13, while weights and gains are still as they were."""
+    for name, pairs in plan.bias_absorptions().items():
+        algebra.fold_bias_(parameters[name], _added(parameters, parameters[name], pairs))
+    for shift in plan.shifts():
+        beta = parameters[shift.parameter]
+        if shift.folded:
+            beta.zero_()
+        else:
+            gain = algebra.effective_gain(parameters[shift.gain.parameter], shift.gain)
+            algebra.carry_bias_(beta, gain.to(beta.device))
+
+
+def _added(
+    parameters: dict[str, nn.Parameter],
+    bias: Tensor,
+    pairs: Iterable[tuple[Shift, Consumer]],
+) -> Tensor:
+    """What a bias takes: the sum of `W β` over the norms that its weight reads."""
+    total = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
+    for shift, consumer in pairs:
+        weight = parameters[consumer.parameter]
+        beta = parameters[shift.parameter].to(weight.device)
+        product = algebra.bias_product(weight, beta, consumer.axis, consumer.spans)
+        total += product.to(bias.device)
+    return total
 
 
 def unfold_(model: nn.Module) -> None:
@@ -87,7 +121,7 @@ def unfold_(model: nn.Module) -> None:
         for name, pairs in undo.plan.absorptions().items():
             for gain, consumer in pairs:
                 _unfold_consumer_(parameters[name], gain, consumer, undo)
-        for name, value in undo.gains.items():
+        for name, value in undo.vectors.items():
             parameters[name].copy_(value)
     for name, parameter in undo.tied.items():
         _assign(model, name, parameter)
@@ -111,22 +145,41 @@ def _check(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
             lost += algebra.check_fold(
                 name, weight, gain.parameter, vector, consumer.axis, consumer.spans
             )
+    _check_biases(plan, parameters)
     if lost:
         warnings.warn(algebra.subnormal_warning(lost), stacklevel=3)
+
+
+def _check_biases(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise where a bias would leave the range of its dtype."""
+    for name, pairs in plan.bias_absorptions().items():
+        bias = parameters[name].detach()
+        if not bool(torch.isfinite((bias + _added(parameters, bias, pairs)).to(bias.dtype)).all()):
+            raise FoldError(f"{name}: adding W β to it overflows {bias.dtype}; {CONVERT}")
+    for shift in plan.shifts():
+        beta = parameters[shift.parameter].detach()
+        gain = algebra.effective_gain(parameters[shift.gain.parameter], shift.gain)
+        if not shift.folded and not algebra.can_carry(beta, gain.to(beta.device)):
+            raise FoldError(
+                f"{shift.parameter}: β/g is not finite, because the gain {shift.gain.parameter} is "
+                "zero, or next to it, where the bias is not; make the plan from these very weights"
+            )
 
 
 def _saved(
     plan: Plan, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[tuple[Gain, Consumer], Tensor]]:
-    gains = {g.parameter: parameters[g.parameter].detach().clone() for g in plan.gains()}
+    names = [gain.parameter for gain in plan.gains()]
+    names += [shift.parameter for shift in plan.shifts()] + list(plan.bias_absorptions())
+    vectors = {name: parameters[name].detach().clone() for name in names}
     wiped = {}
     for name, pairs in plan.absorptions().items():
         for gain, consumer in pairs:
-            columns = _zero_columns(algebra.effective_gain(gains[gain.parameter], gain), consumer)
+            columns = _zero_columns(algebra.effective_gain(vectors[gain.parameter], gain), consumer)
             if len(columns):
                 index = columns.to(parameters[name].device)
                 wiped[gain, consumer] = parameters[name].detach().index_select(consumer.axis, index)
-    return gains, wiped
+    return vectors, wiped
 
 
 def _zero_columns(gain: Tensor, consumer: Consumer) -> Tensor:
@@ -138,7 +191,7 @@ def _zero_columns(gain: Tensor, consumer: Consumer) -> Tensor:
 
 
 def _unfold_consumer_(weight: Tensor, gain: Gain, consumer: Consumer, undo: Undo) -> None:
-    vector = algebra.effective_gain(undo.gains[gain.parameter], gain).to(weight.device)
+    vector = algebra.effective_gain(undo.vectors[gain.parameter], gain).to(weight.device)
     columns = _zero_columns(vector, consumer)
     safe = torch.where(vector == 0, torch.ones_like(vector), vector)
     algebra.unfold_gain_(weight, safe, consumer.axis, consumer.spans)

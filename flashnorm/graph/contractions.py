@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from flashnorm.graph.flow import Blocked, Flow, Use
@@ -169,9 +170,26 @@ def _use(flow: Flow, node: Node, value: int, other: Side | None, added: int | No
         return Use(node)
     mine = Side(value, _axis_of(node, value), None)
     try:
-        return _absorbed(flow, node, other, mine)[1]
+        use = _absorbed(flow, node, other, mine)[1]
     except Blocked:
         return Use(node)
+    return replace(use, slot=_slot(flow, node, mine, added)) if other.value in flow.sums else use
+
+
+def _slot(flow: Flow, node: Node, weight: Side, added: int | None) -> str:
+    """The bias that can take `W β` (E2): added to the product, row by row of the same matrix."""
+    matrix, bias = flow.views[weight.value], flow.views.get(added) if added is not None else None
+    if bias is None or node.op not in ("linear", "addmm") or max(matrix.relation, bias.relation):
+        return ""
+    if node.bound.get("alpha", 1) != 1 or node.bound.get("beta", 1) != 1:
+        return ""
+    if len(matrix.sizes) != 2 or len(bias.sizes) != 1 or bias.coordinates[0] is None:
+        return ""
+    try:
+        _, rows = _column(matrix, -2 if weight.axis == -1 else -1)
+    except Conflict:
+        return ""
+    return bias.name if torch.equal(rows, bias.coordinates[0].flatten()) else ""
 
 
 def _axis_of(node: Node, value: int) -> int:

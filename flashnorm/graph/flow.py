@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashnorm.graph.labels import FREE, NONE, filled, without_repeats
 from flashnorm.graph.nouns import Graph, Node
-from flashnorm.graph.params import ParamView
+from flashnorm.graph.params import SAME, ParamView
 from flashnorm.graph.sites import Visit
 
 
@@ -25,7 +25,8 @@ class Use:
     """One operation that reads a parameter.
 
     A contraction with a labelled value has `axis` and, per position of that axis it touches, the
-    label; a contraction with an unlabelled value has neither; anything else is `other`.
+    label; a contraction with an unlabelled value has neither; anything else is `other`. `slot` is
+    the bias that the contraction adds, where it can take what the norm's bias adds (E2).
     """
 
     node: Node
@@ -33,6 +34,15 @@ class Use:
     axis: int | None = None
     positions: Tensor | None = None
     labels: Tensor | None = None
+    slot: str = ""
+
+
+@dataclass(frozen=True)
+class ShiftUse:
+    """One addition of a norm's bias to values that carry its gain, element by element."""
+
+    parameter: str
+    node: Node
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,9 @@ class Flow:
     gains: list[GainUse] = field(default_factory=list)
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[str, str] = field(default_factory=dict)
-    # Gains after which the norm adds a bias: kept for that, unless there is a deeper reason.
-    biased: dict[str, str] = field(default_factory=dict)
+    # The biases that norms add after each gain, and the values that are such a sum, only moved.
+    shifts: dict[str, list[ShiftUse]] = field(default_factory=lambda: defaultdict(list))
+    sums: set[int] = field(default_factory=set)
     touched: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # The label of each gain's first element, in increasing order.
     bases: dict[str, int] = field(default_factory=dict)
@@ -69,14 +80,23 @@ class Flow:
         for name in self.gains_in(label):
             self.refused.setdefault(name, reason)
 
-    def add_bias(self, gain: str, bias: int, node: Node) -> None:
-        """Note that the norm of `gain` adds a bias, which does not move with the gain."""
-        names = ", ".join(sorted(self.roots[bias] or ()))
-        self.biased.setdefault(
-            gain,
-            f"the norm adds its bias {names} after the gain, which does "
-            f"not move with it yet ({node.where})",
-        )
+    def add_shift(self, label: Tensor, bias: int, node: Node) -> None:
+        """Note a norm's bias that is added to values with this label; refuse what is not one."""
+        gains = self.gains_in(label)
+        view = self.views.get(bias)
+        elements = view.elements() if view is not None and view.relation == SAME else None
+        for gain in gains:
+            names = ", ".join(sorted(self.roots[bias] or ()))
+            if (
+                view is None
+                or elements is None
+                or not _is_aligned(label, self.base(gain), elements)
+            ):
+                reason = f"{names} is added to it otherwise than feature by feature ({node.where})"
+                self.refused.setdefault(gain, reason)
+                continue
+            self.shifts[gain].append(ShiftUse(view.name, node))
+            self.sums.update(node.outputs[:1])
 
     def gains_in(self, label: Tensor) -> list[str]:
         """The gain parameters that a label names."""
@@ -113,3 +133,12 @@ class Flow:
             last = next(reversed(self.bases), None)
             self.bases[name] = 1 if last is None else self.bases[last] + self.numel(last)
         return self.bases[name]
+
+
+def _is_aligned(label: Tensor, base: int, elements: Tensor) -> bool:
+    """Whether each element of the bias meets the gain element of the same number."""
+    meets, mine = without_repeats(label), without_repeats(elements) + base
+    try:
+        return bool((torch.broadcast_to(mine, meets.shape) == meets).all())
+    except RuntimeError:
+        return False

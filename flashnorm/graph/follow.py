@@ -23,6 +23,8 @@ from flashnorm.graph.sites import SAME, Visit, find_visits
 _LARGEST_GAIN = 1 << 22
 # A norm's output stays one on its way to the gain.
 CARRYING = CASTS | RESHAPES | MOVES
+# A sum `z·g + β` stays one when it is only moved; anything else would have to move β as well.
+_MOVING = CARRYING | {"cat", "stack", "index", "index_select"}
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty"})
 _FILLS = frozenset({"full", "full_like", "new_full", "fill"})
 
@@ -40,8 +42,6 @@ def follow(graph: Graph) -> Flow:
         if value in flow.labels:
             made = graph.producer(value)
             flow.refuse(flow.labels[value], f"the model returns its output ({made and made.where})")
-    for gain, reason in flow.biased.items():
-        flow.refused.setdefault(gain, reason)
     return flow
 
 
@@ -96,6 +96,8 @@ def _follow_labels(flow: Flow, node: Node) -> None:
     for out, label in zip(node.outputs, results, strict=False):
         if label is not None and bool((without_repeats(label) > NONE).any()):
             flow.labels[out] = label
+            if node.op in _MOVING and all(value in flow.sums for value in labelled):
+                flow.sums.add(out)
 
 
 def _check_not_rounded(flow: Flow, node: Node, results: list[Tensor | None]) -> None:
@@ -185,4 +187,4 @@ def _start_fused(flow: Flow, node: Node, visit: Visit) -> None:
     uses = flow.uses[view.name]
     uses[:] = [use for use in uses if use.node is not node]
     if visit.bias is not None:
-        flow.add_bias(view.name, visit.bias, node)
+        flow.add_shift(flow.labels[visit.output], visit.bias, node)

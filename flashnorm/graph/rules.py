@@ -91,15 +91,16 @@ def _add(flow: Flow, node: Node) -> Labels:
     first, second = node.inputs[:2]
     for value, other in ((first, second), (second, first)):
         if value in flow.labels and other not in flow.labels and flow.parameters_in(other):
-            return _bias(flow, node, value, other)
+            return _shift(flow, node, value, other)
     return [_unified(flow, node, first, second)]
 
 
-def _bias(flow: Flow, node: Node, value: int, bias: int) -> Labels:
-    """A norm's bias: it stops the gain, but what reads the sum is looked at all the same."""
+def _shift(flow: Flow, node: Node, value: int, bias: int) -> Labels:
+    """A norm's bias: it moves with the gain (E2, E13)."""
+    if node.bound.get("alpha", 1) != 1 or node.op == "sub":
+        raise Blocked(f"a bias is subtracted from it, or added in part ({node.where})")
     label = flow.labels[value].expand(flow.graph.values[node.outputs[0]].shape)
-    for gain in flow.gains_in(label):
-        flow.add_bias(gain, bias, node)
+    flow.add_shift(label, bias, node)
     return [label]
 
 
