@@ -94,19 +94,25 @@ def can_carry(shift: Tensor, gain: Tensor) -> bool:
     return bool(torch.isfinite(kept).all())
 
 
-def centre_(weight: Tensor, axis: int) -> None:
+def centre_(weight: Tensor, axis: int) -> Tensor:
     """E3, in place: `V* = V − mean(V)` over `axis`, the one along the residual's features.
 
-    The mean is taken in float64 and the difference rounded once.
+    The mean is taken in float64 and the difference rounded once. Returns the mean, `axis` kept.
     """
-    if weight.numel() == 0:
-        return
     rows = weight.movedim(axis, -1)
     rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
-    step = max(1, BLOCK_ELEMENTS * rows.shape[0] // rows.numel())
-    for block in rows.split(step):
+    means = []
+    for block in rows.split(max(1, BLOCK_ELEMENTS * rows.shape[0] // max(1, rows.numel()))):
         wide = block.to(torch.float64)
-        block.copy_(wide - wide.mean(-1, keepdim=True))
+        means.append(wide.mean(-1, keepdim=True))
+        block.copy_(wide - means[-1])
+    mean = torch.cat(means)
+    return mean[0] if weight.ndim == 1 else mean.movedim(-1, axis)
+
+
+def uncentre_(weight: Tensor, mean: Tensor) -> None:
+    """The inverse of `centre_`, within one rounding; mean: what `centre_` returned."""
+    weight.copy_(weight.to(torch.float64) + mean)
 
 
 def is_identity(parameter: Tensor, gain: Gain) -> bool:

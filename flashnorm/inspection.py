@@ -29,14 +29,17 @@ NOT_CARRIED = (
 ALREADY_ONE = "its gain is one everywhere already: nothing to fold"
 
 
-def inspect(model: Any, example_inputs: Any = None, *, untie: bool = False) -> Plan:
+def inspect(
+    model: Any, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+) -> Plan:
     """The plan of a model: every norm, whether its gain folds, into what, and if not why.
 
     `model` is a live `torch.nn.Module`, a local directory, a bare config.json, a GGUF file or a hub
     id. Of a path only the config is read, and the gains themselves where the weights are at hand:
     parameters stay fake, so a model of any size takes seconds. `example_inputs`, a dict or tuple
     for the model's forward, is needed for modules that are not from transformers. `untie` plans a
-    copy of a tied head's weight, so that the final gain folds as well.
+    copy of a tied head's weight, so that the final gain folds as well; `centre` plans to centre
+    what LayerNorms read, so that they need no mean (E3).
 
     Raises TraceError where the model cannot be recorded, CheckpointError where a path holds no
     model that can be read. Source: FlashNorm, arXiv 2407.09577.
@@ -44,35 +47,39 @@ def inspect(model: Any, example_inputs: Any = None, *, untie: bool = False) -> P
     from torch import nn
 
     if isinstance(model, nn.Module):
-        return inspect_module(model, example_inputs, untie=untie)
+        return inspect_module(model, example_inputs, untie=untie, centre=centre)
     from flashnorm.origin import open_origin
 
     origin = open_origin(model)
-    plan = _plan(origin.fake_model(), example_inputs, untie, allow_real=False)
+    plan = _plan(origin.fake_model(), example_inputs, untie, centre, allow_real=False)
     plan = replace(plan, notes=(*origin.notes, *plan.notes))
     if origin.quantized:
         return _without_folds(plan, QUANTIZED.format(origin.quantized))
     return with_values(plan, origin.gain)
 
 
-def inspect_module(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) -> Plan:
+def inspect_module(
+    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+) -> Plan:
     """The plan of a live module; it is left as it was found."""
-    plan = _plan(model, example_inputs, untie, allow_real=True)
+    plan = _plan(model, example_inputs, untie, centre, allow_real=True)
     return with_values(plan, _live_values(model))
 
 
-def _plan(model: nn.Module, example_inputs: Any, untie: bool, allow_real: bool) -> Plan:
+def _plan(
+    model: nn.Module, example_inputs: Any, untie: bool, centre: bool, allow_real: bool
+) -> Plan:
     from flashnorm.planner import make_plan
 
     graph = record(model, example_inputs, allow_real)
-    plan = make_plan(graph, untie=untie)
+    plan = make_plan(graph, untie=untie, centre=centre)
     if not plan.untied:
         return plan
     with _declared_untied(model):
         same = operations(record(model, example_inputs, allow_real)) == operations(graph)
     if same and _can_be_untied(getattr(model, "config", None)):
         return plan
-    tied = make_plan(graph)
+    tied = make_plan(graph, centre=centre)
     return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
 
 
@@ -129,7 +136,14 @@ def _declared_untied(model: nn.Module) -> Iterator[None]:
 
 def _without_folds(plan: Plan, reason: str) -> Plan:
     sites = tuple(_unfolded(s, "kept", reason) if s.gain == "folded" else s for s in plan.sites)
-    return replace(plan, sites=sites, untied=())
+    sites = tuple(_uncentred(s, reason) for s in sites)
+    return replace(plan, sites=sites, untied=(), centrings=(), entries=())
+
+
+def _uncentred(site: Site, reason: str) -> Site:
+    if site.centring != "folded":
+        return site
+    return replace(site, centring="kept", centring_reason=reason)
 
 
 def _unfolded(site: Site, state: GainState, reason: str) -> Site:
@@ -156,6 +170,7 @@ def with_values(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
 
     sites = tuple(settle(s) if s.gain == "folded" else s for s in plan.sites)
     kept = {c.parameter for s in sites for c in s.consumers}
+    kept |= {new for new, old in plan.untied for c in plan.centrings if c.parameter in (new, old)}
     return replace(plan, sites=sites, untied=tuple(u for u in plan.untied if u[0] in kept))
 
 

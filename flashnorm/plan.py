@@ -70,6 +70,18 @@ class Centring:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A place where a stream begins with values that no linear layer writes.
+
+    They are centred as they come out of the module at `path`, or with `received` as they go in.
+    Only a model in memory can have one; a stored checkpoint keeps its LayerNorms.
+    """
+
+    path: str
+    received: bool = False
+
+
+@dataclass(frozen=True)
 class Shift:
     """The bias β of a norm, and the gain before it: element i of one meets element i of the other.
 
@@ -90,7 +102,8 @@ class Site:
     epsilon read off the graph (None where there is none). `reason` is empty where the gain is
     folded, else it says in plain words why not; `bias_reason` says why a bias is not folded into
     the readers, `centring_reason` why the mean is still subtracted. `shift` names the parameter of
-    the bias. `source` is the file and line of the model's code.
+    the bias. `source` is the file and line of the model's code. `replaceable` where the module at
+    `path` is this norm and nothing else, so that another module can take its place.
     """
 
     path: str
@@ -107,13 +120,15 @@ class Site:
     shift: str = ""
     centring: CentringState = "none"
     centring_reason: str = ""
+    replaceable: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """All sites of a model in the order of execution, and what holds for the model as a whole.
 
-    `centrings` are the writers to centre so that the centred sites need no mean.
+    `centrings` are the writers to centre so that the centred sites need no mean, `entries` the
+    places where that takes an operation of its own.
 
     `untied` lists (new parameter, parameter it is copied from): a tied weight that gets a copy of
     its own so that it can absorb a gain. `unreached` lists the parameters that the recorded passes
@@ -125,6 +140,7 @@ class Plan:
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     centrings: tuple[Centring, ...] = ()
+    entries: tuple[Entry, ...] = ()
     version: int = field(default=PLAN_VERSION)
 
     @property
@@ -197,6 +213,7 @@ class Plan:
             unreached=tuple(data["unreached"]),
             notes=tuple(data["notes"]),
             centrings=tuple(Centring(**row) for row in data["centrings"]),
+            entries=tuple(Entry(**row) for row in data["entries"]),
         )
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from flashnorm.graph.absorb import absorb
+from flashnorm.graph.centring import centred
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
+from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.nouns import Graph
 from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
@@ -31,12 +33,18 @@ class _Row:
     path: str
     parameter: str | None
     uses: list[GainUse] = field(default_factory=list)
+    visits: list[int] = field(default_factory=list)  # indices of the nodes
 
 
-def make_plan(graph: Graph, *, untie: bool = False) -> Plan:
-    """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan."""
+def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Plan:
+    """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan.
+
+    With `untie` tied weights may get a copy of their own; with `centre` LayerNorms are freed of
+    their mean where the writers of what they read can be centred (E3).
+    """
     with one_thread():
-        return _make_plan(graph, untie)
+        plan, flow, rows = _make_plan(graph, untie)
+        return centred(plan, flow, [row.visits for row in rows], untie) if centre else plan
 
 
 @contextmanager
@@ -50,7 +58,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _make_plan(graph: Graph, untie: bool) -> Plan:
+def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
     flow = follow(graph)
     unreached = refuse_unreached(flow)
     conventions = _conventions(flow)
@@ -60,7 +68,7 @@ def _make_plan(graph: Graph, untie: bool) -> Plan:
     rows = _rows(flow)
     sites = tuple(_site(flow, row, conventions, consumers, shifts) for row in rows)
     notes = (*graph.notes, *_final_note(sites))
-    return Plan(sites, untied=untied, unreached=unreached, notes=notes)
+    return Plan(sites, untied=untied, unreached=unreached, notes=notes), flow, rows
 
 
 def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:
@@ -99,13 +107,15 @@ def _rows(flow: Flow) -> list[_Row]:
         by_node[id(use.visit)].append(use)
     rows: dict[tuple[str, str | int], _Row] = {}
     order: dict[tuple[str, int], int] = defaultdict(int)
-    for visit in flow.visits.values():
+    for index, visit in flow.visits.items():
         path, call = visit.node.path, visit.node.call
         for use in by_node[id(visit)]:
             row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
             row.uses.append(use)
+            row.visits.append(index)
         if not by_node[id(visit)]:
-            rows.setdefault((path, order[path, call]), _Row(visit, path, None))
+            row = rows.setdefault((path, order[path, call]), _Row(visit, path, None))
+            row.visits.append(index)
         order[path, call] += 1
     return list(rows.values())
 
@@ -119,18 +129,22 @@ def _site(
 ) -> Site:
     visit = row.visit
     common = (row.path, visit.kind, visit.width, visit.eps)
-    source = visit.node.source
+    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": _replaceable(flow, row)}
     if row.parameter is None:
-        return Site(*common, "none", NO_GAIN, source=source)
+        return Site(*common, "none", NO_GAIN, **facts)
     weight = conventions.get(row.parameter)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
     shift = shifts.get(row.parameter, "")
     if reason:
-        bias = _kept_bias(flow, row.parameter)
-        return Site(*common, "kept", reason, weight=weight, source=source, **bias)
-    site = Site(*common, "folded", "", tuple(found), weight, source)
+        facts |= _kept_bias(flow, row.parameter)
+        return Site(*common, "kept", reason, weight=weight, **facts)
+    site = Site(*common, "folded", "", tuple(found), weight, **facts)
     return _with_bias(flow, site, row.parameter, shift) if shift else site
+
+
+def _replaceable(flow: Flow, row: _Row) -> bool:
+    return all(is_replaceable(flow, flow.visits[index]) for index in row.visits)
 
 
 def _kept_bias(flow: Flow, gain: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from flashnorm import algebra
 from flashnorm.errors import FoldError
 from flashnorm.inspection import inspect_module
 from flashnorm.marker import MARKERS, marker
-from flashnorm.plan import Consumer, Gain, Plan, Shift
+from flashnorm.plan import Centring, Consumer, Gain, Plan, Shift
+from flashnorm.swap import Swaps, swap_norms_
 
 UNDO = "_flashnorm_undo"
 CONVERT = "convert the model to bfloat16 or float32 first"
@@ -31,11 +32,15 @@ class Undo:
 
     plan: Plan
     vectors: dict[str, Tensor]
+    means: dict[Centring, Tensor]
+    swaps: Swaps
     wiped: dict[tuple[Gain, Consumer], Tensor]
     tied: dict[str, nn.Parameter]
 
 
-def fold_(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) -> Plan:
+def fold_(
+    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+) -> Plan:
     """Fold every gain that can be folded exactly into the linear layers that read it, in place.
 
     E1: `norm(x)·g Wᵀ = norm(x) W*ᵀ`, `W* = W diag(g)`; the gain is left at its identity. A norm's
@@ -45,12 +50,15 @@ def fold_(model: nn.Module, example_inputs: Any = None, *, untie: bool = False) 
     is a dict or tuple for the model's forward, needed for modules that are not from transformers.
     `untie` gives a tied head a weight of its own, which costs vocab × width elements.
 
+    `centre` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
+    the features, `V* = V − mean(V)` (E3), and `flashnorm.nn.FlashRMSNorm` takes the norm's place.
+
     Returns the plan. Folding again changes nothing. Raises TraceError where the model cannot be
     recorded, FoldError where a product would leave the range of its dtype.
     Source: FlashNorm, arXiv 2407.09577.
     """
-    plan = inspect_module(model, example_inputs, untie=untie)
-    if plan.folded:
+    plan = inspect_module(model, example_inputs, untie=untie, centre=centre)
+    if plan.folded or plan.centrings:
         apply_plan_(model, plan)
     return plan
 
@@ -63,7 +71,7 @@ def apply_plan_(model: nn.Module, plan: Plan) -> None:
     parameters = _parameters(model)
     _check(plan, parameters)
     tied = _untie_(model, plan, parameters)
-    undo = Undo(plan, *_saved(plan, parameters), tied)
+    vectors, wiped = _saved(plan, parameters)
     with torch.no_grad():
         _move_biases_(plan, parameters)
         for name, pairs in plan.absorptions().items():
@@ -73,7 +81,9 @@ def apply_plan_(model: nn.Module, plan: Plan) -> None:
                 algebra.fold_gain_(parameters[name], vector, consumer.axis, consumer.spans)
         for gain in plan.gains():
             algebra.identity_gain_(parameters[gain.parameter], gain)
-    _mark(model, plan, undo)
+        means = {c: algebra.centre_(parameters[c.parameter], c.axis) for c in plan.centrings}
+    swaps = swap_norms_(model, plan)
+    _mark(model, plan, Undo(plan, vectors, means, swaps, wiped, tied))
 
 
 def _move_biases_(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
@@ -116,8 +126,11 @@ def unfold_(model: nn.Module) -> None:
             f"this {type(model).__name__} was not folded by flashnorm.fold_ in this process; "
             "load the original checkpoint instead"
         )
+    undo.swaps.undo_()
     parameters = _parameters(model)
     with torch.no_grad():
+        for centring, mean in undo.means.items():
+            algebra.uncentre_(parameters[centring.parameter], mean)
         for name, pairs in undo.plan.absorptions().items():
             for gain, consumer in pairs:
                 _unfold_consumer_(parameters[name], gain, consumer, undo)

@@ -89,13 +89,13 @@ def contract(flow: Flow, node: Node) -> list[Tensor | None]:
                 raise Blocked(f"it is multiplied by another norm's output ({node.where})")
             _absorbed(flow, node, side, other)
         else:
-            carried.append(_carry(flow, node, side, label))
+            carried.append(carry(flow, node, side, label))
     if len(carried) == 2 or (carried and added is not None):
         raise Blocked(f"its output is added to another value ({node.where})")
     return [*carried, None][:1]
 
 
-def _carry(flow: Flow, node: Node, side: Side, label: Tensor) -> Tensor:
+def carry(flow: Flow, node: Node, side: Side, label: Tensor) -> Tensor:
     """A label along an axis that is not summed stays on it: values in an attention's sum."""
     shape = flow.graph.values[node.outputs[0]].shape
     if side.free is None or len(shape) != label.ndim:
@@ -111,7 +111,7 @@ def _absorbed(flow: Flow, node: Node, side: Side, other: Side) -> tuple[str, Use
         raise Blocked(f"its output is multiplied with {_what(flow, other.value)} ({node.where})")
     try:
         labels = along(flow.labels[side.value], side.axis)
-        axis, positions = _column(view, other.axis)
+        axis, positions = column(view, other.axis)
     except Conflict:
         raise Blocked(
             f"the columns of {view.name} do not each meet one gain element ({node.where})"
@@ -126,7 +126,7 @@ def _what(flow: Flow, value: int) -> str:
     return f"a function of {', '.join(sorted(names)[:3])}" if names else "a constant"
 
 
-def _column(view: ParamView, axis: int) -> tuple[int, Tensor]:
+def column(view: ParamView, axis: int) -> tuple[int, Tensor]:
     """The parameter's axis that runs along `axis` of the view, and its positions there."""
     found = []
     for number, coordinate in enumerate(view.coordinates):
@@ -186,7 +186,7 @@ def _slot(flow: Flow, node: Node, weight: Side, added: int | None) -> str:
     if len(matrix.sizes) != 2 or len(bias.sizes) != 1 or bias.coordinates[0] is None:
         return ""
     try:
-        _, rows = _column(matrix, -2 if weight.axis == -1 else -1)
+        _, rows = column(matrix, -2 if weight.axis == -1 else -1)
     except Conflict:
         return ""
     return bias.name if torch.equal(rows, bias.coordinates[0].flatten()) else ""

@@ -64,11 +64,21 @@ class Node:
         return f"{self.op} in '{self.path or '(root)'}' at {self.source}"
 
 
+@dataclass(slots=True)
+class Call:
+    """One call of a module: the tensors it was given by position, and those it returned."""
+
+    path: str
+    received: tuple[int, ...]
+    returned: tuple[int, ...] = ()
+
+
 @dataclass
 class Graph:
     """All recorded passes of one model, as one graph.
 
-    `parameters` maps every parameter's first name to its value; `aliases` to all of its names.
+    `parameters` maps every parameter's first name to its value; `aliases` to all of its names;
+    `calls` every number of a module's call to what went in and out.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -77,6 +87,7 @@ class Graph:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    calls: dict[int, Call] = field(default_factory=dict)
 
     def producer(self, value: int) -> Node | None:
         index = self.values[value].node

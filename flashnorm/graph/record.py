@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from flashnorm.graph.nouns import Graph, Node, Origin, Ref, Value
+from flashnorm.graph.nouns import Call, Graph, Node, Origin, Ref, Value
 
 ALIAS_WRITE = "alias_write"
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -117,16 +117,18 @@ class Recorder(TorchDispatchMode):
 
         thread = get_ident()
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, given: Any) -> None:
             if get_ident() != thread:
                 return
             self._calls += 1
             path = self._names.get(id(module), self._stack[-1][0])
             self._stack.append((path, self._calls))
+            self.graph.calls[self._calls] = Call(path, self._values_in(given))
 
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
             if get_ident() == thread:
-                self._stack.pop()
+                _, call = self._stack.pop()
+                self.graph.calls[call].returned = self._values_in(output)
 
         hooks = nn.modules.module
         before = hooks.register_module_forward_pre_hook(enter)
@@ -138,6 +140,10 @@ class Recorder(TorchDispatchMode):
             before.remove()
             after.remove()
             del self._stack[depth:]
+
+    def _values_in(self, tree: Any) -> tuple[int, ...]:
+        items = tree if isinstance(tree, (tuple, list)) else (tree,)
+        return tuple(self.value_of(item) for item in items if isinstance(item, Tensor))
 
     def _encode(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):

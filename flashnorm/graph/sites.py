@@ -22,22 +22,29 @@ _MAX_DEPTH = 24
 
 @dataclass(frozen=True)
 class Visit:
-    """One execution of a norm. `output` is normalized; fused operations apply the gain as well."""
+    """One execution of a norm of `source`, the value as it is scaled.
+
+    `output` is normalized; fused operations apply the gain as well. `standard` where the factor is
+    `1 / sqrt(mean square + eps)` to the letter.
+    """
 
     kind: Kind
     width: int
     eps: float | None
     node: Node
+    source: int
     output: int
     gain: int | None = None
     bias: int | None = None
+    standard: bool = True
 
 
 @dataclass(frozen=True)
 class Statistic:
     """`(mean(x²) + ε)^(degree / 2)` of a value x, as far as a walk back has seen it.
 
-    `scale` is 1 for a mean and 1/width for a sum, whose ε counts that much less.
+    `scale` is 1 for a mean and 1/width for a sum, whose ε counts that much less. Not `standard`
+    where ε stands outside the root, where a number scales it, or where a variance has n − 1.
     """
 
     source: int
@@ -46,6 +53,7 @@ class Statistic:
     eps: float | None
     centred: bool
     scale: float = 1.0
+    standard: bool = True
 
 
 def find_visits(graph: Graph) -> dict[int, Visit]:
@@ -62,6 +70,20 @@ def same_as(graph: Graph, value: int) -> int:
     while (node := graph.producer(value)) is not None and node.op in SAME:
         value = node.inputs[0]
     return value
+
+
+def inner_nodes(graph: Graph, visit: Visit) -> set[int]:
+    """The nodes between a norm's source and its output: statistics, casts and the output's own."""
+    found: set[int] = set()
+    waiting, source = [visit.output], same_as(graph, visit.source)
+    while waiting:
+        value = waiting.pop()
+        index = graph.values[value].node
+        if index < 0 or index in found or same_as(graph, value) == source:
+            continue
+        found.add(index)
+        waiting += graph.nodes[index].inputs
+    return found
 
 
 def _product(graph: Graph, node: Node) -> Visit | None:
@@ -95,7 +117,17 @@ def _scaled_by_itself(graph: Graph, node: Node, x: int, factor: int, degree: flo
     if not matches:
         return None
     kind: Kind = "rms" if centre is None else "layer"
-    return Visit(kind, statistic.width, statistic.eps, node, node.outputs[0])
+    normalized = x if centre is None else centre
+    standard = statistic.standard and statistic.scale == 1.0 and statistic.eps is not None
+    return Visit(
+        kind,
+        statistic.width,
+        statistic.eps,
+        node,
+        normalized,
+        node.outputs[0],
+        standard=standard,
+    )
 
 
 def _is_whole(graph: Graph, factor: int, x: int) -> bool:
@@ -152,7 +184,9 @@ def _plus(graph: Graph, node: Node, depth: int) -> Statistic | None:
             if any(not _is_small(graph, i) for i in others):
                 return None
             eps = node.bound.get("other")
-            return replace(inner, eps=_eps(inner, eps if isinstance(eps, (int, float)) else None))
+            once = inner.standard and inner.eps is None and inner.degree == 2.0
+            eps = _eps(inner, eps if isinstance(eps, (int, float)) else None)
+            return replace(inner, eps=eps, standard=once)
     return None
 
 
@@ -161,7 +195,8 @@ def _clamped(graph: Graph, node: Node, depth: int) -> Statistic | None:
     if inner is None or any(not _is_small(graph, i) for i in node.inputs[1:]):
         return None
     low = node.bound.get("min")
-    return replace(inner, eps=_eps(inner, low if isinstance(low, (int, float)) else None))
+    eps = _eps(inner, low if isinstance(low, (int, float)) else None)
+    return replace(inner, eps=eps, standard=False)
 
 
 def _eps(statistic: Statistic, number: float | None) -> float | None:
@@ -173,12 +208,13 @@ def _eps(statistic: Statistic, number: float | None) -> float | None:
 
 def _scaled(graph: Graph, node: Node, depth: int) -> Statistic | None:
     """A statistic times a number, or times a one-element value such as a width."""
-    if len(node.inputs) == 1:
-        return _statistic(graph, node.inputs[0], depth - 1)
     first, second = node.inputs[0], node.inputs[-1]
-    if _is_small(graph, second):
-        return _statistic(graph, first, depth - 1)
-    return _statistic(graph, second, depth - 1) if _is_small(graph, first) else None
+    if len(node.inputs) > 1 and not _is_small(graph, second):
+        if not _is_small(graph, first):
+            return None
+        first = second
+    inner = _statistic(graph, first, depth - 1)
+    return inner and replace(inner, standard=False)
 
 
 def _is_small(graph: Graph, value: int) -> bool:
@@ -203,11 +239,13 @@ def _mean_square(graph: Graph, node: Node) -> Statistic | None:
 
 
 def _variance(graph: Graph, node: Node) -> Statistic:
-    return Statistic(node.inputs[0], 2.0, _width(graph, node), None, True)
+    named = node.bound
+    standard = named.get("correction") == 0 or named.get("unbiased") is False
+    return Statistic(node.inputs[0], 2.0, _width(graph, node), None, True, standard=standard)
 
 
 def _deviation(graph: Graph, node: Node) -> Statistic:
-    return Statistic(node.inputs[0], 1.0, _width(graph, node), None, True)
+    return Statistic(node.inputs[0], 1.0, _width(graph, node), None, True, standard=False)
 
 
 def _vector_norm(graph: Graph, node: Node) -> Statistic | None:
@@ -246,6 +284,7 @@ def _fused(kind: Kind, graph: Graph, node: Node) -> Visit:
         width,
         named["eps"],
         node,
+        named["input"].value,
         node.outputs[0],
         _ref(named.get("weight")),
         _ref(named.get("bias")),
@@ -265,7 +304,7 @@ def _dyt(graph: Graph, node: Node) -> Visit | None:
         origin = graph.values[same_as(graph, alpha)].origin
         shape = graph.values[x].shape
         if origin == "parameter" and _is_small(graph, alpha) and shape:
-            return Visit("dyt", shape[-1], None, node, node.outputs[0])
+            return Visit("dyt", shape[-1], None, node, x, node.outputs[0])
     return None
 
 

@@ -1,0 +1,150 @@
+"""Which LayerNorms need no mean, once the writers of what they read are centred (E3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from flashnorm.graph.flow import Flow
+from flashnorm.graph.nouns import Graph
+from flashnorm.graph.sites import same_as
+from flashnorm.graph.streams import Streams, Tags, find_streams
+from flashnorm.plan import Centring, Entry, Plan, Site
+
+NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
+UNTIE = "; untie it (--untie) to centre"
+# An operation of its own at the beginning of a stream must save more than the one it costs.
+_SAVES = 2
+_MOST_TRIES = 8
+
+
+def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool) -> Plan:
+    """The plan with its LayerNorms centred where that is exact; `visits` are those of each site."""
+    layers = [v if s.kind == "layer" else () for s, v in zip(plan.sites, visits, strict=True)]
+    if not any(layers):
+        return plan
+    streams, entries = _with_entries(flow, layers, untie)
+    tags = [_tags(streams, nodes, untie) for nodes in layers]
+    sites = tuple(
+        _site(site, found, streams, nodes, untie)
+        for site, found, nodes in zip(plan.sites, tags, layers, strict=True)
+    )
+    used = dict.fromkeys(tag for found in tags for tag in _ordered(found or ()))
+    writers = tuple(tag for tag in used if isinstance(tag, Centring))
+    return replace(
+        plan,
+        sites=sites,
+        centrings=writers,
+        entries=tuple(entry for entry in entries if entry in used),
+        untied=_untied(plan, flow, writers),
+    )
+
+
+def _ordered(tags: Tags | tuple[()]) -> list[Centring | Entry]:
+    return sorted(tags, key=str)
+
+
+def _tags(streams: Streams, nodes: Sequence[int], untie: bool) -> Tags | None:
+    """The writers of all that a LayerNorm reads; None where one of them cannot be centred."""
+    if not nodes or any(index not in streams.read for index in nodes):
+        return None
+    found: Tags = frozenset().union(*(streams.read[index] for index in nodes))
+    return None if any(_refusal(streams, tag, untie) for tag in found) else found
+
+
+def _refusal(streams: Streams, tag: Centring | Entry, untie: bool) -> str:
+    if tag in streams.refused:
+        return streams.refused[tag]
+    if isinstance(tag, Entry) or untie:
+        return ""
+    aliases = streams.graph.aliases
+    tied = next(n for n in aliases.values() if tag.parameter in n)
+    if len(tied) == 1:
+        return ""
+    return f"its writer {tag.parameter} is tied to {tied[tied[0] == tag.parameter]}{UNTIE}"
+
+
+def _site(
+    site: Site, tags: Tags | None, streams: Streams, nodes: Sequence[int], untie: bool
+) -> Site:
+    if not nodes:
+        return site
+    if tags is not None:
+        return replace(site, centring="folded")
+    return replace(site, centring="kept", centring_reason=_reason(streams, nodes, untie))
+
+
+def _reason(streams: Streams, nodes: Sequence[int], untie: bool) -> str:
+    for index in nodes:
+        for tag in _ordered(streams.read.get(index, frozenset())):
+            if reason := _refusal(streams, tag, untie):
+                return reason
+    source = same_as(streams.graph, streams.flow.visits[nodes[0]].source)
+    if source in streams.broken:
+        return streams.broken[source]
+    made = streams.graph.producer(source)
+    return NOT_LINEAR.format(made.where if made else "it is an input of the model")
+
+
+def _untied(plan: Plan, flow: Flow, writers: Sequence[Centring]) -> tuple[tuple[str, str], ...]:
+    """Tied names that need a weight of their own, because one of them is centred."""
+    found = dict(plan.untied)
+    for writer in writers:
+        for first, names in flow.graph.aliases.items():
+            if writer.parameter in names:
+                found |= {name: first for name in names if name != first}
+    return tuple(sorted(found.items()))
+
+
+def _with_entries(
+    flow: Flow, layers: Sequence[Sequence[int]], untie: bool
+) -> tuple[Streams, list[Entry]]:
+    """Follow the streams, and begin some with an operation of their own where that pays."""
+    streams = find_streams(flow)
+    entries: list[Entry] = []
+    best = _count(streams, layers, untie)
+    for entry in _candidates(streams, layers):
+        trial = find_streams(flow, _values(flow.graph, [*entries, entry]))
+        count = _count(trial, layers, untie)
+        if count >= best + _SAVES:
+            streams, best = trial, count
+            entries.append(entry)
+    return streams, entries
+
+
+def _count(streams: Streams, layers: Sequence[Sequence[int]], untie: bool) -> int:
+    return sum(_tags(streams, nodes, untie) is not None for nodes in layers)
+
+
+def _candidates(streams: Streams, layers: Sequence[Sequence[int]]) -> list[Entry]:
+    """Modules that give out, or take in, what a LayerNorm reads and no linear layer writes."""
+    found: dict[Entry, None] = {}
+    for nodes in layers:
+        for index in nodes:
+            if index not in streams.read and len(found) < _MOST_TRIES:
+                found |= dict.fromkeys(_entries(streams.flow, index))
+    return list(found)
+
+
+def _entries(flow: Flow, index: int) -> Iterator[Entry]:
+    graph, source = flow.graph, same_as(flow.graph, flow.visits[index].source)
+    readers = [node for node in graph.nodes if source in {same_as(graph, v) for v in node.inputs}]
+    paths = [node.path for node in readers]
+    for call in graph.calls.values():
+        within = [path == call.path or path.startswith(f"{call.path}.") for path in paths]
+        if source in call.returned[:1] and not any(within):
+            yield Entry(call.path)
+            return
+        if source in call.received[:1] and all(within):
+            yield Entry(call.path, received=True)
+            return
+
+
+def _values(graph: Graph, entries: Sequence[Entry]) -> dict[int, Entry]:
+    found: dict[int, Entry] = {}
+    for entry in entries:
+        for call in graph.calls.values():
+            if call.path == entry.path:
+                values = call.received if entry.received else call.returned
+                found |= dict.fromkeys(values[:1], entry)
+    return found

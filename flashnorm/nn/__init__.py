@@ -1,0 +1,5 @@
+"""Modules: norms without what a fold has moved elsewhere, and building blocks of new models."""
+
+from flashnorm.nn.norms import DyT, FlashRMSNorm
+
+__all__ = ["DyT", "FlashRMSNorm"]
