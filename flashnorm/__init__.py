@@ -13,6 +13,7 @@ from flashnorm.errors import CheckpointError, FlashNormError, FoldError, Quantiz
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 
 if TYPE_CHECKING:
+    from flashnorm.adapters.fold import fold_adapter as fold_adapter
     from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
     from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
@@ -26,6 +27,7 @@ _LAZY = {
     "fold_": "flashnorm.rewrite",
     "unfold_": "flashnorm.rewrite",
     "fold_checkpoint": "flashnorm.checkpoint.fold",
+    "fold_adapter": "flashnorm.adapters.fold",
     "verify": "flashnorm.verification",
 }
 

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import flashnorm
@@ -20,6 +23,8 @@ from .test_cli import llama
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER = "my-adapter"
 MODEL = "demo-output/SmolLM2-135M-Instruct"  # what `make demo` leaves behind
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -57,12 +62,26 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def write_adapter(path: Path, base: Path) -> None:
+    """A LoRA of rank 2 on the first layer of a Llama."""
+    target = "model.layers.0.self_attn.q_proj"
+    with safe_open(base / "model.safetensors", "pt") as file:
+        k, n = file.get_slice(f"{target}.weight").get_shape()
+    path.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    key = f"base_model.model.{target}"
+    factors = {"lora_A": torch.randn(2, n), "lora_B": torch.randn(k, 2)}
+    save_file({f"{key}.{a}.weight": v for a, v in factors.items()}, path / WEIGHTS)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder in which a tiny Llama stands where the demo leaves its model."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / MODEL).parent.mkdir()
     llama(folder / MODEL, tied=True)
+    write_adapter(folder / ADAPTER, folder / MODEL)
     return folder
 
 
@@ -71,7 +90,13 @@ def test_only_what_is_run_here_stands_in_the_readme():
     assert {line.split()[0] for line in SHELL} == {"make", "flashnorm"}
     assert len(PYTHON) == 1
     assert {"make demo", "make test"} <= set(MAKE)
-    assert {line.split()[1] for line in COMMANDS} >= {"inspect", "fold", "verify", "--version"}
+    assert {line.split()[1] for line in COMMANDS} >= {
+        "inspect",
+        "fold",
+        "fold-adapter",
+        "verify",
+        "--version",
+    }
 
 
 def test_commands(small, monkeypatch):
@@ -84,6 +109,7 @@ def test_commands(small, monkeypatch):
         if "--json" in line:
             json.loads(done.stdout)
     assert (small / "folded" / "model.safetensors").is_file()
+    assert (small / f"{ADAPTER}-folded" / WEIGHTS).is_file()
 
 
 def test_the_console_script_is_on_the_path(tmp_path):
@@ -104,6 +130,8 @@ def test_the_demo_and_the_commands_on_its_model(tmp_path):
     for line in ("flashnorm demo", *COMMANDS):
         done = run(line, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        if line == "flashnorm demo":
+            write_adapter(tmp_path / ADAPTER, tmp_path / MODEL)
 
 
 @pytest.mark.parametrize("line", [*MAKE, "make venv"])

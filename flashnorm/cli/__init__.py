@@ -1,4 +1,4 @@
-"""The command line: `flashnorm inspect | fold | verify | demo`."""
+"""The command line: `flashnorm inspect | fold | fold-adapter | verify | demo`."""
 
 from flashnorm.cli.app import app, main
 

@@ -113,6 +113,46 @@ def fold_command(
     run(command, Options(as_json, debug, stays))
 
 
+@app.command("fold-adapter")
+def fold_adapter_command(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory of a LoRA.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The new directory to write.")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="What `inspect --json` printed; without it BASE is inspected."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The original base; without it the directory that ADAPTER names."),
+    ] = None,
+    folded: Annotated[
+        str | None, typer.Option(help="The folded base, to be checked and named in OUT.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Make a PEFT LoRA that was trained on the original base fit the folded one, exactly.
+
+    PLAN has to be the plan that the base was folded by.
+    """
+
+    def command() -> Result:
+        import flashnorm
+        from flashnorm.cli.progress import waiting
+
+        given = None if plan is None else _read_plan(plan)
+        source, out = Path(adapter).expanduser(), Path(target).expanduser()
+        onto = None if folded is None else Path(folded).expanduser()
+        with waiting(f"folding {adapter}"):
+            done = flashnorm.fold_adapter(source, given, out, base=base, folded=onto)
+        added = f", {len(done.added)} added" if done.added else ""
+        view = f"{target} is written: {len(done.changed)} tensors changed{added}"
+        data = {"source": adapter, "target": target, **done.to_json()}
+        return Result(data, view)
+
+    run(command, Options(as_json, debug))
+
+
 @app.command("verify")
 def verify_command(
     reference: Annotated[str, typer.Argument(metavar="A", help="The reference.")],
@@ -183,6 +223,23 @@ def _folded(plan: Plan, source: str, target: str, strict: bool, size: int, took:
     command = f"flashnorm verify {shlex.quote(source)} {shlex.quote(target)}"
     then = Text(f"prove it: {command}", no_wrap=True, overflow="ignore")  # to be copied whole
     return Result(data, Group(head, summary(plan), then))
+
+
+def _read_plan(file: Path) -> Plan:
+    """The plan that `inspect --json` or `fold --json` printed."""
+    import json
+
+    from flashnorm.errors import FlashNormError
+    from flashnorm.plan import Plan
+
+    try:
+        data = json.loads(_read(file))
+        return Plan.from_json(data.get("plan", data))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashNormError(
+            f"{file} holds no plan that can be read ({error}): write one with flashnorm inspect "
+            "--json"
+        ) from error
 
 
 def _read(file: Path) -> str:

@@ -1,0 +1,1 @@
+"""Adapters that were trained on the original base, for the folded one (E14)."""
