@@ -50,7 +50,7 @@ class Sizes:
 
 
 def _with_parts(config: Any) -> Iterator[Any]:
-    queue = [config]
+    queue: list[Any] = [config]
     while queue:
         current = queue.pop(0)
         if current is None:
@@ -80,7 +80,7 @@ def _choices(
 ) -> Iterator[list[list[Fragment]]]:
     """All that can be made, then each one with what is required, then what is required alone."""
     must = [found for name, found in made.items() if name in required]
-    kinds = {name: found for name, found in made.items() if name not in required}
+    kinds = {n: found for n, found in made.items() if n not in required and n not in INNER}
     if len(kinds) > 1:
         yield [*must, *kinds.values()]
     for found in kinds.values():
@@ -130,6 +130,7 @@ def _pixels(accepted: frozenset[str], sizes: Sizes) -> Iterator[tuple[Tensor, Fr
         {**square, "aspect_ratio_mask": tile_mask},
     )
     yield _noise(BATCH, channels, IMAGE, IMAGE), {}
+    yield _noise(BATCH, channels, 2 * IMAGE, 2 * IMAGE), {}
     yield from _flat_patches(sizes, channels, height, width)
 
 
@@ -232,7 +233,9 @@ def _spectrum(name: str) -> Callable[..., Iterator[Fragment]]:
         for long in dict.fromkeys((2 * positions, 64, frames, 128, 200)):
             mask = torch.ones(BATCH, long, dtype=torch.bool)
             masks = {"input_features_mask": mask, "audio_mel_mask": ~mask}
-            rest = {**masks, "attention_mask": mask.long()} if "input_ids" not in accepted else masks
+            rest = (
+                {**masks, "attention_mask": mask.long()} if "input_ids" not in accepted else masks
+            )
             for shape in ((BATCH, bands, long), (BATCH, long, bands)):
                 yield {name: _noise(*shape)}
                 yield {name: _noise(*shape), **rest}
@@ -271,6 +274,8 @@ def _series(accepted: frozenset[str], sizes: Sizes) -> Iterator[Fragment]:
         yield {"past_values": _noise(BATCH, long, *tail)}
 
 
+# What a layer before would have given: made only where it is required.
+INNER = ("inputs_embeds",)
 MAKERS: dict[str, Callable[..., Iterator[Fragment]]] = {
     "pixel_values": _image,
     "image": _renamed("image", _pixels),
@@ -278,6 +283,7 @@ MAKERS: dict[str, Callable[..., Iterator[Fragment]]] = {
     "pixel_values_videos": _video,
     "flattened_patches": _flattened,
     "hidden_states": _hidden,
+    "inputs_embeds": _embeds("inputs_embeds"),
     "patch_embeds": _embeds("patch_embeds"),
     "query_embeds": _embeds("query_embeds"),
     "latents": _embeds("latents"),

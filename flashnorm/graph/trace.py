@@ -42,9 +42,8 @@ def trace(
     `decode(inputs, output)` yields inputs for one more step with the output's cache, best first.
     Raises TraceError, with the last failure, when no candidate runs.
     """
-    candidates = list(candidates)
-    if not candidates:
-        raise TraceError(f"{type(model).__name__}: no inputs were given to record it with")
+    if isinstance(candidates, Iterator):
+        candidates = list(candidates)
     failure: Exception | None = None
     for fake in (True, False) if allow_real else (True,):
         for inputs in candidates:
@@ -56,7 +55,9 @@ def trace(
 
 
 def _explain(model: nn.Module, failure: Exception | None) -> str:
-    cause = failure and f"{type(failure).__name__}: {_first_line(failure)}"
+    cause = "no inputs for its forward are known"
+    if failure is not None:
+        cause = f"{type(failure).__name__}: {_first_line(failure)}"
     return (
         f"{type(model).__name__} could not be recorded ({cause}); pass example_inputs= that its "
         "forward accepts, or a live model instead of a config"
@@ -217,25 +218,26 @@ def _mark_outputs(output: Any, recorder: Recorder, state: frozenset[int], depth:
 @contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and implementations that reach everything; afterwards all is as before."""
-    saved = [
-        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
-        for m in model.modules()
-    ]
+    saved = [(module, dict(module.__dict__), _held(module)) for module in model.modules()]
     try:
         with _plain_implementations(model):
             model.eval()
             yield
     finally:
-        for module, attributes, parameters, buffers, modules in saved:
+        for module, attributes, held in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for current, before in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, modules),
-            ):
+            for current, before in held:
                 current.clear()
-                current.update(before)  # type: ignore[arg-type]
+                current.update(before)
+
+
+def _held(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """A module's parameters, buffers, parts and hooks: each dict, and what it holds now.
+
+    A forward may install hooks when it is first asked for something; twice would be once too many.
+    """
+    return [(held, dict(held)) for held in vars(module).values() if isinstance(held, dict)]
 
 
 @contextmanager

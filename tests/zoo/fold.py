@@ -10,18 +10,22 @@ from torch.utils._pytree import tree_map_only
 
 import flashnorm
 from flashnorm.plan import Plan
+from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
 from tests.forcing import force_
 
-from .build import tiny_inputs, tiny_model
+from .build import causal_lm_types, tiny_inputs, tiny_model
+from .further import further_model, tensors_of
+from .variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a fold did: its plan, its error, and the error that rounding alone explains.
 
-    `error` is max |Δlogit| / max |logit|. `noise` is the same after every weight was changed by one
-    part in 2⁵²: a discontinuous model (a router's top-k, a mask) moves by more than rounding.
+    `error` is the largest max |Δ| / max |·| of all output tensors. `noise` is the same after every
+    weight was changed by one part in 2⁵²: a discontinuous model (a router's top-k, a mask) moves by
+    more than rounding.
     """
 
     plan: Plan
@@ -29,14 +33,40 @@ class Outcome:
     noise: float
 
 
+def specimen(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
+    """A tiny model of any type or variant, in float64, and inputs for it."""
+    if name in VARIANTS or name in causal_lm_types():
+        model = tiny_model(name, seed)
+        inputs = tiny_inputs(model)
+    else:
+        model, inputs = further_model(name, seed)
+    return model.double(), _doubled(inputs)
+
+
 def fold_outcome(name: str, *, with_inputs: bool, seed: int = 0) -> Outcome:
     """Fold the tiny model `name` in float64, planned on its own inputs or on the default ones."""
-    model = tiny_model(name, seed).double()
-    inputs = _doubled(tiny_inputs(model))
-    before = _logits(model, inputs)
-    noise = _relative(_logits(_nudged(model), inputs), before)
-    plan = flashnorm.fold_(model, copy.deepcopy(inputs) if with_inputs else None)
-    return Outcome(plan, _relative(_logits(model, inputs), before), noise)
+    model, inputs = specimen(name, seed)
+    before = outputs(model, inputs)
+    noise = relative(outputs(_nudged(model), inputs), before)
+    plan = _folded_(model, copy.deepcopy(inputs) if with_inputs else None)
+    return Outcome(plan, relative(outputs(model, inputs), before), noise)
+
+
+def _folded_(model, inputs) -> Plan:
+    """Fold; a forward that runs in float32 only is planned in it."""
+    torch.manual_seed(0)
+    try:
+        return flashnorm.fold_(model, inputs)
+    except flashnorm.TraceError:
+        plan = flashnorm.inspect(
+            copy.deepcopy(model).float(), tree_map_only(torch.Tensor, _narrow, inputs)
+        )
+        apply_plan_(model, plan)
+        return plan
+
+
+def _narrow(tensor):
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _doubled(inputs: dict) -> dict:
@@ -46,11 +76,13 @@ def _doubled(inputs: dict) -> dict:
     return tree_map_only(torch.Tensor, double, inputs)
 
 
-def _logits(model, inputs):
+def outputs(model, inputs) -> list[torch.Tensor]:
+    """All floating tensors that a forward gives, in true float64."""
     # Copies, because some models keep state from one call to the next.
     model, inputs = copy.deepcopy(model), copy.deepcopy(inputs)
+    torch.manual_seed(0)
     with torch.no_grad(), float64_truth():
-        return model(**inputs).logits
+        return tensors_of(model(**inputs))
 
 
 def _nudged(model):
@@ -63,23 +95,36 @@ def _nudged(model):
     return nudged
 
 
-def _relative(found, expected) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative difference of all pairs; infinite where the shapes differ."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf")
+    return max(map(_difference, found, expected), default=0.0)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    finite = expected.isfinite()
+    if expected.numel() == 0 or not torch.equal(finite, found.isfinite()):
+        return 0.0 if expected.numel() == 0 else float("inf")
+    if not finite.any():
+        return 0.0
+    difference = (found - expected)[finite].abs().max()
+    scale = expected[finite].abs().max()
+    return (difference / scale if scale else difference).item()
 
 
 def needed_refusals(name: str, seed: int = 0) -> dict[str, bool]:
-    """For every refused gain whether folding it all the same changes the logits.
+    """For every refused gain whether folding it all the same changes the outputs.
 
     Each is folded into whatever contracts with it, alone, on a model of its own.
     """
-    model = tiny_model(name, seed).double()
-    inputs = _doubled(tiny_inputs(model))
-    before = _logits(model, inputs)
+    model, inputs = specimen(name, seed)
+    before = outputs(model, inputs)
     plan = flashnorm.inspect(model, copy.deepcopy(inputs))
     kept = dict.fromkeys(s.weight.parameter for s in plan.sites if s.gain == "kept" and s.weight)
     needed = {}
     for gain in kept:
         forced = copy.deepcopy(model)
         force_(forced, copy.deepcopy(inputs), [gain])
-        needed[gain] = not _relative(_logits(forced, inputs), before) < 1e-9
+        needed[gain] = not relative(outputs(forced, inputs), before) < 1e-9
     return needed

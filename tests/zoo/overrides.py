@@ -4,7 +4,9 @@ Keys are model types; a part of a composite is `type.part`. Values go to the con
 they are. Many entries name layers: there the default has only one kind of layer, or none that runs.
 """
 
-from transformers import SiglipVisionConfig
+from collections.abc import Callable
+
+from transformers import ResNetConfig, SiglipVisionConfig, TimmBackboneConfig
 
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 CONV_THEN_FULL = ["conv", "full_attention"]
@@ -31,6 +33,8 @@ _QWEN4 = {
 }
 # The sliding layers want qk_nope_head_dim + qk_rope_head_dim, here 24 + 8.
 _DOTS3 = {"head_dim": 32}
+
+_THIN = {"width_coefficient": 0.2, "depth_coefficient": 0.1, "hidden_dim": 64}
 
 OVERRIDES: dict[str, dict] = {
     # no attention layer by default
@@ -98,6 +102,9 @@ OVERRIDES: dict[str, dict] = {
     "gemma3n.audio_config": {"vocab_offset": 89, "vocab_size": 9},  # after the vision tokens
     "nemotron": {"num_key_value_heads": 2},
     "moshi.audio_encoder_config": {"codebook_size": 64},  # a power of 2
+    # widths and depths that are products with a fraction
+    "align_vision_model": _THIN,
+    "efficientnet": _THIN,
     "blt.global_config": {"hidden_size": 128},  # what the encoder writes, twice its width
 }
 
@@ -109,6 +116,21 @@ _VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 80, 9
 
 # Parts that the configuration class would not accept, put in after its checks.
 SUBSTITUTES: dict[str, dict] = {"gemma3n": {"vision_config": _VISION}}
+
+
+def _resnet(default):
+    """A backbone for one that needs packages that are not installed, with the same outputs."""
+    stages = [i for i in getattr(default, "out_indices", None) or [4] if 0 < i <= 4]
+    return ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[64, 64, 64, 64],
+        depths=[1, 1, 1, 1],
+        out_features=[f"stage{i}" for i in stages or [4]],
+    )
+
+
+# What stands in for a part of this configuration class.
+STAND_INS: dict[type, Callable] = {TimmBackboneConfig: _resnet}
 
 _ALL_SHARED = (
     "its configuration demands that all layers share keys and values, and then refuses to name the "

@@ -12,145 +12,26 @@ import re
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .overrides import OVERRIDES, SUBSTITUTES
+from .overrides import OVERRIDES, STAND_INS, SUBSTITUTES
+from .rules import (
+    DEPTHS,
+    FURTHER,
+    FURTHER_MISSING,
+    LAYER_COUNTS,
+    LAYERS,
+    MISSING,
+    RULES,
+    STAGES,
+    VOCAB,
+    Rules,
+)
 
-VOCAB = 99
-HIDDEN = 64
-HEADS = 4
-LAYERS = 2
 FIRST_SPECIAL = VOCAB - 20  # special tokens live from here on, text below
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-# Fields that some classes leave empty although their model needs a number.
-MISSING = {"head_dim": 16, "num_experts_per_tok": 2}
 
 
-def _keep(value, base):
-    return value
-
-
-def _to(tiny):
-    """A constant, but never more than the default."""
-    return lambda value, base: min(value, tiny)
-
-
-def _width(value, base):
-    """Twice as wide as the residual if it is so by default, else as wide as the residual."""
-    hidden = base.get("hidden_size") or base.get("d_model") or value
-    return HIDDEN * 2 if value == 2 * hidden else HIDDEN
-
-
-def _kv_heads(value, base):
-    heads = base.get("num_attention_heads") or base.get("n_heads") or base.get("num_heads") or value
-    return HEADS if value >= heads else min(value, HEADS // 2)
-
-
-def _head_dim(value, base):
-    """16, or 24 where the heads together are not as wide as the residual by default.
-
-    As wide as the rotated part of a latent-attention head if it is so by default.
-    """
-    if "qk_rope_head_dim" in base:
-        return 8 if value == base["qk_rope_head_dim"] else min(value, 16)
-    heads, hidden = base.get("num_attention_heads"), base.get("hidden_size")
-    return 24 if heads and hidden and value * heads != hidden else min(value, 16)
-
-
-def _key_heads(value, base):
-    return HEADS if value == base.get("linear_num_value_heads", value) else HEADS // 2
-
-
-# (rule, patterns of whole field names): the first match wins, without one the default stays.
-RULES = [
-    (_keep, r"chunk_size_\w+", r"num_logits_to_keep", r"pretraining_tp", r"(num|in)_channels"),
-    (_to(1), r"max_window_layers", r"num_residual_layers", r"num_nextn_\w+", r"num_mtp_layers"),
-    (
-        _to(1),
-        r"first_k_dense_replace",
-        r"num_dense_layers",
-        r"moe_layer_start_index",
-        r"topk_group",
-    ),
-    (_to(1), r"spatial_merge_size", r"adapter_merge_size", r"indexer_kv_heads"),
-    (_to(VOCAB), r".*vocab(_size.*)?", r"num_centroids", r"codebook_size"),
-    (_to(LAYERS), r"n_layers?", r"num_((hidden|global|encoder|decoder)_)?layers", r"depth"),
-    (_to(LAYERS), r"(en|de)coder_layers", r"num_blocks", r".*num_hidden_layers"),
-    (_to(LAYERS), r"num_layers_per_stack", r"n_layers_per_attn_res_block", r"num_kv_shared_layers"),
-    (_kv_heads, r".*(n|num)_(key_value|kv)_heads", r"kv_n_heads"),
-    (_key_heads, r"linear_num_key_heads"),
-    (_to(8), r"mamba_n_heads", r"mamba_num_heads", r"n_mamba_heads"),
-    (_to(HEADS), r".*(n|num)_heads?", r".*attention_heads", r"num_query_groups", r"n_head"),
-    (_to(2 * HIDDEN), r"mamba_d_ssm"),
-    (
-        _to(2),
-        r"n_groups?",
-        r"num_expert_group",
-        r"mamba_n_?groups",
-        r"o_groups",
-        r".*shared_experts",
-    ),
-    (
-        _to(2),
-        r"num_experts_per_tok(en)?",
-        r"moe_top_?k",
-        r"moe_k",
-        r"top_k_experts",
-        r"index_(block|topk)\w*",
-    ),
-    (_to(4), r"(n_routed|num|num_local|moe_num)_experts", r"zero_expert_num"),
-    (
-        _to(4),
-        r"indexer_budget",
-        r"centroid_intermediate_top_k",
-        r"\w+chunk_length",
-    ),
-    (_to(4), r".*dt_rank", r"time_step_rank", r"hc_sinkhorn_iters", r"d_rel"),
-    (_to(4), r".*sliding_window(_size)?", r"attention_chunk_size", r".*window_(size|len)"),
-    (_to(4), r"local_attention"),
-    (
-        _to(8),
-        r".*(d_state|state_size)",
-        r"laurel_rank",
-        r"hc_lowrank",
-        r"qk_rope_head_dim",
-        r"rotary_dim",
-    ),
-    (_to(12), r"v_head_dim"),
-    (_head_dim, r"head_dim"),
-    (_to(24), r"q_lora_rank", r"o_lora_rank", r"qk_head_dim"),
-    (_to(20), r".*rank"),
-    (_to(16), r".*head_?dim", r"dim_head", r".*d_head", r"attention_head_size", r"kv_channels"),
-    (_to(16), r"query_pre_attn_scalar", r"patch_size"),
-    (_to(32), r"image_size", r"crop_size"),
-    (_to(48), r"word_embed_proj_dim", r".*embedding_size", r".*_embed_dim", r"d_inner"),
-    (_to(48), r"hidden_size_per_layer_input"),
-    (_to(80), r".*intermediate_size(_mlp)?", r".*ffn_(hidden_size|dim)", r"dff", r"dim_ff"),
-    (_to(80), r"feed_forward_size", r"mlp_dim"),
-    (
-        _width,
-        r".*hidden_size.*",
-        r"d_model",
-        r"n_embd",
-        r"emb(ed)?(ding)?_dim",
-        r"lru_width",
-        r"dim",
-    ),
-    (_width, r"projector_(in|out)put_dim", r"adapter_(in|out)_dim", r"adapter_input_size"),
-    (_width, r"vision_output_dim", r"input_size", r"dim_model_base"),
-    (
-        _to(64),
-        r"max_position_embeddings",
-        r"n_positions",
-        r"n_ctx",
-        r"max_seq_len",
-        r"context_length",
-    ),
-    (_to(64), r"max_\w+_positions"),
-]
-
-
-def shrink_value(name: str, value: int, base: dict) -> int:
+def shrink_value(name: str, value: int, base: dict, rules: Rules = RULES) -> int:
     """The tiny value of an integer field; `base` holds the defaults of all fields of its class."""
-    for rule, *patterns in RULES:
+    for rule, *patterns in rules:
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             return rule(value, base)
     return value
@@ -178,24 +59,110 @@ def causal_lm_class(model_type: str) -> type:
     return getattr(transformers, NAMES[model_type])
 
 
-def shrink(cls: type, path: str, changes: dict | None = None) -> PretrainedConfig:
-    """A tiny instance of the configuration class `cls`; `path` is its model type, then its part."""
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """How much is shrunk: numbers and lists of numbers, each by rules of their own."""
+
+    name: str
+    numbers: Rules
+    lists: Rules
+    missing: dict = dataclasses.field(default_factory=lambda: FURTHER_MISSING)
+    causal: bool = False
+
+
+CAUSAL = Level("causal", RULES, [], missing=MISSING, causal=True)
+# From the smallest to one that leaves all widths: the first at which a model runs is taken.
+LEVELS = (
+    Level("small", FURTHER, STAGES),
+    Level("narrow", FURTHER, DEPTHS),
+    Level("shallow", DEPTHS, DEPTHS),
+    Level("as it is", [], []),
+)
+
+
+def shrink(
+    cls: type, path: str, changes: dict | None = None, level: Level = CAUSAL, like=None
+) -> PretrainedConfig:
+    """A tiny instance of the configuration class `cls`; `path` is its model type, then its part.
+
+    `like` is the instance that a composite has by default, where that is not the class's own.
+    """
     base, own = _defaults(cls)
-    kwargs = {k: shrink_value(k, v, base) for k, v in own.items() if _is_int(v)}
-    kwargs |= {k: v for k, v in MISSING.items() if k in own and base[k] is None}
-    kwargs |= _per_layer(base, own)
-    kwargs |= _small_token_ids(base)
-    if "is_decoder" in own and path in CONFIG_MAPPING:
+    if like is not None and not level.causal:
+        usual, base = base, base | vars(like)
+        own |= {k: v for k, v in vars(like).items() if k in own and v != usual.get(k)}
+    kwargs = {k: shrink_value(k, v, base, level.numbers) for k, v in own.items() if _is_int(v)}
+    kwargs |= _shrunk_lists(base, own, level.lists)
+    kwargs |= {k: v for k, v in level.missing.items() if k in own and base[k] is None}
+    if level.numbers:
+        kwargs |= _per_layer(base, own)
+        kwargs |= _small_token_ids(base)
+    if level.causal and "is_decoder" in own and path in CONFIG_MAPPING:
         kwargs["is_decoder"] = True
-    overrides = copy.deepcopy(OVERRIDES.get(path, {}) | (changes or {}))
+    overrides = copy.deepcopy(_overrides(cls, path, level) | (changes or {}))
     kwargs |= overrides
     _fit_lists(kwargs, overrides)
     for name in cls.sub_configs:
-        if part := _part_class(cls, name, base.get(name)):
-            kwargs[name] = shrink(part, f"{path}.{name}")
+        if name in kwargs:
+            continue
+        if (part := _part_class(cls, name, base.get(name))) in STAND_INS:
+            kwargs[name] = STAND_INS[part](base.get(name))
+        elif part:
+            default = base.get(name) if isinstance(base.get(name), part) else None
+            kwargs[name] = shrink(part, f"{path}.{name}", level=level, like=default)
+    if not level.causal:
+        kwargs |= _rope_sections(cls, kwargs, base)
+        kwargs |= _backbone_outputs(kwargs, base)
     config = cls(**kwargs)
     vars(config).update(SUBSTITUTES.get(path, {}))
     return config
+
+
+def _overrides(cls: type, path: str, level: Level) -> dict:
+    """What the path says; a part of a further type also takes what its own type says."""
+    own = {} if level.causal else OVERRIDES.get(cls.model_type, {})
+    return own | OVERRIDES.get(path, {})
+
+
+def _backbone_outputs(kwargs: dict, base: dict) -> dict:
+    """A backbone keeps the number of its outputs: those of its stages, or a layer for each."""
+    indices = base.get("_out_indices")
+    if not indices:
+        return {}
+    stages = next((kwargs[n] for n in ("depths", "hidden_sizes") if kwargs.get(n)), None)
+    if stages is not None:
+        return {"out_indices": list(indices)} if max(indices) <= len(stages) else {}
+    count = next((n for n in LAYER_COUNTS if n in kwargs), None)
+    layers = max(len(indices), LAYERS)
+    first = layers - len(indices) + 1
+    return {count: layers, "out_indices": list(range(first, layers + 1))} if count else {}
+
+
+def _rope_sections(cls: type, kwargs: dict, base: dict) -> dict:
+    """Sections of a rotary embedding over several axes: as many channels as the tiny head has."""
+    rope, heads = base.get("rope_parameters") or {}, base.get("num_attention_heads")
+    sections = rope.get("mrope_section")
+    if not sections and "mrope_section" in (cls.ignore_keys_at_rope_validation or ()):
+        rope, sections = {"rope_type": "default", "rope_theta": 1e4, **rope}, [16, 24, 24]
+    if not sections or not heads or "rope_parameters" in kwargs:
+        return {}
+
+    def head_dim(of: dict) -> int:
+        return of.get("head_dim") or of["hidden_size"] // of["num_attention_heads"]
+
+    total = sum(sections) * head_dim(base | kwargs) // head_dim(base)
+    tiny = [total * part // sum(sections) for part in sections]
+    tiny[-1] += total - sum(tiny)
+    return {"rope_parameters": {**rope, "mrope_section": tiny}}
+
+
+def _shrunk_lists(base: dict, own: dict, rules: Rules) -> dict:
+    """Lists of numbers, one per stage: each as a number of that name."""
+    return {
+        name: type(value)(shrink_value(name.removesuffix("s"), v, base, rules) for v in value)
+        for name, value in own.items()
+        if isinstance(value, (list, tuple)) and value and all(map(_is_int, value))
+    }
 
 
 def _is_int(value) -> bool:
