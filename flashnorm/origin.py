@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm.checkpoint.config import quantization
-from flashnorm.checkpoint.names import resolve_names
+from flashnorm.checkpoint.mapping import Mapped, map_parameters
 from flashnorm.checkpoint.source import Source, open_source
-from flashnorm.checkpoint.stream import load_tensor
+from flashnorm.checkpoint.values import read_parameter
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.loading import locate, model_class, quiet_transformers
 from flashnorm.marker import folded_by
@@ -66,7 +67,7 @@ def _from_config_file(path: Path) -> Origin:
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(_unknown(str(path), model_type))
     with quiet_transformers():
-        config = CONFIG_MAPPING[model_type].from_dict(data)
+        config = CONFIG_MAPPING[model_type].from_pretrained(path)
     method = quantization(data)
     notes = (
         f"config.json declares weights quantized by {method}: the plan holds once they are "
@@ -126,9 +127,13 @@ def _gains(source: Source | None) -> Callable[[str], Tensor | None]:
     if source is None:
         return _no_gain
 
+    @cache
+    def mapped() -> Mapped:
+        return map_parameters(source)
+
     def gain(name: str) -> Tensor | None:
         try:
-            return load_tensor(source, source.where[resolve_names([name], source.where)[name]])
+            return read_parameter(source, mapped()[name])
         except FlashNormError:
             return None
 

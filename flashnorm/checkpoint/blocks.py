@@ -11,20 +11,22 @@ from torch import Tensor
 
 from flashnorm import algebra
 from flashnorm.checkpoint.header import FLOAT_DTYPES
-from flashnorm.checkpoint.layout import Absorptions, Piece, Shard
+from flashnorm.checkpoint.layout import Piece, Shard
 from flashnorm.checkpoint.rawio import COPY_BYTES, copy_exact, read_exact, write_exact
-from flashnorm.plan import Consumer, Gain, Span
+from flashnorm.checkpoint.translate import Absorptions
+from flashnorm.checkpoint.values import Values
+from flashnorm.plan import Consumer, Span
 
 FOLD_BYTES = 2 << 20  # measured best: smaller ones pay per call, larger ones leave the caches
-
-Gains = dict[Gain, Tensor]
 
 
 @dataclass(frozen=True)
 class Block:
     """`nbytes` bytes from `start` of the source file, to be written from `target` on.
 
-    `shape` is that of the rows in this block, `absorbs` what they absorb.
+    `shape` is that of the rows in this block, `absorbs` what they absorb, `centre` the axis of the
+    mean that they lose. Where `pitch` is not zero they do not lie together: each of the first axis
+    begins `pitch` bytes after the one before.
     """
 
     piece: Piece
@@ -33,38 +35,72 @@ class Block:
     nbytes: int
     shape: tuple[int, ...] = ()
     absorbs: Absorptions = ()
+    centre: int | None = None
+    pitch: int = 0
 
-    def write(self, reader: int, writer: int, gains: Gains) -> int:
+    @property
+    def end(self) -> int:
+        """Where the bytes end that are surely written with this block."""
+        return self.target if self.pitch else self.target + self.nbytes
+
+    def write(self, reader: int, writer: int, values: Values) -> int:
         """Read, rewrite and write these bytes; returns how many elements became subnormal."""
         if self.piece.is_copy:
             copy_exact(reader, writer, self.start, self.nbytes, self.target)
             return 0
+        if self.piece.small:
+            new = values.tensor(self.piece.entry.name)
+            write_exact(writer, _bytes(new), self.target)
+            return 0
         view = memoryview(bytearray(self.nbytes))
-        read_exact(reader, view, self.start)
-        lost = self._rewrite_(view, gains)
-        write_exact(writer, view, self.target)
+        for row, offset in self._rows(view):
+            read_exact(reader, row, self.start + offset)
+        lost = self._rewrite_(view, values)
+        for row, offset in self._rows(view):
+            write_exact(writer, row, self.target + offset)
         return lost
 
-    def _rewrite_(self, view: memoryview, gains: Gains) -> int:
+    def _rows(self, view: memoryview) -> Iterator[tuple[memoryview, int]]:
+        """The parts of the block that lie together, each with its offset in the files."""
+        if not self.pitch:
+            yield view, 0
+            return
+        width = self.nbytes // self.shape[0]
+        for row in range(self.shape[0]):
+            yield view[row * width : (row + 1) * width], row * self.pitch
+
+    def _rewrite_(self, view: memoryview, values: Values) -> int:
         entry, lost = self.piece.entry, 0
         rows = torch.frombuffer(view, dtype=FLOAT_DTYPES[entry.dtype]).view(self.shape)
-        if self.piece.identity is not None:
-            algebra.identity_gain_(rows, self.piece.identity)
         for gain, consumer in self.absorbs:
-            g, axis, spans = gains[gain], consumer.axis, consumer.spans
+            g, axis, spans = values.gains[gain], consumer.axis, consumer.spans
             lost += algebra.check_fold(entry.name, rows, gain.parameter, g, axis, spans)
             algebra.fold_gain_(rows, g, axis, spans)
+        if self.centre is not None:
+            algebra.centre_(rows, self.centre)
         return lost
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def shard_blocks(shard: Shard) -> Iterator[Block]:
     """All blocks of a shard in the order of their bytes, which leave no byte out."""
     origin, target = len(shard.source.raw), len(shard.header.raw)
     for piece in _merged(shard.pieces):
-        cut = _copy_blocks if piece.is_copy else _row_blocks
-        for block in cut(piece):
-            yield replace(block, start=origin + block.start, target=target)
-            target += block.nbytes
+        for block in _cut_piece(piece):
+            offset = block.start - piece.entry.start
+            yield replace(block, start=origin + block.start, target=target + offset)
+        target += piece.entry.nbytes
+
+
+def _cut_piece(piece: Piece) -> Iterator[Block]:
+    if piece.is_copy:
+        return _copy_blocks(piece)
+    if piece.small:
+        return iter([Block(piece, piece.entry.start, 0, piece.entry.nbytes)])
+    return _row_blocks(piece)
 
 
 def _merged(pieces: tuple[Piece, ...]) -> Iterator[Piece]:
@@ -90,42 +126,74 @@ def _copy_blocks(piece: Piece) -> Iterator[Block]:
 def _row_blocks(piece: Piece) -> Iterator[Block]:
     """The tensor in blocks of at most `FOLD_BYTES`, or of one row where a row is larger.
 
-    The axes before the first one that carries a gain are made one: [lead, *inner]. Several inner
-    tensors make a block; one that is too large is cut along its own first axis.
+    The axes before the first one that carries a gain or a mean are made one: [lead, *inner].
+    Several inner tensors make a block; one that is too large is cut along its own first axis, or
+    along its second where the mean runs over the first.
     """
     entry = piece.entry
     if not entry.nbytes:
         return
-    shape = entry.shape or (1,)
-    split = min((consumer.axis for _, consumer in piece.absorbs), default=0)
+    shape, axes = entry.shape or (1,), [consumer.axis for _, consumer in piece.absorbs]
+    split = min(axes if piece.centre is None else [*axes, piece.centre])
     lead, inner = math.prod(shape[:split]), shape[split:]
     size = entry.nbytes // lead
-    if size <= FOLD_BYTES:
-        absorbs = _moved(piece.absorbs, 1 - split)
-        step = FOLD_BYTES // size
+    if size <= FOLD_BYTES or (piece.centre == split and len(inner) == 1):
+        whole = Block(piece, 0, 0, size, inner, *_moved(piece, 1 - split))
+        step = max(1, FOLD_BYTES // size)
         for first in range(0, lead, step):
             count = min(step, lead - first)
             start = entry.start + first * size
-            yield Block(piece, start, 0, count * size, (count, *inner), absorbs)
+            yield replace(whole, start=start, nbytes=count * size, shape=(count, *inner))
         return
-    absorbs, row = _moved(piece.absorbs, -split), size // inner[0]
-    step = max(1, FOLD_BYTES // row)
+    cut = _cut_columns if piece.centre == split else _cut_rows
     for index in range(lead):
-        for first in range(0, inner[0], step):
-            count = min(step, inner[0] - first)
-            start = entry.start + index * size + first * row
-            part = _rows_of(absorbs, first, first + count)
-            yield Block(piece, start, 0, count * row, (count, *inner[1:]), part)
+        start = entry.start + index * size
+        yield from cut(Block(piece, start, 0, size, inner, *_moved(piece, -split)))
 
 
-def _moved(absorbs: Absorptions, by: int) -> Absorptions:
-    return tuple((gain, replace(consumer, axis=consumer.axis + by)) for gain, consumer in absorbs)
+def _cut_rows(whole: Block) -> Iterator[Block]:
+    count, *inner = whole.shape
+    row = whole.nbytes // count
+    step = max(1, FOLD_BYTES // row)
+    for first in range(0, count, step):
+        n = min(step, count - first)
+        absorbs = _rows_of(whole.absorbs, 0, first, first + n)
+        start = whole.start + first * row
+        yield replace(whole, start=start, nbytes=n * row, shape=(n, *inner), absorbs=absorbs)
 
 
-def _rows_of(absorbs: Absorptions, first: int, stop: int) -> Absorptions:
-    """What rows `first : stop` absorb; only a gain along the rows is cut."""
+def _cut_columns(whole: Block) -> Iterator[Block]:
+    """Blocks of all rows and some columns: the very ones in which `algebra.centre_` takes means."""
+    count, columns, *inner = whole.shape
+    pitch = whole.nbytes // count
+    column, elements = pitch // columns, math.prod(whole.shape)
+    step = max(1, algebra.BLOCK_ELEMENTS * columns // elements)
+    for first in range(0, columns, step):
+        n = min(step, columns - first)
+        absorbs = _rows_of(whole.absorbs, 1, first, first + n)
+        start, nbytes = whole.start + first * column, count * n * column
+        yield replace(
+            whole,
+            start=start,
+            nbytes=nbytes,
+            shape=(count, n, *inner),
+            absorbs=absorbs,
+            pitch=pitch,
+        )
+
+
+def _moved(piece: Piece, by: int) -> tuple[Absorptions, int | None]:
+    """What a block absorbs and where its mean runs, when its axes are `by` further."""
+    absorbs = tuple(
+        (gain, replace(consumer, axis=consumer.axis + by)) for gain, consumer in piece.absorbs
+    )
+    return absorbs, None if piece.centre is None else piece.centre + by
+
+
+def _rows_of(absorbs: Absorptions, axis: int, first: int, stop: int) -> Absorptions:
+    """What positions `first : stop` of `axis` absorb; only a gain along it is cut."""
     return tuple(
-        (gain, consumer if consumer.axis else _cut(consumer, first, stop))
+        (gain, _cut(consumer, first, stop) if consumer.axis == axis else consumer)
         for gain, consumer in absorbs
     )
 

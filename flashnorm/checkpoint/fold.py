@@ -17,13 +17,13 @@ import torch
 
 import flashnorm
 from flashnorm.algebra import subnormal_warning
-from flashnorm.checkpoint.blocks import Gains
 from flashnorm.checkpoint.config import check_not_folded, check_not_quantized, folded_config
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
 from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
-from flashnorm.checkpoint.stream import check_twins, load_gains, write_shard
+from flashnorm.checkpoint.stream import check_twins, write_shard
+from flashnorm.checkpoint.values import Values
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.errors import CheckpointError
 from flashnorm.inspection import inspect
@@ -87,10 +87,11 @@ def _fold(
     plan = inspect(path, untie=untie) if plan is None else plan
     layout = plan_layout(source, plan, strict=strict)
     check_twins(source, layout)
-    gains = load_gains(source, layout)
-    dtype = "float64" if any(g.dtype == torch.float64 for g in gains.values()) else "float32"
+    values = Values(source, plan, layout.changes)
+    wide = any(gain.dtype == torch.float64 for gain in values.gains.values())
+    dtype = "float64" if wide else "float32"
     files: dict[str, Any] = {}
-    if plan.folded:
+    if plan.folded or plan.centrings:
         files[CONFIG] = folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)
     if layout.index is not None:
         files[INDEX] = layout.index
@@ -98,18 +99,18 @@ def _fold(
     mark = _fingerprint(source, plan, strict, copies)
     with _disk_errors_explained(target, layout), open_workdir(target, mark) as work:
         _check_space(work, path, layout, copies)
-        lost = _write_shards(work, source, layout, gains, progress)
+        lost = _write_shards(work, source, layout, values, progress)
         for file in copies:
             copy_file(path / file, work.path / file)
         for file, value in files.items():
             work.write_json(file, value)
         work.publish()
-    _warn(gains, lost)
+    _warn(plan, values, lost)
     return plan
 
 
 def _write_shards(
-    work: Workdir, source: Source, layout: Layout, gains: Gains, progress: Progress | None
+    work: Workdir, source: Source, layout: Layout, values: Values, progress: Progress | None
 ) -> int:
     """Write the shards that are not done yet; returns how many elements became subnormal."""
     meter = _Meter(layout.total_bytes, progress)
@@ -119,7 +120,7 @@ def _write_shards(
             report(shard.header.file_bytes)
             continue
         lost = write_shard(
-            source.path / shard.name, work.temporary(shard.name), shard, gains, report
+            source.path / shard.name, work.temporary(shard.name), shard, values, report
         )
         work.finish(shard.name, lost)
     return sum(work.note(shard.name) for shard in layout.shards)
@@ -186,14 +187,14 @@ def _size(count: int) -> str:
     return f"{count} bytes ({count / 1e9:.2f} GB)"
 
 
-def _warn(gains: Gains, lost: int) -> None:
-    if not gains:
+def _warn(plan: Plan, values: Values, lost: int) -> None:
+    if not (plan.folded or plan.centrings):
         warnings.warn(
             "no gain of this checkpoint folds, so the target is a copy of it; flashnorm inspect "
             "says why",
             stacklevel=4,
         )
-    elif all(bool((gain == 1).all()) for gain in gains.values()):
+    elif plan.folded and all(bool((gain == 1).all()) for gain in values.gains.values()):
         warnings.warn(
             "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
             "have been folded before",

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flashnorm.checkpoint.changes import Changes, plan_changes
 from flashnorm.checkpoint.config import QUANTIZED_REMEDY
 from flashnorm.checkpoint.header import FLOAT_DTYPES, Entry, Header, build_header
-from flashnorm.checkpoint.names import REMEDY, resolve_names
-from flashnorm.checkpoint.source import Place, Source
+from flashnorm.checkpoint.mapping import REMEDY, map_parameters
+from flashnorm.checkpoint.source import Source
+from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, QuantizedError
-from flashnorm.plan import Consumer, Gain, Plan
-
-Absorptions = tuple[tuple[Gain, Consumer], ...]
+from flashnorm.plan import Plan
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor to write: `entry` of the source, which absorbs gains or becomes an identity gain.
+    """One tensor to write, from `entry` of the source.
 
-    With neither it is copied as it is.
+    It absorbs gains and is then centred along the axis `centre`; or it is `small` and written anew;
+    with neither it is copied as it is.
     """
 
     entry: Entry
     absorbs: Absorptions = ()
-    identity: Gain | None = None
+    centre: int | None = None
+    small: bool = False
 
     @property
     def is_copy(self) -> bool:
-        return not self.absorbs and self.identity is None
+        return not self.absorbs and self.centre is None and not self.small
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All files with tensors, and what has to be read before them.
+    """All files with tensors, and the changes that make them.
 
-    `gains` says where each gain is; `twins` are pairs of tensors that the fold takes for one tied
-    weight, so they must hold the same bytes; `index` is the new index.json, None where the
-    source's own stays true.
+    `index` is the new index.json, None where the source's own stays true.
     """
 
     shards: tuple[Shard, ...]
-    gains: dict[Gain, Place]
-    twins: tuple[tuple[Place, Place], ...]
+    changes: Changes
     index: dict[str, Any] | None
 
     @property
@@ -64,66 +62,57 @@ class Layout:
 
 def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
     """Match the plan with the checkpoint; raise CheckpointError where they do not fit."""
-    absorptions = plan.absorptions()
-    copied = {new: old for new, old in plan.untied if new not in source.where}
-    wanted = [gain.parameter for gain in plan.gains()]
-    wanted += [name for name in absorptions if name not in copied]
-    wanted += [old for _, old in plan.untied]
-    names = resolve_names(wanted, source.where)
-    gains = {gain: source.where[names[gain.parameter]] for gain in plan.gains()}
-    for name, pairs in absorptions.items():
-        _check_fit(source.where[names[copied.get(name, name)]].entry, pairs, gains)
-
-    edits = _Edits(strict)
-    edits.absorbs = {names[name]: p for name, p in absorptions.items() if name not in copied}
-    edits.identity = {place.entry.name: gain for gain, place in gains.items()}
-    for new, old in copied.items():
-        entry = replace(source.where[names[old]].entry, name=new)
-        edits.copies[names[old]].append(Piece(entry, absorptions.get(new, ())))
-    shards = tuple(_shard(name, header, edits) for name, header in source.shards.items())
-    twins = tuple(
-        (source.where[new], source.where[names[old]])
-        for new, old in plan.untied
-        if new in source.where
-    )
-    return Layout(shards, gains, twins, _index(source, shards) if strict or copied else None)
+    mapped = map_parameters(source, plan_parameters(plan))
+    changes = plan_changes(plan, mapped, strict=strict)
+    for name in sorted(changes.touched):
+        _check_float(source.where[name].entry)
+    shards = tuple(_shard(name, header, changes) for name, header in source.shards.items())
+    if not (changes.removed or changes.copies):
+        return Layout(shards, changes, None)
+    _check_names(source, shards, changes)
+    return Layout(shards, changes, _index(source, shards))
 
 
-@dataclass
-class _Edits:
-    """What changes, by tensor of the source; the rest is copied."""
-
-    strict: bool
-    absorbs: dict[str, Absorptions] = field(default_factory=dict)
-    identity: dict[str, Gain] = field(default_factory=dict)
-    copies: dict[str, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-
-    def pieces(self, header: Header) -> Iterator[Piece]:
-        """The tensors of one shard after the fold, in the order of their bytes, new ones last."""
-        entries = sorted(header.entries, key=lambda entry: (entry.start, entry.end))
-        for entry in entries:
-            gain = self.identity.get(entry.name)
-            if gain is None or not self.strict:
-                yield Piece(entry, self.absorbs.get(entry.name, ()), gain)
-        for entry in entries:
-            yield from self.copies.get(entry.name, ())
+def plan_parameters(plan: Plan) -> set[str]:
+    """Every parameter that a plan reads or writes."""
+    names = {gain.parameter for gain in plan.gains()} | plan.absorptions().keys()
+    names |= {shift.parameter for shift in plan.shifts()} | plan.bias_absorptions().keys()
+    names |= {centring.parameter for centring in plan.centrings}
+    return names | {name for pair in plan.untied for name in pair}
 
 
-def _check_fit(entry: Entry, pairs: Absorptions, gains: dict[Gain, Place]) -> None:
-    """The tensors must be plain floats of the shape that the plan was made for."""
-    _check_float(entry)
-    for gain, consumer in pairs:
-        _check_float(gains[gain].entry)
-        width = entry.shape[consumer.axis] if -1 < consumer.axis < len(entry.shape) else 0
-        numel = gains[gain].entry.numel
-        if any(
-            s.start + s.length > width or s.gain_start + s.length > numel for s in consumer.spans
-        ):
+def _check_names(source: Source, shards: tuple[Shard, ...], changes: Changes) -> None:
+    """Tensors that were added or removed must not change what the others mean to the loader."""
+    shapes = {e.name: e.shape for shard in shards for e in shard.header.entries}
+    added = {copy.tensor for copy in changes.copies}
+    before, after = changes.mapped, map_parameters(source, added, shapes)
+    for name, whole in before.wholes.items():
+        if name in added or not changes.removed.isdisjoint(whole.tensors):
+            continue
+        if name not in after.wholes or not whole.same(after.wholes[name]):
             raise CheckpointError(
-                f"the tensor {entry.name} of shape {list(entry.shape)} cannot absorb the gain "
-                f"{gain.parameter} of {numel} elements along axis {consumer.axis} as the plan "
-                f"says: the checkpoint stores it in another layout; {REMEDY}"
+                f"without the tensors that strict mode removes, transformers would load {name} "
+                "from other tensors: fold without strict"
             )
+    for name in added:
+        if after[name].tensors != (name,):
+            raise CheckpointError(
+                f"a tensor named {name} would not be loaded as the parameter of that name; {REMEDY}"
+            )
+
+
+def _pieces(header: Header, changes: Changes) -> Iterator[Piece]:
+    """The tensors of one shard after the fold, in the order of their bytes, new ones last."""
+    entries = sorted(header.entries, key=lambda entry: (entry.start, entry.end))
+    for entry in entries:
+        name = entry.name
+        if name not in changes.removed:
+            absorbs, centre = changes.absorbs.get(name, ()), changes.centres.get(name)
+            yield Piece(entry, absorbs, centre, name in changes.small)
+    for entry in entries:
+        for copy in changes.copies:
+            if copy.source == entry.name:
+                yield Piece(replace(entry, name=copy.tensor), copy.absorbs)
 
 
 def _check_float(entry: Entry) -> None:
@@ -134,8 +123,8 @@ def _check_float(entry: Entry) -> None:
         )
 
 
-def _shard(name: str, source: Header, edits: _Edits) -> Shard:
-    pieces = tuple(edits.pieces(source))
+def _shard(name: str, source: Header, changes: Changes) -> Shard:
+    pieces = tuple(_pieces(source, changes))
     order = {entry.name: rank for rank, entry in enumerate(source.entries)}
     if {piece.entry.name for piece in pieces} == set(order):
         return Shard(name, source, source, pieces)

@@ -1,4 +1,4 @@
-"""Reading gains and writing shards: a few blocks at a time, whatever the size of the model."""
+"""Writing shards: a few blocks at a time, whatever the size of the model."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flashnorm import algebra
-from flashnorm.checkpoint.blocks import Block, Gains, shard_blocks
-from flashnorm.checkpoint.header import FLOAT_DTYPES
+from flashnorm.checkpoint.blocks import Block, shard_blocks
 from flashnorm.checkpoint.layout import Layout, Shard
 from flashnorm.checkpoint.rawio import (
-    COPY_BYTES,
     expect_sequential,
-    read_exact,
     start_writeback,
     write_exact,
 )
-from flashnorm.checkpoint.source import Place, Source
+from flashnorm.checkpoint.source import Source
+from flashnorm.checkpoint.values import Values, load_tensor
 from flashnorm.errors import CheckpointError
 
 WORKERS = min(4, os.cpu_count() or 1)
@@ -34,26 +30,23 @@ WRITEBACK_BYTES = 64 << 20
 Report = Callable[[int], None]
 
 
-def load_gains(source: Source, layout: Layout) -> Gains:
-    """The effective gain of every folded site, as the model multiplies by it: flat, [n]."""
-    return {
-        gain: algebra.effective_gain(load_tensor(source, place), gain)
-        for gain, place in layout.gains.items()
-    }
-
-
 def check_twins(source: Source, layout: Layout) -> None:
     """Raise CheckpointError unless tensors that the plan takes for one hold the same bytes."""
-    for new, old in layout.twins:
-        if any(a != b for a, b in zip_longest(_chunks(source, new), _chunks(source, old))):
+    for new, old in layout.changes.twins:
+        first, second = (load_tensor(source, source.where[name]) for name in (new, old))
+        if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
             raise CheckpointError(
-                f"the plan copies {new.entry.name} from {old.entry.name}, to which config.json "
-                "ties it, but the checkpoint holds both and they differ; set "
-                "tie_word_embeddings to false, or remove the one that is not meant"
+                f"the plan copies {new} from {old}, to which config.json ties it, but the "
+                "checkpoint holds both and they differ; set tie_word_embeddings to false, or "
+                "remove the one that is not meant"
             )
 
 
-def write_shard(source: Path, target: Path, shard: Shard, gains: Gains, report: Report) -> int:
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def write_shard(source: Path, target: Path, shard: Shard, values: Values, report: Report) -> int:
     """Write `shard` from the file `source` to `target` and sync it; report bytes as they come.
 
     Returns how many elements became subnormal. Raises FoldError where the dtype overflows.
@@ -64,19 +57,18 @@ def write_shard(source: Path, target: Path, shard: Shard, gains: Gains, report: 
         write_exact(descriptors[1], memoryview(shard.header.raw), 0)
         report(len(shard.header.raw))
         lost, flushed = 0, 0
-        for block, count in _run(shard_blocks(shard), *descriptors, gains):
+        for block, count in _run(shard_blocks(shard), *descriptors, values):
             lost += count
             report(block.nbytes)
-            end = block.target + block.nbytes
-            if end - flushed >= WRITEBACK_BYTES:
-                start_writeback(descriptors[1], flushed, end - flushed)
-                flushed = end
+            if block.end - flushed >= WRITEBACK_BYTES:
+                start_writeback(descriptors[1], flushed, block.end - flushed)
+                flushed = block.end
         os.fsync(writer.fileno())
     return lost
 
 
 def _run(
-    blocks: Iterator[Block], reader: int, writer: int, gains: Gains
+    blocks: Iterator[Block], reader: int, writer: int, values: Values
 ) -> Iterator[tuple[Block, int]]:
     """Write the blocks in worker threads; yields each, in order, with what its write returned."""
     waiting: deque[tuple[Block, Future[int]]] = deque()
@@ -85,7 +77,7 @@ def _run(
             if len(waiting) == AHEAD:
                 first, future = waiting.popleft()
                 yield first, future.result()
-            waiting.append((block, pool.submit(block.write, reader, writer, gains)))
+            waiting.append((block, pool.submit(block.write, reader, writer, values)))
         for block, future in waiting:
             yield block, future.result()
 
@@ -101,21 +93,3 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the setting reaches beyond the thread that makes it
-
-
-def load_tensor(source: Source, place: Place) -> Tensor:
-    """One small tensor, whole."""
-    dtype = FLOAT_DTYPES[place.entry.dtype]
-    data = bytearray(b"".join(_chunks(source, place)))
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.view(place.entry.shape)
-
-
-def _chunks(source: Source, place: Place) -> Iterator[bytes]:
-    """The bytes of a tensor, some at a time."""
-    origin = len(source.shards[place.shard].raw) + place.entry.start
-    with open(source.path / place.shard, "rb") as reader:
-        for done in range(0, place.entry.nbytes, COPY_BYTES):
-            chunk = bytearray(min(COPY_BYTES, place.entry.nbytes - done))
-            read_exact(reader.fileno(), memoryview(chunk), origin + done)
-            yield bytes(chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def write_checkpoint(
 ) -> Path:
     """A checkpoint directory with config, tokenizer and `shards` files; gains may be in another."""
     path.mkdir()
-    head = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-06, **config}
+    head = {"tie_word_embeddings": False, "rms_norm_eps": 1e-06, **llama_config(tensors), **config}
     (path / "config.json").write_text(json.dumps(head, indent=2))
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
     (path / "chat_template.jinja").write_text("{{ messages }}")
@@ -105,6 +106,24 @@ def write_checkpoint(
         save_file(part, path / name, metadata={"format": "pt"})
     write_index(path, {key: name for name, part in parts.items() for key in part}, tensors)
     return path
+
+
+def llama_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The config of a Llama with these tensors, whatever their prefix; of no known model else."""
+    shapes = {re.sub(r".*layers\.\d+\.|^.*\.(?=embed)", "", k): t.shape for k, t in tensors.items()}
+    if "embed_tokens.weight" not in shapes:
+        return {"model_type": "custom"}
+    vocab, hidden = shapes["embed_tokens.weight"]
+    layers = {match[1] for key in tensors if (match := re.search(r"layers\.(\d+)\.", key))}
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": shapes["mlp.gate_proj.weight"][0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": 4,
+    }
 
 
 def write_index(path: Path, places: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:

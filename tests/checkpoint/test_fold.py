@@ -135,7 +135,8 @@ def test_strict_removes_the_gains_and_keeps_the_rest_true(tmp_path, shards, offs
 @pytest.mark.parametrize("shards", [1, 3])
 def test_untie_adds_the_head_beside_its_source(tmp_path, shards, strict):
     tensors = llama_tensors(LAYERS, tied=True)
-    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
+    nested = {"model_type": "custom", "text_config": {"tie_word_embeddings": True}}
+    config = {"tie_word_embeddings": True, **nested}
     src = write_checkpoint(tmp_path / "src", tensors, shards=shards, **config)
     plan, dst = llama_plan(LAYERS, untied=True), tmp_path / "dst"
     fold_checkpoint(src, dst, plan=plan, strict=strict)
@@ -174,17 +175,21 @@ def test_untie_folds_a_stored_head_in_place(tmp_path):
     assert_same(load(tmp_path / "dst"), expected(tensors, plan))
 
 
-@pytest.mark.parametrize(("added", "removed"), [("", "model."), ("transformer.", "")])
-def test_names_may_differ_by_the_prefix_of_the_base_model(tmp_path, added, removed):
-    tensors = {added + key.removeprefix(removed): value for key, value in llama_tensors(1).items()}
+def test_names_may_lack_the_prefix_of_the_base_model(tmp_path):
+    tensors = {key.removeprefix("model."): value for key, value in llama_tensors(1).items()}
     src = write_checkpoint(tmp_path / "src", tensors)
-    prefix = "model."
-    plan = llama_plan(1, prefix=prefix)
+    plan = llama_plan(1)
     fold_checkpoint(src, tmp_path / "dst", plan=plan)
     wanted = expected(llama_tensors(1), plan)
-    assert_same(
-        load(tmp_path / "dst"), {added + k.removeprefix(removed): v for k, v in wanted.items()}
-    )
+    assert_same(load(tmp_path / "dst"), {k.removeprefix("model."): v for k, v in wanted.items()})
+
+
+def test_a_model_of_ones_own_has_its_own_names(tmp_path):
+    tensors = llama_tensors(1)
+    src = write_checkpoint(tmp_path / "src", tensors, model_type="custom")
+    plan = llama_plan(1)
+    fold_checkpoint(src, tmp_path / "dst", plan=plan)
+    assert_same(load(tmp_path / "dst"), expected(tensors, plan))
 
 
 def test_the_marker_says_what_was_done(tmp_path):

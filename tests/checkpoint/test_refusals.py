@@ -315,35 +315,50 @@ def test_a_missing_gain(tmp_path):
     refused(src, r"the parameter model.norm.weight is not in the checkpoint")
 
 
-def test_merged_experts_are_not_guessed(src):
+def test_a_plan_for_another_model(src):
     site = llama_plan(2).sites[1]
-    merged = Consumer("model.layers.0.mlp.experts.gate_up_proj", 2, (Span(0, 0, 48),))
+    merged = Consumer("model.layers.0.mlp.experts.w13", 2, (Span(0, 0, 48),))
     plan = Plan((replace(site, consumers=(*site.consumers, merged)),))
-    refused(src, "experts.gate_up_proj is not in the checkpoint under a name", plan=plan)
+    match = "parameter model.layers.0.mlp.experts.w13, which LlamaForCausalLM does not have: make"
+    refused(src, match, plan=plan)
 
 
-def test_an_ambiguous_prefix(tmp_path):
-    tensors = {}
-    for side in ("encoder", "decoder"):
-        part = llama_tensors(1)
-        tensors |= {f"{side}.{key}": value for key, value in part.items()}
+@pytest.mark.parametrize("prefix", ["transformer.", "encoder.model."])
+def test_names_that_transformers_does_not_load(tmp_path, prefix):
+    tensors = {prefix + key: value for key, value in llama_tensors(1).items()}
     src = write_checkpoint(tmp_path / "src", tensors)
-    refused(src, "could be any of decoder.model.*, encoder.model", plan=llama_plan(1))
+    refused(src, "is not in the checkpoint under a name from which", plan=llama_plan(1))
 
 
-def test_two_prefixes(tmp_path):
+def test_two_tensors_for_one_parameter(tmp_path):
+    """With and without the prefix of the base model: transformers loads one of them."""
     tensors = llama_tensors(1)
-    renamed = {("a." if "mlp" in key else "b.") + key: value for key, value in tensors.items()}
-    src = write_checkpoint(tmp_path / "src", renamed)
-    refused(src, "names differ from the model's in several ways", plan=llama_plan(1))
+    tensors["norm.weight"] = tensors["model.norm.weight"] * 2
+    src = write_checkpoint(tmp_path / "src", tensors)
+    match = r"holds norm\.weight beside model\.norm\.weight, and transformers loads only one"
+    refused(src, match, plan=llama_plan(1))
 
 
-def test_two_parameters_on_one_tensor(tmp_path):
-    src = write_checkpoint(tmp_path / "src", llama_tensors(1))
-    site = llama_plan(1).sites[0]
-    other = replace(site.consumers[0], parameter="x." + site.consumers[0].parameter)
-    plan = Plan((replace(site, consumers=(site.consumers[0], other)),))
-    refused(src, "both map to the tensor model.layers.0.self_attn.q_proj.weight", plan=plan)
+def test_a_config_that_does_not_fit(tmp_path):
+    src = write_checkpoint(tmp_path / "src", llama_tensors(1), intermediate_size=96)
+    match = r"holds model.layers.0.mlp.gate_proj.weight in the shape \[80, 48\].*says \[96, 48\]"
+    refused(src, match, plan=llama_plan(1))
+
+
+def test_a_config_that_transformers_cannot_read(src):
+    edit_config(src, num_attention_heads="four")
+    refused(src, "transformers cannot read the config.json of src")
+
+
+def test_a_tied_weight_stored_twice(tmp_path):
+    tensors = llama_tensors(1)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    src = write_checkpoint(tmp_path / "src", tensors, tie_word_embeddings=True)
+    site = replace(llama_plan(1).sites[-1], consumers=(EMBEDDING,))
+    refused(src, "stores the tied weight .* twice, as", plan=Plan((site,)))
+
+
+EMBEDDING = Consumer("model.embed_tokens.weight", 1, (Span(0, 0, 48),))
 
 
 @pytest.mark.parametrize(

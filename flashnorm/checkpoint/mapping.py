@@ -1,0 +1,188 @@
+"""From the parameters of a model to the tensors of its checkpoint.
+
+The two differ in names, in prefixes, and in what one tensor holds: experts that are stored one by
+one, fused and split projections, other layouts. transformers' own loader is asked: it is given a
+`Located` tensor for every key of the checkpoint, and what arrives in the model says where each
+parameter comes from. So a checkpoint means here what it means to `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flashnorm.checkpoint.parts import Located, Part, Whole
+from flashnorm.checkpoint.source import Source
+from flashnorm.errors import CheckpointError
+from flashnorm.graph.build import fake_model
+from flashnorm.loading import model_class, quiet_transformers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+REMEDY = "load the model with transformers, use fold_ on it, then save_pretrained"
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Where each parameter lies in the checkpoint, and of the others why it could not be said.
+
+    `twins` are the other names of a parameter that the checkpoint stores a second time: a tied
+    weight in full.
+    """
+
+    wholes: dict[str, Whole]
+    twins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, parameter: str) -> Whole:
+        """Raises CheckpointError where the parameter cannot be found exactly."""
+        if problem := self.problems.get(parameter):
+            raise CheckpointError(f"{problem}; {REMEDY}")
+        if parameter not in self.wholes:
+            raise CheckpointError(
+                f"the parameter {parameter} is not in the checkpoint under a name from which "
+                f"transformers loads it; {REMEDY}"
+            )
+        return self.wholes[parameter]
+
+
+def map_parameters(
+    source: Source, wanted: Iterable[str] = (), shapes: Shapes | None = None
+) -> Mapped:
+    """Where the parameters of a checkpoint's model lie in its tensors, or in others of `shapes`.
+
+    The model is built from the config, without memory. `wanted` are parameters that it must have:
+    where the class that the config names lacks one, a class with a head is taken. A config that
+    transformers does not know has a model of one's own, whose parameters have their own names.
+    """
+    if shapes is None:
+        shapes = {name: place.entry.shape for name, place in source.where.items()}
+    if (config := _read_config(source)) is None:
+        return Mapped({name: _all_of(name, shape) for name, shape in shapes.items()})
+    wanted = set(wanted)
+    with quiet_transformers():
+        for cls in _classes(config):
+            model = fake_model(cls, config)
+            lacking = wanted - {name for name, _ in _named(model)}
+            if not lacking:
+                return ask_loader(model, shapes)
+    raise CheckpointError(
+        f"the plan names the parameter {min(lacking)}, which {type(model).__name__} does not have: "
+        "make the plan from this checkpoint, with flashnorm.inspect"
+    )
+
+
+def _read_config(source: Source) -> Any | None:
+    """The config as transformers reads it; None where it does not know the model."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = source.config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    with quiet_transformers():
+        try:
+            return CONFIG_MAPPING[model_type].from_pretrained(source.path)
+        except Exception as error:
+            raise CheckpointError(
+                f"transformers cannot read the config.json of {source.path.name}, so the names in "
+                f"this checkpoint cannot be told: {error}"
+            ) from error
+
+
+def _classes(config: Any) -> list[Any]:
+    """The class that the config names, then those with a head that know its type."""
+    import transformers
+
+    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    return list(dict.fromkeys([model_class(config), *known]))
+
+
+def _all_of(name: str, shape: Sequence[int]) -> Whole:
+    return Whole(tuple(shape), (Part.of(name, shape),))
+
+
+def ask_loader(model: nn.Module, shapes: Shapes) -> Mapped:
+    """What transformers' loader makes of tensors of these names and shapes.
+
+    `model` has the right shapes and no values; its parameters are replaced.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    given: Any = model
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, value in _named(model):
+        groups[id(value)].append(name)
+    state = {name: Located.of(name, shape) for name, shape in shapes.items()}
+    with quiet_transformers():
+        rules = get_model_conversion_mapping(given)
+        info, _ = convert_and_load_state_dict_in_model(
+            given, state, LoadStateDictConfig(weight_mapping=rules)
+        )
+    found = {name: v.whole() for name, v in _named(model) if isinstance(v, Located)}
+    problems = {**_unconverted(info), **_taken_twice(given, rules, shapes, found)}
+    for names in groups.values():
+        told = [problems[name] for name in names if name in problems]
+        problems |= dict.fromkeys(names if told else (), *told[:1])
+    return Mapped(*_shared(found, groups.values()), problems)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _shared(
+    found: dict[str, Whole], groups: Iterable[list[str]]
+) -> tuple[dict[str, Whole], dict[str, tuple[str, ...]]]:
+    """Names of one and the same parameter have what is stored under any of them."""
+    wholes, twins = dict(found), {}
+    for names in groups:
+        stored = {found[name].tensors: name for name in names if name in found}
+        for name in names if stored else ():
+            wholes.setdefault(name, found[next(iter(stored.values()))])
+            others = tuple(other for key, other in stored.items() if key != wholes[name].tensors)
+            if others:
+                twins[name] = others
+    return wholes, twins
+
+
+def _unconverted(info: Any) -> dict[str, str]:
+    """Parameters that the loader could not make from the tensors, or not in their shape."""
+    problems = {}
+    for name, text in info.conversion_errors.items():
+        why = text.rpartition("\nError: ")[0].strip().rpartition("\n")[2]
+        problems[name] = f"transformers converts tensors into {name} in a way not followed ({why})"
+    for name, stored, wanted in info.mismatched_keys:
+        problems[name] = (
+            f"the checkpoint holds {name} in the shape {list(stored)}, but its config says "
+            f"{list(wanted)}"
+        )
+    return problems
+
+
+def _taken_twice(
+    model: Any, rules: list[Any], shapes: Shapes, found: dict[str, Whole]
+) -> dict[str, str]:
+    """Parameters for which the checkpoint holds more tensors than the loader uses."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    used = {tensor for whole in found.values() for tensor in whole.tensors}
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    problems, state = {}, model.state_dict()
+    for key in sorted(shapes.keys() - used):
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name in found:
+            problems[name] = (
+                f"the checkpoint holds {key} beside {found[name].tensors[0]}, and transformers "
+                f"loads only one of them as {name}"
+            )
+    return problems

@@ -1,0 +1,117 @@
+"""What a checkpoint holds for a parameter, and the new values of small tensors.
+
+Weights are mapped into memory and read block by block, so nothing large is held.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from flashnorm import algebra
+from flashnorm.checkpoint.changes import Changes
+from flashnorm.checkpoint.header import FLOAT_DTYPES
+from flashnorm.checkpoint.parts import Whole
+from flashnorm.checkpoint.source import Place, Source
+from flashnorm.errors import CheckpointError, FoldError
+from flashnorm.plan import Consumer, Plan, Shift
+
+
+def load_tensor(source: Source, place: Place) -> Tensor:
+    """One tensor of the checkpoint, on a mapping of its file: a change of it stays in memory."""
+    dtype = FLOAT_DTYPES[place.entry.dtype]
+    if not place.entry.nbytes:
+        return torch.empty(place.entry.shape, dtype=dtype)
+    start = len(source.shards[place.shard].raw) + place.entry.start
+    with open(source.path / place.shard, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(data, dtype=dtype, count=place.entry.numel, offset=start)
+    return flat.view(place.entry.shape)
+
+
+def read_parameter(source: Source, whole: Whole) -> Tensor:
+    """The value of a parameter as the model has it; a mapping where one tensor is all of it."""
+    if len(whole.parts) == 1 and whole.parts[0].is_plain:
+        return load_tensor(source, source.where[whole.parts[0].tensor])
+    tensors = {name: load_tensor(source, source.where[name]) for name in whole.tensors}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{' and '.join(whole.tensors[:2])} make one parameter, but are stored as "
+            f"{' and '.join(sorted(map(str, dtypes)))}: convert the checkpoint to one dtype first"
+        )
+    value = torch.empty(whole.shape, dtype=dtypes.pop())
+    for part in whole.parts:
+        value[part.box] = tensors[part.tensor][part.index]
+    return value
+
+
+class Values:
+    """What a plan takes from the weights: the gains, and the new values of small tensors."""
+
+    def __init__(self, source: Source, plan: Plan, changes: Changes) -> None:
+        self._source, self._changes = source, changes
+        self._absorptions = plan.absorptions()
+        self._biases = plan.bias_absorptions()
+        self._shifts = {shift.parameter: shift for shift in plan.shifts()}
+        self._identities = {gain.parameter: gain for gain in plan.gains()}
+        self._axes = {centring.parameter: centring.axis for centring in plan.centrings}
+        self._done: dict[str, Tensor] = {}
+        self.gains = {
+            gain: algebra.effective_gain(self._read(gain.parameter), gain) for gain in plan.gains()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """The new value of a small tensor, shaped as it is stored."""
+        value = load_tensor(self._source, self._source.where[name]).clone()
+        for parameter in self._changes.small[name]:
+            if parameter not in self._done:
+                self._done[parameter] = self._rewritten(parameter)
+            for part in self._changes.mapped[parameter].parts:
+                if part.tensor == name:
+                    value[part.index] = self._done[parameter][part.box]
+        return value
+
+    def _read(self, parameter: str) -> Tensor:
+        return read_parameter(self._source, self._changes.mapped[parameter])
+
+    def _rewritten(self, name: str) -> Tensor:
+        """E2 first, then E13 or zero or one, E1, and E3 last; each rounds once."""
+        value = self._read(name).clone()
+        if pairs := self._biases.get(name):
+            _add_(name, value, [self._product(*pair) for pair in pairs])
+        if shift := self._shifts.get(name):
+            self._shift_(value, shift)
+        if gain := self._identities.get(name):
+            algebra.identity_gain_(value, gain)
+        for gain, consumer in self._absorptions.get(name, ()):
+            algebra.fold_gain_(value, self.gains[gain], consumer.axis, consumer.spans)
+        if (axis := self._axes.get(name)) is not None:
+            algebra.centre_(value, axis)
+        return value
+
+    def _product(self, shift: Shift, consumer: Consumer) -> Tensor:
+        weight, beta = self._read(consumer.parameter), self._read(shift.parameter)
+        return algebra.bias_product(weight, beta, consumer.axis, consumer.spans)
+
+    def _shift_(self, value: Tensor, shift: Shift) -> None:
+        if shift.folded:
+            value.zero_()
+            return
+        if not algebra.can_carry(value, self.gains[shift.gain]):
+            raise FoldError(
+                f"{shift.parameter}: β/g is not finite, because the gain {shift.gain.parameter} is "
+                "zero, or next to it, where the bias is not; make the plan from these very weights"
+            )
+        algebra.carry_bias_(value, self.gains[shift.gain])
+
+
+def _add_(name: str, bias: Tensor, products: list[Tensor]) -> None:
+    algebra.fold_bias_(bias, torch.stack(products).sum(0))
+    if not bool(torch.isfinite(bias).all()):
+        raise FoldError(
+            f"{name}: adding W β to it overflows {bias.dtype}; convert the checkpoint to bfloat16 "
+            "or float32 first"
+        )
