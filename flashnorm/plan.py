@@ -19,6 +19,10 @@ GainState = Literal["folded", "kept", "none"]
 # "folded" goes into the readers' biases (E2); "carried" stays with the norm as β/g (E13).
 BiasState = Literal["none", "folded", "carried", "kept"]
 CentringState = Literal["none", "folded", "kept"]
+# Where the scale per row ends: with the norm, with its linear readers (E4), partly in other norms
+# that undo it, or there altogether (E7).
+ScaleState = Literal["kept", "deferred", "partial", "cancelled"]
+Place = Literal["nowhere", "output", "later"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A product with a norm's output, and where the norm's scale goes on its output features.
+
+    `scaled` are the (start, length) of the features that get it: at the product's own `output`, or
+    `later` at the output of the product with the parameter `after` (E8, E12), or `nowhere` (E7).
+    `path` is the module that is this product and nothing else, empty where there is none.
+    `multiplies` counts what the scale costs there per row.
+    """
+
+    parameter: str
+    path: str
+    place: Place
+    scaled: tuple[tuple[int, int], ...]
+    after: str
+    multiplies: int
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """A norm that undoes the scale of another one; its epsilon is then divided by s² (E7).
+
+    Axis `rows[i]` of what it normalizes is the i-th row axis of what the other norm reads.
+    """
+
+    path: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Shift:
     """The bias β of a norm, and the gain before it: element i of one meets element i of the other.
 
@@ -104,6 +137,9 @@ class Site:
     the readers, `centring_reason` why the mean is still subtracted. `shift` names the parameter of
     the bias. `source` is the file and line of the model's code. `replaceable` where the module at
     `path` is this norm and nothing else, so that another module can take its place.
+
+    `scale` says where the scale per row of an RMSNorm may be applied, `scale_reason` why not
+    elsewhere; `readers` and `renorms` say it one by one.
     """
 
     path: str
@@ -121,6 +157,17 @@ class Site:
     centring: CentringState = "none"
     centring_reason: str = ""
     replaceable: bool = False
+    scale: ScaleState = "kept"
+    scale_reason: str = ""
+    readers: tuple[Reader, ...] = ()
+    renorms: tuple[Renorm, ...] = ()
+
+    @property
+    def saved_multiplies(self) -> int:
+        """Multiplications per row that deferral saves, against one per feature of the norm."""
+        if self.scale == "kept":
+            return 0
+        return self.width - sum(reader.multiplies for reader in self.readers)
 
 
 @dataclass(frozen=True)
@@ -223,4 +270,10 @@ def _site(row: dict[str, Any]) -> Site:
         for c in row["consumers"]
     )
     weight = Gain(**row["weight"]) if row["weight"] else None
-    return Site(**{**row, "consumers": consumers, "weight": weight})
+    scaled = [tuple((start, length) for start, length in r["scaled"]) for r in row["readers"]]
+    readers = tuple(
+        Reader(**{**r, "scaled": s}) for r, s in zip(row["readers"], scaled, strict=True)
+    )
+    renorms = tuple(Renorm(r["path"], tuple(r["rows"])) for r in row["renorms"])
+    parts = {"consumers": consumers, "weight": weight, "readers": readers, "renorms": renorms}
+    return Site(**{**row, **parts})

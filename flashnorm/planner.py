@@ -12,6 +12,7 @@ import torch
 
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.centring import centred
+from flashnorm.graph.deferral import deferred
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
@@ -44,7 +45,9 @@ def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Pla
     """
     with one_thread():
         plan, flow, rows = _make_plan(graph, untie)
-        return centred(plan, flow, [row.visits for row in rows], untie) if centre else plan
+        visits = [row.visits for row in rows]
+        plan = centred(plan, flow, visits, untie) if centre else plan
+        return deferred(plan, flow, visits)
 
 
 @contextmanager

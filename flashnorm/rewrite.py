@@ -19,7 +19,7 @@ from flashnorm.errors import FoldError
 from flashnorm.inspection import inspect_module
 from flashnorm.marker import MARKERS, marker
 from flashnorm.plan import Centring, Consumer, Gain, Plan, Shift
-from flashnorm.swap import Swaps, swap_norms_
+from flashnorm.swap import Eps, Swaps, cancel_norms_, centre_norms_, check_cancel
 
 UNDO = "_flashnorm_undo"
 CONVERT = "convert the model to bfloat16 or float32 first"
@@ -39,7 +39,13 @@ class Undo:
 
 
 def fold_(
-    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    untie: bool = False,
+    centre: bool = False,
+    cancel: bool = False,
+    eps: Eps = "exact",
 ) -> Plan:
     """Fold every gain that can be folded exactly into the linear layers that read it, in place.
 
@@ -53,23 +59,32 @@ def fold_(
     `centre` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
     the features, `V* = V − mean(V)` (E3), and `flashnorm.nn.FlashRMSNorm` takes the norm's place.
 
+    `cancel` also takes the scale out of norms that other norms undo, `RMS(s·v) = RMS(v)` (E7): with
+    `eps="exact"` for any epsilon, because the others then divide theirs by s²; with `eps="ignore"`
+    they stay as they are, which differs by what their epsilon weighs.
+
     Returns the plan. Folding again changes nothing. Raises TraceError where the model cannot be
     recorded, FoldError where a product would leave the range of its dtype.
     Source: FlashNorm, arXiv 2407.09577.
     """
     plan = inspect_module(model, example_inputs, untie=untie, centre=centre)
-    if plan.folded or plan.centrings:
-        apply_plan_(model, plan)
+    if eps not in ("exact", "ignore"):
+        raise ValueError(f'eps must be "exact" or "ignore", not {eps!r}')
+    cancels = cancel and any(site.scale in ("partial", "cancelled") for site in plan.sites)
+    if plan.folded or plan.centrings or cancels:
+        apply_plan_(model, plan, cancel=cancel, eps=eps)
     return plan
 
 
-def apply_plan_(model: nn.Module, plan: Plan) -> None:
+def apply_plan_(model: nn.Module, plan: Plan, *, cancel: bool = False, eps: Eps = "exact") -> None:
     """Execute a plan on the model that it was made for. Raises FoldError as `fold_` does."""
     if UNDO in model.__dict__:
         # The record of the first fold would be lost, and with it the way back.
         raise FoldError("this model was folded already; unfold_ it before another plan is applied")
     parameters = _parameters(model)
     _check(plan, parameters)
+    if cancel:
+        check_cancel(model, plan)
     tied = _untie_(model, plan, parameters)
     vectors, wiped = _saved(plan, parameters)
     with torch.no_grad():
@@ -82,7 +97,10 @@ def apply_plan_(model: nn.Module, plan: Plan) -> None:
         for gain in plan.gains():
             algebra.identity_gain_(parameters[gain.parameter], gain)
         means = {c: algebra.centre_(parameters[c.parameter], c.axis) for c in plan.centrings}
-    swaps = swap_norms_(model, plan)
+    swaps = Swaps()
+    centre_norms_(model, plan, swaps)
+    if cancel:
+        cancel_norms_(model, plan, eps, swaps)
     _mark(model, plan, Undo(plan, vectors, means, swaps, wiped, tied))
 
 

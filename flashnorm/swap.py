@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from flashnorm.nn import FlashRMSNorm
+from flashnorm.errors import FoldError
+from flashnorm.nn import FlashRMSNorm, LinkedRMSNorm, RowScale, ScaleFeatures
 from flashnorm.plan import Entry, Plan, Site
+
+Eps = Literal["exact", "ignore"]
+Norm = TypeVar("Norm", bound=FlashRMSNorm)
 
 
 @dataclass
@@ -23,53 +27,112 @@ class Swaps:
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     def undo_(self) -> None:
-        for owner, attribute, module in self.modules:
+        for owner, attribute, module in reversed(self.modules):
             setattr(owner, attribute, module)
         for handle in self.hooks:
             handle.remove()
 
 
-def swap_norms_(model: nn.Module, plan: Plan) -> Swaps:
+def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps) -> None:
     """Put a `FlashRMSNorm` in the place of every centred LayerNorm that is a module of its own.
 
     Weights must be folded and centred already. A norm without a module of its own goes on
     subtracting a mean, which is zero.
     """
-    swaps = Swaps()
     for site in plan.sites:
-        if site.centring == "folded" and site.replaceable and site.eps is not None:
-            _swap_(model, site, swaps)
+        if site.centring == "folded" and site.replaceable:
+            _swap_(model, site, FlashRMSNorm, swaps)
     for entry in plan.entries:
         swaps.hooks.append(_hook_(model.get_submodule(entry.path), entry))
-    return swaps
 
 
-def _swap_(model: nn.Module, site: Site, swaps: Swaps) -> None:
+def cancel_norms_(model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps) -> None:
+    """Take the scale out of every norm that other norms undo (E7).
+
+    With `eps="exact"` these divide their epsilon by s², which is exact; with `"ignore"` they are
+    left as they are, which is the paper's form.
+    """
+    norms = _Norms(model, plan, swaps)
+    for site in plan.sites:
+        if site.scale not in ("partial", "cancelled"):
+            continue
+        scaled = [reader for reader in site.readers if reader.scaled]
+        norm = norms.linked(site.path)
+        norm.defers = True
+        if eps == "ignore" and not scaled:
+            continue
+        norm.row_scale = RowScale()
+        for reader in scaled:
+            hook = ScaleFeatures(norm.row_scale, reader.scaled)
+            swaps.hooks.append(model.get_submodule(reader.path).register_forward_hook(hook))
+        for renorm in site.renorms if eps == "exact" else ():
+            undoing = norms.linked(renorm.path)
+            undoing.undoes, undoing.rows = norm.row_scale, renorm.rows
+
+
+@dataclass
+class _Norms:
+    """Every norm is replaced once, even where it undoes one scale and has its own undone."""
+
+    model: nn.Module
+    plan: Plan
+    swaps: Swaps
+    made: dict[str, LinkedRMSNorm] = field(default_factory=dict)
+
+    def linked(self, path: str) -> LinkedRMSNorm:
+        if path not in self.made:
+            site = next(site for site in self.plan.sites if site.path == path)
+            norm = _swap_(self.model, site, LinkedRMSNorm, self.swaps)
+            assert norm is not None, f"{path}: check_cancel was not asked"
+            self.made[path] = norm
+        return self.made[path]
+
+
+def check_cancel(model: nn.Module, plan: Plan) -> None:
+    """Raise FoldError where a norm that has to be replaced cannot be."""
+    sites = {site.path: site for site in plan.sites}
+    for site in plan.sites:
+        if site.scale in ("partial", "cancelled"):
+            for path in (site.path, *(renorm.path for renorm in site.renorms)):
+                if not can_swap(model.get_submodule(path), sites[path]):
+                    raise FoldError(
+                        f"{path} holds other parameters than a weight and a bias, so no norm of "
+                        "ours can take its place; fold without cancel"
+                    )
+
+
+def _swap_(model: nn.Module, site: Site, kind: type[Norm], swaps: Swaps) -> Norm | None:
     old = model.get_submodule(site.path)
-    if isinstance(old, FlashRMSNorm) or not set(_names(old)) <= {"weight", "bias"}:
-        return
-    if site.weight is not None and site.weight.scale != 1.0:
-        return
-    new = _norm(old, site).train(old.training)
+    if not can_swap(old, site):
+        return None
+    new = _norm(old, site, kind).train(old.training)
     for owner in model.modules():
         for attribute, child in list(owner._modules.items()):
             if child is old:
                 swaps.modules.append((owner, attribute, old))
                 setattr(owner, attribute, new)
+    return new
+
+
+def can_swap(old: nn.Module, site: Site) -> bool:
+    """Whether ours can hold what the module holds."""
+    if not set(_names(old)) <= {"weight", "bias"} or site.eps is None:
+        return False
+    return site.weight is None or site.weight.scale == 1.0
 
 
 def _names(module: nn.Module) -> Sequence[str]:
     return [name for name, held in module._parameters.items() if held is not None]
 
 
-def _norm(old: nn.Module, site: Site) -> FlashRMSNorm:
+def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     held = {name: old._parameters[name] for name in _names(old)}
     moved = {"weight": site.gain == "folded", "bias": site.bias == "folded"}
     absent = {name: p.detach().clone() for name, p in held.items() if p is not None and moved[name]}
     kept: dict[str, Any] = {name: p for name, p in held.items() if name not in absent}
     offset = site.weight.offset if site.weight is not None and "weight" in kept else 0.0
     assert site.eps is not None
-    return FlashRMSNorm(site.width, site.eps, offset=offset, absent=absent, **kept)
+    return kind(site.width, site.eps, offset=offset, absent=absent, **kept)
 
 
 def _hook_(module: nn.Module, entry: Entry) -> RemovableHandle:

@@ -21,6 +21,9 @@ class FlashRMSNorm(nn.Module):
     of the original model. Source: FlashNorm, arXiv 2407.09577.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -42,7 +45,10 @@ class FlashRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self._scaled(wide, wide.pow(2).mean(-1, keepdim=True) + self.eps, x)
+
+    def _scaled(self, wide: Tensor, mean_square: Tensor, x: Tensor) -> Tensor:
+        y = wide * torch.rsqrt(mean_square)
         if self.weight is not None:
             y = y * (self.offset + self.weight.to(y.dtype))
         if self.bias is not None:
@@ -75,6 +81,8 @@ class DyT(nn.Module):
     the linear layers that read y (E6 with E1 and E2); α stays. Computed in the dtype of x.
     Source: Dynamic Tanh, arXiv 2503.10622; FlashNorm, arXiv 2407.09577.
     """
+
+    bias: Tensor | None
 
     def __init__(self, hidden_size: int, alpha: float = 0.5, *, bias: bool = True) -> None:
         super().__init__()
