@@ -116,11 +116,16 @@ def _rows(flow: Flow) -> list[_Row]:
             row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
             row.uses.append(use)
             row.visits.append(index)
-        if not by_node[id(visit)]:
+        if not by_node[id(visit)] and not _is_mere_function(visit):
             row = rows.setdefault((path, order[path, call]), _Row(visit, path, None))
             row.visits.append(index)
         order[path, call] += 1
     return list(rows.values())
+
+
+def _is_mere_function(visit: Visit) -> bool:
+    """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with."""
+    return visit.kind == "dyt" and visit.node.op != "tanh"
 
 
 def _site(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from flashnorm.errors import FoldError
-from flashnorm.nn import FlashRMSNorm, LinkedRMSNorm, RowScale, ScaleFeatures
+from flashnorm.nn import FlashRMSNorm, FlashLinkedRMSNorm, RowScale, ScaleFeatures
 from flashnorm.plan import Entry, Plan, Site
 
 Eps = Literal["exact", "ignore"]
@@ -77,12 +77,12 @@ class _Norms:
     model: nn.Module
     plan: Plan
     swaps: Swaps
-    made: dict[str, LinkedRMSNorm] = field(default_factory=dict)
+    made: dict[str, FlashLinkedRMSNorm] = field(default_factory=dict)
 
-    def linked(self, path: str) -> LinkedRMSNorm:
+    def linked(self, path: str) -> FlashLinkedRMSNorm:
         if path not in self.made:
             site = next(site for site in self.plan.sites if site.path == path)
-            norm = _swap_(self.model, site, LinkedRMSNorm, self.swaps)
+            norm = _swap_(self.model, site, FlashLinkedRMSNorm, self.swaps)
             assert norm is not None, f"{path}: check_cancel was not asked"
             self.made[path] = norm
         return self.made[path]

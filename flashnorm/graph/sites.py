@@ -18,6 +18,8 @@ from flashnorm.plan import Kind
 # Operations through which a value stays itself: its elements keep their values and order.
 SAME = CASTS | RESHAPES | {"expand", "unsqueeze", "squeeze"}
 _MAX_DEPTH = 24
+# Bounded functions of each element, which may stand for a norm where α·x goes in.
+DYNAMIC = frozenset({"tanh", "erf", "sigmoid", "atan", "asinh", "hardtanh", "clamp"})
 
 
 @dataclass(frozen=True)
@@ -296,16 +298,23 @@ def _ref(item: Any) -> int | None:
 
 
 def _dyt(graph: Graph, node: Node) -> Visit | None:
-    """`tanh(α·x)` with a one-element parameter α."""
+    """`f(α·x)`, or `f(α·x + b)`, element by element, with one-element parameters α and b."""
     inner = graph.producer(same_as(graph, node.inputs[0]))
+    if inner is not None and inner.op == "add" and (sides := _two(inner)) is not None:
+        rest = [side for side in sides if not _is_scalar(graph, side)]
+        inner = graph.producer(same_as(graph, rest[0])) if len(rest) == 1 else None
     if inner is None or inner.op != "mul" or (sides := _two(inner)) is None:
         return None
     for x, alpha in (sides, sides[::-1]):
-        origin = graph.values[same_as(graph, alpha)].origin
         shape = graph.values[x].shape
-        if origin == "parameter" and _is_small(graph, alpha) and shape:
+        if _is_scalar(graph, alpha) and shape:
             return Visit("dyt", shape[-1], None, node, x, node.outputs[0])
     return None
+
+
+def _is_scalar(graph: Graph, value: int) -> bool:
+    """Whether this is a parameter of one element."""
+    return _is_small(graph, value) and graph.values[same_as(graph, value)].origin == "parameter"
 
 
 _STEPS: dict[str, Callable[[Graph, Node, int], Statistic | None]] = {
@@ -334,5 +343,5 @@ _DETECTORS: dict[str, Callable[[Graph, Node], Visit | None]] = {
     "native_layer_norm": _fused_layer,
     "_fused_rms_norm": _fused_rms,
     "rms_norm": _fused_rms,
-    "tanh": _dyt,
+    **dict.fromkeys(DYNAMIC, _dyt),
 }

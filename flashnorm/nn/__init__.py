@@ -1,12 +1,12 @@
 """Modules: norms without what a fold has moved elsewhere, and building blocks of new models."""
 
-from flashnorm.nn.deferred import LinkedRMSNorm, RowScale, ScaleFeatures
+from flashnorm.nn.deferred import FlashLinkedRMSNorm, RowScale, ScaleFeatures
 from flashnorm.nn.norms import DyT, FlashRMSNorm
 
 __all__ = [
     "DyT",
     "FlashRMSNorm",
-    "LinkedRMSNorm",
+    "FlashLinkedRMSNorm",
     "RowScale",
     "ScaleFeatures",
 ]

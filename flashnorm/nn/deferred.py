@@ -42,7 +42,7 @@ class RowScale:
         return RowScale, ()
 
 
-class LinkedRMSNorm(FlashRMSNorm):
+class FlashLinkedRMSNorm(FlashRMSNorm):
     """A norm that leaves its scale to its readers (E4), undoes that of another norm (E7), or both.
 
     With `undoes`, v comes without the scale s of the other norm, and `ε/s²` stands for ε:

@@ -55,7 +55,7 @@ def test_scale_ends_where_it_may(cls):
     state, reason = EXPECTED[cls]
     assert first(plan).scale == state, first(plan).scale_reason
     assert re.search(reason, first(plan).scale_reason), first(plan).scale_reason
-    swapped = isinstance(model.norm, flashnorm.nn.LinkedRMSNorm)
+    swapped = isinstance(model.norm, flashnorm.nn.FlashLinkedRMSNorm)
     assert swapped == (state in CANCELS)
     assert relative(outputs(model, inputs), before) <= BOUND
     flashnorm.unfold_(model)
