@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,8 @@ from rich.text import Text
 from flashnorm.plan import Plan, Site
 
 COLOURS = {"folded": "green", "kept": "yellow", "none": "dim"}
+# Columns that are shown only where some norm has more to say than this.
+USUAL = {"bias": "none", "mean": "none", "scale": "kept"}
 OTHERS = 62  # columns that a norm's path leaves to the rest of its row
 
 # A number that is a whole component of a module path: `blocks.12.norm`, or `0.norm`.
@@ -23,7 +25,10 @@ _NUMBER = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.' ,;)]|$)|^\d+(?=\.\D)")
 
 @dataclass(frozen=True)
 class Row:
-    """Sites that are alike but for the numbers in their paths. `into` are the consumers."""
+    """Sites that are alike but for the numbers in their paths. `into` are the consumers.
+
+    `mean` is what becomes of a LayerNorm's mean, `scale` of the scale per row.
+    """
 
     path: str
     count: int
@@ -33,6 +38,9 @@ class Row:
     gain: str
     into: str
     reason: str
+    bias: str = "none"
+    mean: str = "none"
+    scale: str = "kept"
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,31 @@ def summary(plan: Plan) -> RenderableType:
             f"({_share(found.folded_elements, found.elements)})"
         ),
     ]
+    lines += [Text(line) for line in _further(plan)]
     lines += [_labelled(f"{n} kept", reason, "yellow") for reason, n in found.kept]
     lines += [_labelled(f"{n} without", reason, "dim") for reason, n in found.none]
     return Group(*lines, *_remarks(plan))
+
+
+def _further(plan: Plan) -> list[str]:
+    """What becomes of biases, means and scales, where there is something to say."""
+    biases, means, scales = (
+        Counter(getattr(site, name) for site in plan.sites)
+        for name in ("bias", "centring", "scale")
+    )
+    lines = []
+    if biases["folded"] or biases["carried"]:
+        lines.append(
+            f"{biases['folded']} biases go into the readers' biases, {biases['carried']} stay with "
+            f"the norm as β/g, {biases['kept']} are kept"
+        )
+    if means["folded"] or means["kept"]:
+        lines.append(f"{means['folded']} of {means.total() - means['none']} means are not needed")
+    if scales["cancelled"] or scales["partial"]:
+        lines.append(
+            f"{scales['cancelled']} scales are undone by other norms, {scales['partial']} in part"
+        )
+    return lines
 
 
 def _remarks(plan: Plan) -> list[Text]:
@@ -133,6 +163,11 @@ def _table(found: Sequence[Row], width: int) -> Table:
     table.add_column("width", justify="right")
     table.add_column("eps", justify="right")
     table.add_column("gain")
+    further = [
+        name for name, usual in USUAL.items() if any(getattr(r, name) != usual for r in found)
+    ]
+    for name in further:
+        table.add_column(name)
     table.add_column("goes into, or why not", overflow="fold")
     for row in found:
         table.add_row(
@@ -141,6 +176,7 @@ def _table(found: Sequence[Row], width: int) -> Table:
             str(row.width),
             "–" if row.eps is None else f"{row.eps:.3g}",
             Text(row.gain, style=COLOURS[row.gain.split()[0]]),
+            *(getattr(row, name) for name in further),
             Text(row.reason or row.into),
         )
     return table
@@ -158,6 +194,9 @@ def _row(sites: list[Site]) -> Row:
         gain=first.gain + (convention if first.gain != "none" else ""),
         into=_into(sites),
         reason=merged([site.reason for site in sites]),
+        bias=first.bias,
+        mean="centred" if first.centring == "folded" else first.centring,
+        scale=first.scale if first.scale in ("partial", "cancelled") else "kept",
     )
 
 
@@ -166,7 +205,8 @@ def _likeness(site: Site) -> object:
     weight = replace(site.weight, parameter="") if site.weight else None
     readers = tuple(dict.fromkeys(_skeleton(c.parameter) for c in site.consumers))
     texts = _skeleton(site.path), _skeleton(site.reason)
-    return site.kind, site.width, site.eps, site.gain, weight, readers, texts
+    states = site.gain, site.bias, site.centring, site.scale
+    return site.kind, site.width, site.eps, states, weight, readers, texts
 
 
 def _into(sites: list[Site]) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from flashnorm.errors import FoldError
-from flashnorm.nn import FlashRMSNorm, FlashLinkedRMSNorm, RowScale, ScaleFeatures
+from flashnorm.nn import FlashLinkedRMSNorm, FlashRMSNorm, RowScale, ScaleFeatures
 from flashnorm.plan import Entry, Plan, Site
 
 Eps = Literal["exact", "ignore"]

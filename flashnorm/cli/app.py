@@ -30,6 +30,10 @@ Traceback = Annotated[
 Untie = Annotated[
     bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
 ]
+Centre = Annotated[
+    bool,
+    typer.Option("--centre", help="Centre what LayerNorms read, so that they need no mean."),
+]
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
@@ -51,6 +55,7 @@ def _root(
 def inspect_command(
     model: Model,
     untie: Untie = False,
+    centre: Centre = False,
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
     as_json: AsJson = False,
     debug: Traceback = False,
@@ -66,7 +71,7 @@ def inspect_command(
         from flashnorm.report import show
 
         with waiting(f"recording {model}"):
-            plan = flashnorm.inspect(model, untie=untie)
+            plan = flashnorm.inspect(model, untie=untie, centre=centre)
         return Result(plan.to_json(), show(plan, every=every))
 
     run(command, Options(as_json, debug))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,9 +31,10 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
         return plan
     scales = find_scales(flow, outputs)
     _refuse_shared_renorms(scales)
-    found = zip(plan.sites, visits, strict=True)
+    undone = _undone(scales)
     sites = tuple(
-        _site(scales, site, nodes) if site.kind == "rms" else site for site, nodes in found
+        _site(scales, site, nodes, undone) if site.kind == "rms" else site
+        for site, nodes in zip(plan.sites, visits, strict=True)
     )
     return replace(plan, sites=sites)
 
@@ -68,7 +69,9 @@ def _need_all(scales: Scales, renormed: Renormed) -> None:
         reader.reason = reader.reason or "the norm that reads it is not a module of its own"
 
 
-def _site(scales: Scales, site: Site, nodes: Sequence[int]) -> Site:
+def _site(
+    scales: Scales, site: Site, nodes: Sequence[int], undone_by: Mapping[int, list[Renormed]]
+) -> Site:
     reason = _reason(scales, site, nodes)
     uses = [use for use in scales.readers if use.norm in nodes]
     if reason or not uses:
@@ -77,7 +80,7 @@ def _site(scales: Scales, site: Site, nodes: Sequence[int]) -> Site:
     for use in uses:
         groups[use.parameter, use.path].append(use)
     readers = tuple(_reader(scales, name, path, group) for (name, path), group in groups.items())
-    undone = [r for r in scales.renormed if _undoes(scales, r, nodes)]
+    undone = [renormed for index in nodes for renormed in undone_by.get(index, ())]
     renorms = tuple(
         Renorm(path, max((r.rows for r in undone if _path(scales, r) == path), key=len))
         for path in dict.fromkeys(_path(scales, r) for r in undone)
@@ -100,9 +103,14 @@ def _path(scales: Scales, renormed: Renormed) -> str:
     return scales.flow.visits[renormed.index].node.path
 
 
-def _undoes(scales: Scales, renormed: Renormed, nodes: Sequence[int]) -> bool:
-    parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.labels)]
-    return any(use.norm in nodes and not bool(use.needed[f].any()) for use, f in parts)
+def _undone(scales: Scales) -> dict[int, list[Renormed]]:
+    """For every norm the norms that undo its scale."""
+    found: dict[int, list[Renormed]] = defaultdict(list)
+    for renormed in scales.renormed:
+        parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.labels)]
+        for norm in {use.norm for use, f in parts if not bool(use.needed[f].any())}:
+            found[norm].append(renormed)
+    return found
 
 
 def _state(

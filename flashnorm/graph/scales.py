@@ -67,6 +67,7 @@ class Scales:
     rows: Flow
     direct: dict[int, int] = field(default_factory=dict)
     readers: list[ReaderUse] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # the first label of each
     partners: dict[int, Tensor] = field(default_factory=dict)
     renormed: list[Renormed] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
@@ -76,27 +77,26 @@ class Scales:
         return self.flow.graph
 
     def features(self, value: int) -> Tensor:
-        """The labels that a value carries."""
-        found = torch.unique(without_repeats(self.flow.labels[value]))
+        """The labels that a value carries, some of them perhaps more than once."""
+        found = without_repeats(self.flow.labels[value]).flatten()
         return found[found > NONE]
 
     def by_reader(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The number of every reader that these labels name, and which of its features."""
         if not len(labels):
             return
-        starts = [reader.base for reader in self.readers]
-        first = bisect_right(starts, int(labels.min())) - 1
-        last = bisect_right(starts, int(labels.max())) - 1
+        first = bisect_right(self.starts, int(labels.min())) - 1
+        last = bisect_right(self.starts, int(labels.max())) - 1
         for number in range(first, last + 1):
-            mine = labels - starts[number]
+            mine = labels - self.starts[number]
             mine = mine[(mine >= 0) & (mine < self.readers[number].features)]
             if len(mine):
                 yield number, mine
 
     def involved(self, value: int) -> Tensor:
         """All labels whose scale is on a value."""
-        found = self.features(value)
-        return torch.unique(torch.cat([found, self.partners.get(value, found)]))
+        found, others = self.features(value), self.partners.get(value)
+        return found if others is None else torch.cat([found, others])
 
 
 def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
@@ -158,6 +158,7 @@ def _read(scales: Scales, node: Node) -> None:
     masks = (torch.full((features,), biased), torch.zeros(features, dtype=torch.bool))
     path, reason = _linear_path(graph, node, direct[0]), BIASED if biased else ""
     scales.readers.append(ReaderUse(norm, parameter, path, base, features, *masks, reason))
+    scales.starts.append(base)
     if biased:
         return
     lead = torch.arange(1, 1 + torch.Size(rows).numel()).view(*rows, 1)

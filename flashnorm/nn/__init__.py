@@ -5,8 +5,8 @@ from flashnorm.nn.norms import DyT, FlashRMSNorm
 
 __all__ = [
     "DyT",
-    "FlashRMSNorm",
     "FlashLinkedRMSNorm",
+    "FlashRMSNorm",
     "RowScale",
     "ScaleFeatures",
 ]
