@@ -135,7 +135,7 @@ def _removed(plan: Plan, mapped: Mapped) -> frozenset[str]:
     left: dict[str, int] = {}
     for name in dict.fromkeys(names):
         for part in mapped[name].parts:
-            left[part.tensor] = left.get(part.tensor, math.prod(part.sizes)) - part.numel
+            left[part.tensor] = left.get(part.tensor, math.prod(part.box.sizes)) - part.box.numel
     for tensor, count in left.items():
         if count:
             raise CheckpointError(
@@ -150,7 +150,7 @@ def _copies(
 ) -> Iterator[Copy]:
     for new, old in copied.items():
         whole = mapped[old]
-        if len(whole.parts) != 1 or not whole.parts[0].is_plain:
+        if len(whole.parts) != 1 or not whole.parts[0].box.is_plain:
             raise CheckpointError(
                 f"{new} cannot be copied from {old}, which the checkpoint does not store as it is; "
                 f"{REMEDY}"

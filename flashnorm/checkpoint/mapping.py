@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flashnorm.checkpoint.parts import Located, Part, Whole
+from flashnorm.checkpoint.parts import Located, Shape, Whole, whole_tensor
 from flashnorm.checkpoint.source import Source
 from flashnorm.errors import CheckpointError
 from flashnorm.graph.build import fake_model
@@ -63,18 +64,37 @@ def map_parameters(
     if shapes is None:
         shapes = {name: place.entry.shape for name, place in source.where.items()}
     if (config := _read_config(source)) is None:
-        return Mapped({name: _all_of(name, shape) for name, shape in shapes.items()})
-    wanted = set(wanted)
-    with quiet_transformers():
-        for cls in _classes(config):
-            model = fake_model(cls, config)
-            lacking = wanted - {name for name, _ in _named(model)}
-            if not lacking:
-                return ask_loader(model, shapes)
+        return Mapped({name: whole_tensor(name, shape) for name, shape in shapes.items()})
+    wanted, text = set(wanted), config.to_json_string(use_diff=False)
+    stored = tuple((name, tuple(shape)) for name, shape in shapes.items())
+    for cls in _classes(config):
+        names, mapped = _answer(_Question(cls, text, stored, config))
+        if wanted <= names:
+            return mapped
     raise CheckpointError(
-        f"the plan names the parameter {min(lacking)}, which {type(model).__name__} does not have: "
+        f"the plan names the parameter {min(wanted - names)}, which {cls.__name__} does not have: "
         "make the plan from this checkpoint, with flashnorm.inspect"
     )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Which model, by its class and the text of its config, and which tensors."""
+
+    cls: Any
+    text: str
+    stored: tuple[tuple[str, Shape], ...]
+    config: Any = field(compare=False)
+
+
+@lru_cache(maxsize=2)  # a plan and its execution ask the same
+def _answer(question: _Question) -> tuple[frozenset[str], Mapped]:
+    """The names of the model's parameters, and where they lie."""
+    with quiet_transformers():
+        model = fake_model(question.cls, question.config)
+        return frozenset(name for name, _ in _named(model)), ask_loader(
+            model, dict(question.stored)
+        )
 
 
 def _read_config(source: Source) -> Any | None:
@@ -101,10 +121,6 @@ def _classes(config: Any) -> list[Any]:
     autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     known = [auto for auto in autos if type(config) in auto._model_mapping]
     return list(dict.fromkeys([model_class(config), *known]))
-
-
-def _all_of(name: str, shape: Sequence[int]) -> Whole:
-    return Whole(tuple(shape), (Part.of(name, shape),))
 
 
 def ask_loader(model: nn.Module, shapes: Shapes) -> Mapped:

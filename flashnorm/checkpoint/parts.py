@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Shape = tuple[int, ...]
 
@@ -24,34 +25,27 @@ class NotAMove(RuntimeError):
     """The operation makes new values, or moves them in a way that cannot be followed."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A box of a value, from `start` on and of shape `shape`, that is filled from one tensor.
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Elements of a tensor of shape `sizes`, arranged in the shape `shape`; none is taken twice.
 
-    `tensor` of shape `sizes` lies in the checkpoint. `coordinates` has one tensor per axis of it,
-    shaped like the box, with stride 0 along every axis that it does not vary along: where on that
-    axis each element of the box comes from. No element is taken twice.
+    `coordinates` has one tensor per axis of the tensor, shaped like the box, with stride 0 along
+    every axis that it does not vary along: where on that axis each element comes from. Boxes are
+    told apart by identity: those that are made in the same way are one and the same.
     """
 
-    tensor: str
     sizes: Shape
-    start: Shape
     shape: Shape
     coordinates: tuple[Tensor, ...]
-
-    @staticmethod
-    def of(tensor: str, shape: Sequence[int]) -> Part:
-        sizes = tuple(shape)
-        coordinates = []
-        for axis, size in enumerate(sizes):
-            lead = [1] * len(sizes)
-            lead[axis] = size
-            coordinates.append(torch.arange(size).view(lead).expand(sizes))
-        return Part(tensor, sizes, (0,) * len(sizes), sizes, tuple(coordinates))
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def index(self) -> tuple[Tensor, ...]:
+        """The box as an index into the tensor: small tensors that broadcast to its shape."""
+        return tuple(compact(coordinate) for coordinate in self.coordinates)
 
     @property
     def is_plain(self) -> bool:
@@ -60,22 +54,62 @@ class Part:
             return False
         return all(runs_along(c, axis) for axis, c in enumerate(self.index))
 
-    @property
-    def box(self) -> tuple[slice, ...]:
-        """The box as an index into the value."""
-        return tuple(
-            slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True)
-        )
-
-    @property
-    def index(self) -> tuple[Tensor, ...]:
-        """The box as an index into the tensor: small tensors that broadcast to its shape."""
-        return tuple(compact(coordinate) for coordinate in self.coordinates)
-
-    def moved(self, start: Sequence[int], change: Callable[[Tensor], Tensor]) -> Part:
-        coordinates = tuple(change(coordinate) for coordinate in self.coordinates)
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Box:
         shape = tuple(change(torch.empty(()).expand(self.shape)).shape)
-        return Part(self.tensor, self.sizes, tuple(start), shape, coordinates)
+        return Box(self.sizes, shape, tuple(change(c) for c in self.coordinates))
+
+
+@lru_cache(maxsize=4096)
+def box_of(sizes: Shape) -> Box:
+    """All of a tensor as it lies."""
+    coordinates = []
+    for axis, size in enumerate(sizes):
+        lead = [1] * len(sizes)
+        lead[axis] = size
+        coordinates.append(torch.arange(size).view(lead).expand(sizes))
+    return Box(sizes, sizes, tuple(coordinates))
+
+
+@lru_cache(maxsize=4096)
+def _permuted(box: Box, order: Shape) -> Box:
+    return box.moved(lambda c: c.permute(order))
+
+
+@lru_cache(maxsize=4096)
+def _unsqueezed(box: Box, axis: int) -> Box:
+    return box.moved(lambda c: c.unsqueeze(axis))
+
+
+@lru_cache(maxsize=4096)
+def _selected(box: Box, axis: int) -> Box:
+    """Without an axis of size one."""
+    return box.moved(lambda c: c.select(axis, 0))
+
+
+@lru_cache(maxsize=4096)
+def _narrowed(box: Box, axis: int, first: int, length: int) -> Box:
+    return box.moved(lambda c: c.narrow(axis, first, length))
+
+
+@lru_cache(maxsize=4096)
+def _viewed(box: Box, shape: Shape) -> Box:
+    return box.moved(lambda c: reshaped(c, shape))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the tensor `tensor` of the checkpoint, which lies in a value from `start` on."""
+
+    tensor: str
+    start: Shape
+    box: Box
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where the box lies, as an index into the value."""
+        return tuple(
+            slice(first, first + n) for first, n in zip(self.start, self.box.shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +122,7 @@ class Whole:
     def same(self, other: Whole) -> bool:
         """Whether both take the same elements to the same places."""
         return (self.shape, len(self.parts)) == (other.shape, len(other.parts)) and all(
-            (a.tensor, a.start, a.shape) == (b.tensor, b.start, b.shape)
-            and all(torch.equal(x, y) for x, y in zip(a.index, b.index, strict=True))
+            (a.tensor, a.start, a.box) == (b.tensor, b.start, b.box)
             for a, b in zip(self.parts, other.parts, strict=True)
         )
 
@@ -97,6 +130,12 @@ class Whole:
     def tensors(self) -> tuple[str, ...]:
         """The tensors that it is made of, once each."""
         return tuple(dict.fromkeys(part.tensor for part in self.parts))
+
+
+def whole_tensor(tensor: str, shape: Sequence[int]) -> Whole:
+    """A value that is one tensor of the checkpoint."""
+    sizes = tuple(shape)
+    return Whole(sizes, (Part(tensor, (0,) * len(sizes), box_of(sizes)),))
 
 
 def compact(coordinate: Tensor) -> Tensor:
@@ -128,7 +167,7 @@ class Located(Tensor):
     @staticmethod
     def of(tensor: str, shape: Sequence[int]) -> Located:
         """All of one tensor of the checkpoint."""
-        return Located(shape, (Part.of(tensor, shape),))
+        return Located(shape, whole_tensor(tensor, shape).parts)
 
     def whole(self) -> Whole:
         return Whole(tuple(self.shape), self.parts)
@@ -145,7 +184,20 @@ class Located(Tensor):
         rule = _RULES.get(func.overloadpacket.__name__)
         if rule is None:
             raise NotAMove(f"{func} is no pure move of values")
-        return rule(*args, **(kwargs or {}))
+        wanted = func(*_metas(args), **_metas(kwargs or {}))  # raises where torch would
+        moved = rule(*args, **(kwargs or {}))
+        if [v.shape for v in _listed(moved)] != [v.shape for v in _listed(wanted)]:
+            raise NotAMove(f"{func} moves values in a way that is not followed")
+        return moved
+
+
+def _metas(values: Any) -> Any:
+    """The same with tensors that have shapes only."""
+    return tree_map_only(Located, lambda v: torch.empty(v.shape, device="meta"), values)
+
+
+def _listed(values: Any) -> Sequence[Tensor]:
+    return values if isinstance(values, (list, tuple)) else [values]
 
 
 def _same(value: Located, *args: Any, **kwargs: Any) -> Located:
@@ -153,11 +205,15 @@ def _same(value: Located, *args: Any, **kwargs: Any) -> Located:
 
 
 def _permute(value: Located, order: Sequence[int]) -> Located:
-    order = [axis % value.ndim for axis in order]
-    parts = [
-        p.moved([p.start[axis] for axis in order], lambda c: c.permute(order)) for p in value.parts
-    ]
-    return Located([value.shape[axis] for axis in order], parts)
+    axes = tuple(axis % value.ndim for axis in order)
+    return Located(
+        _picked(value.shape, axes),
+        [Part(p.tensor, _picked(p.start, axes), _permuted(p.box, axes)) for p in value.parts],
+    )
+
+
+def _picked(values: Sequence[int], order: Shape) -> Shape:
+    return tuple(values[axis] for axis in order)
 
 
 def _transpose(value: Located, first: int = 0, second: int = 1) -> Located:
@@ -169,11 +225,18 @@ def _transpose(value: Located, first: int = 0, second: int = 1) -> Located:
 
 def _unsqueeze(value: Located, axis: int) -> Located:
     axis %= value.ndim + 1
-    parts = [
-        p.moved([*p.start[:axis], 0, *p.start[axis:]], lambda c: c.unsqueeze(axis))
-        for p in value.parts
-    ]
-    return Located([*value.shape[:axis], 1, *value.shape[axis:]], parts)
+    return Located(
+        _with(value.shape, axis, 1, drop=0),
+        [
+            Part(p.tensor, _with(p.start, axis, 0, drop=0), _unsqueezed(p.box, axis))
+            for p in value.parts
+        ],
+    )
+
+
+def _with(values: Sequence[int], axis: int, *new: int, drop: int = 1) -> Shape:
+    """The values with that of one axis replaced; with `drop` 0, before it."""
+    return (*values[:axis], *new, *values[axis + drop :])
 
 
 def _squeeze(value: Located, axis: int) -> Located:
@@ -184,11 +247,10 @@ def _squeeze(value: Located, axis: int) -> Located:
 def _select(value: Located, axis: int, index: int) -> Located:
     axis %= value.ndim
     cut = _narrow(value, axis, index % value.shape[axis], 1)
-    parts = [
-        p.moved([*p.start[:axis], *p.start[axis + 1 :]], lambda c: c.select(axis, 0))
-        for p in cut.parts
-    ]
-    return Located([*value.shape[:axis], *value.shape[axis + 1 :]], parts)
+    return Located(
+        _with(value.shape, axis),
+        [Part(p.tensor, _with(p.start, axis), _selected(p.box, axis)) for p in cut.parts],
+    )
 
 
 def _slice(
@@ -202,14 +264,13 @@ def _slice(
 
 def _narrow(value: Located, axis: int, first: int, length: int) -> Located:
     parts = []
-    for part in value.parts:
-        low = max(part.start[axis], first)
-        count = min(part.start[axis] + part.shape[axis], first + length) - low
+    for p in value.parts:
+        low = max(p.start[axis], first)
+        count = min(p.start[axis] + p.box.shape[axis], first + length) - low
         if count > 0:
-            start = [*part.start[:axis], low - first, *part.start[axis + 1 :]]
-            cut = partial(torch.narrow, dim=axis, start=low - part.start[axis], length=count)
-            parts.append(part.moved(start, cut))
-    return Located([*value.shape[:axis], length, *value.shape[axis + 1 :]], parts)
+            box = _narrowed(p.box, axis, low - p.start[axis], count)
+            parts.append(Part(p.tensor, _with(p.start, axis, low - first), box))
+    return Located(_with(value.shape, axis, length), parts)
 
 
 def _split_sizes(value: Located, sizes: Sequence[int], axis: int = 0) -> list[Located]:
@@ -237,11 +298,10 @@ def _cat(values: Sequence[Located], axis: int = 0) -> Located:
     position = 0
     for value in values:
         for part in value.parts:
-            start = [*part.start[:axis], part.start[axis] + position, *part.start[axis + 1 :]]
-            parts.append(replace(part, start=tuple(start)))
+            start = _with(part.start, axis, part.start[axis] + position)
+            parts.append(Part(part.tensor, start, part.box))
         position += value.shape[axis]
-    shape = list(values[0].shape)
-    return Located([*shape[:axis], position, *shape[axis + 1 :]], parts)
+    return Located(_with(values[0].shape, axis, position), parts)
 
 
 def _stack(values: Sequence[Located], axis: int = 0) -> Located:
@@ -253,17 +313,17 @@ def _view(value: Located, shape: Sequence[int]) -> Located:
     shape = _known(shape, value.numel())
     if value.numel() == 0:
         return Located(shape, ())
-    if len(value.parts) != 1 or value.parts[0].shape != tuple(value.shape):
-        if tuple(shape) == tuple(value.shape):
-            return _same(value)
+    if shape == tuple(value.shape):
+        return _same(value)
+    if len(value.parts) != 1 or value.parts[0].box.shape != tuple(value.shape):
         raise NotAMove("values of several tensors are reshaped together")
     part = value.parts[0]
-    return Located(shape, (part.moved([0] * len(shape), lambda c: reshaped(c, shape)),))
+    return Located(shape, [Part(part.tensor, (0,) * len(shape), _viewed(part.box, shape))])
 
 
-def _known(shape: Sequence[int], numel: int) -> list[int]:
+def _known(shape: Sequence[int], numel: int) -> Shape:
     rest = math.prod(size for size in shape if size != -1)
-    return [numel // max(1, rest) if size == -1 else size for size in shape]
+    return tuple(numel // max(1, rest) if size == -1 else size for size in shape)
 
 
 def reshaped(coordinate: Tensor, shape: Sequence[int]) -> Tensor:

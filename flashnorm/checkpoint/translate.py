@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flashnorm.checkpoint.mapping import REMEDY
-from flashnorm.checkpoint.parts import Part, Whole, compact, runs_along
+from flashnorm.checkpoint.parts import Box, Part, Whole, runs_along
 from flashnorm.errors import CheckpointError
 from flashnorm.plan import Centring, Consumer, Gain, Span
 
@@ -42,39 +43,56 @@ def tensor_absorptions(
     claims: dict[str, list[_Claim]] = defaultdict(list)
     for name, whole, pairs in wanted:
         for gain, consumer in pairs:
-            labels = _labels(whole.shape[consumer.axis], consumer.spans)
             for part in whole.parts:
-                if claim := _claim(name, part, consumer.axis, labels, gain):
+                if claim := _claim(name, part, gain, consumer):
                     claims[part.tensor].append(claim)
     return {tensor: tuple(_settled(tensor, found)) for tensor, found in claims.items()}
 
 
+def _claim(name: str, part: Part, gain: Gain, consumer: Consumer) -> _Claim | None:
+    axis, sizes = consumer.axis, part.box.sizes
+    found = _along(part.box, axis, consumer.spans, part.start[axis])
+    if found is None:
+        raise CheckpointError(
+            f"the gain {gain.parameter} runs along no single axis of the tensor {part.tensor}, "
+            f"which transformers makes into {name}; {REMEDY}"
+        )
+    own, spans, numel = found
+    if not spans:
+        return None
+    rest = math.prod(sizes) // sizes[own]
+    return _Claim(Consumer(part.tensor, own, spans), gain, name, numel, rest)
+
+
+@lru_cache(maxsize=4096)
+def _along(
+    box: Box, axis: int, spans: tuple[Span, ...], start: int
+) -> tuple[int, tuple[Span, ...], int] | None:
+    """Spans of a value's axis as spans of an axis of the tensor behind a box that lies at `start`.
+
+    Returns that axis, the spans, and how many elements of the box they take in; no spans where
+    the box has no part in them, None where they run along no single axis of the tensor.
+    """
+    labels = _labels(start + box.shape[axis], spans)[start:]
+    if bool((labels == _PLAIN).all()):
+        return 0, (), 0
+    for own, coordinate in enumerate(box.index):
+        found = _scattered(coordinate, axis, labels, box.sizes[own])
+        if found is not None:
+            taking, inside = int((found >= 0).sum()), int((found != _OUTSIDE).sum())
+            return own, tuple(_spans(found)), taking * (box.numel // inside)
+    return None
+
+
 def _labels(size: int, spans: Iterable[Span]) -> Tensor:
-    """For each position of an axis the gain element that it takes."""
+    """For each of the first `size` positions of an axis the gain element that it takes."""
     labels = torch.full((size,), _PLAIN)
     for span in spans:
-        elements = torch.arange(span.gain_start, span.gain_start + span.length)
-        labels[span.start : span.start + span.length] = elements
+        length = min(span.length, size - span.start)
+        if length > 0:
+            elements = torch.arange(span.gain_start, span.gain_start + length)
+            labels[span.start : span.start + length] = elements
     return labels
-
-
-def _claim(name: str, part: Part, axis: int, labels: Tensor, gain: Gain) -> _Claim | None:
-    labels = labels.narrow(0, part.start[axis], part.shape[axis])
-    if bool((labels == _PLAIN).all()):
-        return None
-    for own, coordinate in enumerate(part.coordinates):
-        found = _scattered(compact(coordinate), axis, labels, part.sizes[own])
-        if found is None:
-            continue
-        taking = int((found >= 0).sum())
-        inside = int((found != _OUTSIDE).sum())
-        consumer = Consumer(part.tensor, own, tuple(_spans(found)))
-        rest = part.numel // inside
-        return _Claim(consumer, gain, name, taking * rest, math.prod(part.sizes) // part.sizes[own])
-    raise CheckpointError(
-        f"the gain {gain.parameter} runs along no single axis of the tensor {part.tensor}, which "
-        f"transformers makes into {name}; {REMEDY}"
-    )
 
 
 def _scattered(coordinate: Tensor, axis: int, labels: Tensor, size: int) -> Tensor | None:
@@ -126,7 +144,7 @@ def tensor_centrings(wanted: Iterable[tuple[Centring, Whole]]) -> dict[str, int]
     for centring, whole in wanted:
         for part in whole.parts:
             axes[part.tensor] = _centred_axis(centring, whole, part)
-            left[part.tensor] = left.get(part.tensor, math.prod(part.sizes)) - part.numel
+            left[part.tensor] = left.get(part.tensor, math.prod(part.box.sizes)) - part.box.numel
     for tensor, count in left.items():
         if count:
             raise CheckpointError(f"only a part of the tensor {tensor} is centred; {REMEDY}")
@@ -134,11 +152,10 @@ def tensor_centrings(wanted: Iterable[tuple[Centring, Whole]]) -> dict[str, int]
 
 
 def _centred_axis(centring: Centring, whole: Whole, part: Part) -> int:
-    if part.shape[centring.axis] == whole.shape[centring.axis]:
-        for own, coordinate in enumerate(part.index):
-            if part.sizes[own] == part.shape[centring.axis] and runs_along(
-                coordinate, centring.axis
-            ):
+    size = whole.shape[centring.axis]
+    if part.box.shape[centring.axis] == size:
+        for own, coordinate in enumerate(part.box.index):
+            if part.box.sizes[own] == size and runs_along(coordinate, centring.axis):
                 return own
     raise CheckpointError(
         f"{centring.parameter} is centred over features that the checkpoint does not hold along "

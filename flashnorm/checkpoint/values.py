@@ -33,7 +33,7 @@ def load_tensor(source: Source, place: Place) -> Tensor:
 
 def read_parameter(source: Source, whole: Whole) -> Tensor:
     """The value of a parameter as the model has it; a mapping where one tensor is all of it."""
-    if len(whole.parts) == 1 and whole.parts[0].is_plain:
+    if len(whole.parts) == 1 and whole.parts[0].box.is_plain:
         return load_tensor(source, source.where[whole.parts[0].tensor])
     tensors = {name: load_tensor(source, source.where[name]) for name in whole.tensors}
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -44,7 +44,7 @@ def read_parameter(source: Source, whole: Whole) -> Tensor:
         )
     value = torch.empty(whole.shape, dtype=dtypes.pop())
     for part in whole.parts:
-        value[part.box] = tensors[part.tensor][part.index]
+        value[part.place] = tensors[part.tensor][part.box.index]
     return value
 
 
@@ -71,7 +71,7 @@ class Values:
                 self._done[parameter] = self._rewritten(parameter)
             for part in self._changes.mapped[parameter].parts:
                 if part.tensor == name:
-                    value[part.index] = self._done[parameter][part.box]
+                    value[part.box.index] = self._done[parameter][part.place]
         return value
 
     def _read(self, parameter: str) -> Tensor:
