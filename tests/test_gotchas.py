@@ -1,10 +1,11 @@
 """What breaks folds in real models, one test each: the plan names the reader, or the true reason.
 
 That the folds are exact is shown for all types in tests/graph/test_zoo_folds.py; here is what each
-plan must say. Those of features that do not exist yet (biases, centring, adapters) come with them.
+plan must say. Some have their tests beside what they are about (streams, adapters).
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,29 @@ def test_gotcha_14_query_and_key_norms_stay(name):
     assert {site.gain for site in found} == {"kept"}
 
 
+# Each norm with a bias that some reader has no slot for: it stays as β/g, and the gain folds.
+NO_SLOT = {
+    "gptj": r"ln_1$",
+    "codegen": r"ln_1$",
+    "gpt_neo": r"ln_1$",
+    "stablelm": r"input_layernorm$|post_attention_layernorm$",
+    "phimoe": r"post_attention_layernorm$",
+}
+
+
+@pytest.mark.parametrize("name", NO_SLOT)
+def test_gotcha_15_a_bias_without_a_slot_stays_with_the_norm(name):
+    found = sites(plan_of(name), NO_SLOT[name])
+    assert {(site.gain, site.bias) for site in found} == {("folded", "carried")}
+    assert all("no bias of its own" in site.bias_reason for site in found)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "xglm"])
+def test_gotcha_15_heads_have_no_bias_either(name):
+    final = plan_of(name, untie=True).sites[-1]
+    assert (final.gain, final.bias) == ("folded", "carried")
+
+
 def test_gotcha_16_fused_readers():
     plan = plan_of("phi3")
     assert readers(plan, r"input_layernorm") == {"self_attn.qkv_proj"}
@@ -210,3 +234,9 @@ def test_gotcha_24_a_second_fold_is_noticed():
 def test_gotcha_25_what_was_not_reached_is_said():
     plan = plan_of("git")
     assert any("vision" in name for name in plan.unreached)
+
+
+def test_every_gotcha_has_a_test_of_its_name():
+    text = "".join(file.read_text("utf-8") for file in Path(__file__).parent.rglob("test_*.py"))
+    numbers = {int(n) for n in re.findall(r"^def test_gotcha_(\d+)_", text, re.MULTILINE)}
+    assert numbers == set(range(1, 29))
