@@ -22,6 +22,7 @@ def marker(plan: Plan, mode: Mode, source: str) -> dict[str, Any]:
             "version": __version__,
             "mode": mode,
             "folded": sorted(g.parameter for g in plan.gains()),
+            "centred": sorted(c.parameter for c in plan.centrings),
             "kept": sorted({s.path for s in plan.sites if s.gain == "kept"}),
             "fold_dtype": "float32" if plain else "float64",
             "source": os.path.basename(os.path.normpath(source)),

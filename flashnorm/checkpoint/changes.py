@@ -50,7 +50,6 @@ class Changes:
 
 def plan_changes(plan: Plan, mapped: Mapped, *, strict: bool) -> Changes:
     """What `plan` means for a checkpoint. Raises CheckpointError where it is not exact there."""
-    _check_entries(plan)
     absorptions, tied = plan.absorptions(), dict(plan.untied)
     copied = {new: old for new, old in plan.untied if not _is_stored(mapped, new, old)}
     small = _small_parameters(plan, mapped)
@@ -73,14 +72,6 @@ def plan_changes(plan: Plan, mapped: Mapped, *, strict: bool) -> Changes:
         tuple(_copies(copied, absorptions, mapped)),
         tuple(_twins(tied, copied, mapped)),
     )
-
-
-def _check_entries(plan: Plan) -> None:
-    if plan.entries:
-        raise CheckpointError(
-            f"the plan centres what leaves {plan.entries[0].path}, which takes an operation that a "
-            "checkpoint cannot hold: make the plan without centring"
-        )
 
 
 def _is_stored(mapped: Mapped, new: str, old: str) -> bool:

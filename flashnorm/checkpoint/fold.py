@@ -42,6 +42,7 @@ def fold_checkpoint(
     plan: Plan | None = None,
     strict: bool = False,
     untie: bool = False,
+    centre: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Write to `dst` the checkpoint `src` with its gains folded: E1, `W* = W diag(g)`, streamed.
@@ -50,8 +51,10 @@ def fold_checkpoint(
     dequantizes. Every shard is read and written once, block by block; what does not change is
     copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
     the value where they are one (compat), or removed with `strict=True`. `untie=True` gives a tied
-    head a copy of its own, so that the final gain folds too; it is asked of `flashnorm.inspect`,
-    and where a `plan` is given, `plan.untied` decides. `progress` is called with (bytes done,
+    head a copy of its own, so that the final gain folds too; `centre=True` centres what LayerNorms
+    read (E3), so that an engine may run them as RMSNorms. Both are asked of `flashnorm.inspect`;
+    where a `plan` is given, it decides. A norm's bias goes into its readers' (E2) or stays as β/g
+    (E13). `progress` is called with (bytes done,
     bytes in total, shard name).
 
     Where nothing folds, `dst` is a copy of `src` without a marker, and a warning says so.
@@ -65,26 +68,29 @@ def fold_checkpoint(
     """
     source, target = Path(os.path.abspath(src)), Path(os.path.abspath(dst))
     check_target(source, target)
+
+    def planned(path: Path) -> Plan:
+        return inspect(path, untie=untie, centre=centre) if plan is None else plan
+
     if file := gguf_file(source):
         with dequantized(file, target) as directory:
-            return _fold(directory, target, file.name, plan, strict, untie, progress)
-    return _fold(source, target, source.name, plan, strict, untie, progress)
+            return _fold(directory, target, file.name, planned, strict, progress)
+    return _fold(source, target, source.name, planned, strict, progress)
 
 
 def _fold(
     path: Path,
     target: Path,
     name: str,
-    plan: Plan | None,
+    planned: Callable[[Path], Plan],
     strict: bool,
-    untie: bool,
     progress: Progress | None,
 ) -> Plan:
     config = read_config(path)
     check_not_folded(config)
     check_not_quantized(config)
     source = open_source(path)
-    plan = inspect(path, untie=untie) if plan is None else plan
+    plan = planned(path)
     layout = plan_layout(source, plan, strict=strict)
     check_twins(source, layout)
     values = Values(source, plan, layout.changes)
@@ -198,6 +204,12 @@ def _warn(plan: Plan, values: Values, lost: int) -> None:
         warnings.warn(
             "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
             "have been folded before",
+            stacklevel=4,
+        )
+    if plan.entries:
+        warnings.warn(
+            f"what leaves or enters {plan.entries[0].path} is not centred, because that takes an "
+            "operation, which a checkpoint cannot hold: the norms behind it still need their mean",
             stacklevel=4,
         )
     if lost:

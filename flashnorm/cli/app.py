@@ -85,6 +85,7 @@ def fold_command(
         bool, typer.Option("--strict", help="Leave folded gains out instead of writing ones.")
     ] = False,
     untie: Untie = False,
+    centre: Centre = False,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -110,6 +111,7 @@ def fold_command(
                 Path(target).expanduser(),
                 strict=strict,
                 untie=untie,
+                centre=centre,
                 progress=progress,
             )
         return _folded(plan, source, target, strict, written, time.perf_counter() - start)

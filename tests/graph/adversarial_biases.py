@@ -109,6 +109,13 @@ class ReaderBiasShared(Base):
         return self.reader(self.norm(x)) + self.raw(x)
 
 
+class ReaderBiasReadElsewhere(Base):
+    """The reader's bias has another use, which must not see `W β`."""
+
+    def forward(self, x):
+        return self.reader(self.norm(x)) * self.reader.bias.sum()
+
+
 class ReaderBiasReversed(Base):
     def forward(self, x):
         return torch.addmm(self.reader.bias.flip(0), self.norm(x)[0], self.reader.weight.t())

@@ -24,6 +24,7 @@ EXPECTED = {
     modules.ScaledProduct: ("carried", "no bias of its own that could take it"),
     modules.HalfBias: ("carried", "no bias of its own that could take it"),
     modules.ReaderBiasShared: ("carried", "the bias reader.bias is tied"),
+    modules.ReaderBiasReadElsewhere: ("carried", "the bias reader.bias is also read by sum"),
     modules.ReaderBiasReversed: ("carried", "no bias of its own that could take it"),
     modules.ReaderScaled: ("carried", "no bias of its own that could take it"),
     modules.Packed: ("folded", ""),
