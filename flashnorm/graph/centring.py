@@ -12,6 +12,7 @@ from flashnorm.graph.streams import Streams, Tags, find_streams
 from flashnorm.plan import Centring, Entry, Plan, Site
 
 NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
+WITHOUT_MEAN = "hidden states taken from a centred stream come without their mean"
 UNTIE = "; untie it (--untie) to centre"
 # An operation of its own at the beginning of a stream must save more than the one it costs.
 _SAVES = 2
@@ -37,6 +38,7 @@ def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool
         centrings=writers,
         entries=tuple(entry for entry in entries if entry in used),
         untied=_untied(plan, flow, writers),
+        notes=(*plan.notes, *((WITHOUT_MEAN,) if writers else ())),
     )
 
 
