@@ -110,6 +110,11 @@ def _pixels(accepted: frozenset[str], sizes: Sizes) -> Iterator[tuple[Tensor, Fr
         yield from _patches(sizes, channels)
     if accepted & {"spatial_shapes", "pixel_position_ids", "image_position_ids"}:
         yield from _flat_patches(sizes, channels, height, width)
+    if "target_sizes" in accepted:
+        side, patch = 4, sizes.number(16, "patch_size")
+        grid = torch.tensor([[side, side]] * BATCH)
+        row = _noise(1, channels, patch, BATCH * side * side * patch)
+        yield row, {"target_sizes": grid}
     square = {
         "image_sizes": torch.tensor([[height, width]] * BATCH),
         "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
@@ -137,7 +142,7 @@ def _pixels(accepted: frozenset[str], sizes: Sizes) -> Iterator[tuple[Tensor, Fr
 def _patches(sizes: Sizes, channels: int) -> Iterator[tuple[Tensor, Fragment]]:
     """Patches of all images in one row, with the number of patches of each: [N, C t p p]."""
     patch = sizes.number(16, "patch_size")
-    depth = sizes.number(1, "temporal_patch_size")
+    depth = sizes.number(1, "temporal_patch_size", "patch_temporal")
     merge = sizes.number(2, "spatial_merge_size", "merge_size", "merge_kernel_size")
     side = 2 * merge
     grid = torch.tensor([[1, side, side]] * BATCH)
@@ -152,6 +157,7 @@ def _patches(sizes: Sizes, channels: int) -> Iterator[tuple[Tensor, Fragment]]:
     yield _noise(count, channels * patch * patch), rest
     yield _noise(count, channels, patch, patch), rest
     yield _noise(count, channels, depth, patch, patch), rest
+    yield _noise(1, count, channels, patch, patch), rest
 
 
 def _flat_patches(
@@ -197,6 +203,7 @@ def _hidden(accepted: frozenset[str], sizes: Sizes) -> Iterator[Fragment]:
     width = sizes.number(64, "hidden_size", "d_model", "embed_dim")
     for shape in ((BATCH, TOKENS, width), (BATCH, width, TOKENS), (BATCH, width, 8, 8)):
         yield {"hidden_states": _noise(*shape)}
+    yield from ({"hidden_states": p, **rest} for p, rest in _pixels(accepted, sizes))
 
 
 def _embeds(name: str) -> Callable[..., Iterator[Fragment]]:
@@ -236,6 +243,9 @@ def _spectrum(name: str) -> Callable[..., Iterator[Fragment]]:
             rest = (
                 {**masks, "attention_mask": mask.long()} if "input_ids" not in accepted else masks
             )
+            if "feature_lens" in accepted:
+                lengths = torch.full((BATCH,), long)
+                yield {name: _noise(bands, BATCH * long), "feature_lens": lengths}
             for shape in ((BATCH, bands, long), (BATCH, long, bands)):
                 yield {name: _noise(*shape)}
                 yield {name: _noise(*shape), **rest}
@@ -274,6 +284,25 @@ def _series(accepted: frozenset[str], sizes: Sizes) -> Iterator[Fragment]:
         yield {"past_values": _noise(BATCH, long, *tail)}
 
 
+def _regions(accepted: frozenset[str], sizes: Sizes) -> Iterator[Fragment]:
+    """What a detector would have seen: features of regions, and their boxes."""
+    width = sizes.number(64, "visual_feat_dim")
+    boxes = torch.rand(BATCH, TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    yield {"visual_feats": _noise(BATCH, TOKENS, width), "visual_pos": boxes}
+
+
+def _decisions(accepted: frozenset[str], sizes: Sizes) -> Iterator[Fragment]:
+    """States, actions and rewards of some steps."""
+    yield {
+        "states": _noise(BATCH, TOKENS, sizes.number(17, "state_dim")),
+        "actions": _noise(BATCH, TOKENS, sizes.number(4, "act_dim", "action_dim")),
+        "rewards": _noise(BATCH, TOKENS, 1),
+        "returns_to_go": _noise(BATCH, TOKENS, 1),
+        "timesteps": torch.arange(TOKENS).expand(BATCH, TOKENS),
+        "attention_mask": torch.ones(BATCH, TOKENS),
+    }
+
+
 # What a layer before would have given: made only where it is required.
 INNER = ("inputs_embeds",)
 MAKERS: dict[str, Callable[..., Iterator[Fragment]]] = {
@@ -296,4 +325,6 @@ MAKERS: dict[str, Callable[..., Iterator[Fragment]]] = {
     "audio_mel": _spectrum("audio_mel"),
     "input_values": _wave,
     "past_values": _series,
+    "visual_feats": _regions,
+    "states": _decisions,
 }

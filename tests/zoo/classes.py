@@ -41,13 +41,12 @@ LAST = ("MODEL", "BACKBONE", "PRETRAINING", "IMAGE", "TEXT_ENCODING")
 class NoModel(Exception):
     """A model type has no model that could be built; the message is the cause."""
 
+    part = "a part of another configuration, without a model of its own"
+    package = "needs a package that is not installed"
+
     def __init__(self, category: str, detail: str) -> None:
         self.category = category
         super().__init__(detail)
-
-
-PART = "a part of another configuration, without a model of its own"
-PACKAGE = "needs a package that is not installed"
 
 
 def further_types() -> list[str]:
@@ -66,7 +65,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
                 return cls
     own = [cls for cls in _own_classes(model_type) if _takes(cls, model_type)]
     if not own:
-        raise NoModel(PART, "no model class takes this configuration by itself")
+        raise NoModel(NoModel.part, "no model class takes this configuration by itself")
     return own[-1]
 
 
@@ -91,8 +90,8 @@ def _own_classes(model_type: str) -> list[type]:
         members = vars(importlib.import_module(module)).values()
     except ModuleNotFoundError as error:
         if error.name == module:
-            raise NoModel(PART, "its module has no modeling file of its own") from error
-        raise NoModel(PACKAGE, str(error.name)) from error
+            raise NoModel(NoModel.part, "its module has no modeling file of its own") from error
+        raise NoModel(NoModel.package, str(error.name)) from error
     return [c for c in members if isinstance(c, type) and c.__module__ == module]
 
 

@@ -24,7 +24,7 @@ __all__ = ["EXACT", "main", "recorded"]
 DOCS = Path(__file__).parents[2] / "docs"
 PROCESSES = 2
 LIMIT = 240.0  # seconds for one type
-SLOW = 8.0  # seconds from which on a type is left to the slow tests
+SLOW = 5.0  # seconds of the processor from which on a type is left to the slow tests
 
 
 def main(names: list[str]) -> int:

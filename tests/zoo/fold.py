@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 import flashnorm
-from flashnorm.plan import Plan
+from flashnorm.graph.absorb import absorb
+from flashnorm.graph.follow import follow
+from flashnorm.inspection import record
+from flashnorm.plan import Plan, Site
+from flashnorm.planner import make_plan
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
-from tests.forcing import force_
 
 from .build import causal_lm_types, tiny_inputs, tiny_model
 from .further import further_model, tensors_of
@@ -120,11 +123,31 @@ def needed_refusals(name: str, seed: int = 0) -> dict[str, bool]:
     """
     model, inputs = specimen(name, seed)
     before = outputs(model, inputs)
-    plan = flashnorm.inspect(model, copy.deepcopy(inputs))
-    kept = dict.fromkeys(s.weight.parameter for s in plan.sites if s.gain == "kept" and s.weight)
     needed = {}
-    for gain in kept:
+    for gain, plan in forced_plans(*_recordable(model, inputs)).items():
         forced = copy.deepcopy(model)
-        force_(forced, copy.deepcopy(inputs), [gain])
+        apply_plan_(forced, plan)
         needed[gain] = not relative(outputs(forced, inputs), before) < 1e-9
     return needed
+
+
+def forced_plans(model, inputs) -> dict[str, Plan]:
+    """Per refused gain a plan that folds it alone, against its reason."""
+    graph = record(model, inputs)
+    readers, _ = absorb(follow(graph), False)
+    refused: dict[str, list[Site]] = {}
+    for site in make_plan(graph).sites:
+        if site.gain == "kept" and site.weight:
+            consumers = tuple(readers.get(site.weight.parameter, ()))
+            forced = replace(site, gain="folded", reason="", consumers=consumers)
+            refused.setdefault(site.weight.parameter, []).append(forced)
+    return {gain: Plan(tuple(sites)) for gain, sites in refused.items()}
+
+
+def _recordable(model, inputs):
+    """The model and its inputs, in float32 where its forward runs in nothing else."""
+    try:
+        flashnorm.inspect(model, copy.deepcopy(inputs))
+        return model, inputs
+    except flashnorm.TraceError:
+        return copy.deepcopy(model).float(), tree_map_only(torch.Tensor, _narrow, inputs)

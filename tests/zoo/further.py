@@ -14,18 +14,22 @@ from transformers import CONFIG_MAPPING
 from flashnorm.graph.modalities import _with_parts, combinations
 
 from .build import randomize_
-from .classes import PACKAGE, NoModel, model_class
+from .classes import NoModel, model_class
 from .shrink import FIRST_SPECIAL, LEVELS, shrink
 
 BATCH, TOKENS = 2, 7
 LARGEST = 40_000_000  # parameters: more is not tiny
-TRIED = 120
+TRIED = 60
 
 
 class NotTiny(Exception):
     """No level of shrinking gave a model that runs; the message has a cause for each."""
 
     category = "cannot be built tiny by rule"
+
+    @classmethod
+    def categories(cls) -> set[str]:
+        return {cls.category, *(part.category for part in cls.__subclasses__())}
 
 
 class NoInputs(NotTiny):
@@ -43,7 +47,7 @@ def further_model(model_type: str, seed: int = 0) -> tuple[nn.Module, dict]:
             model = _build(cls, model_type, level, seed)
             return model, further_inputs(model)
         except ImportError as error:
-            raise NoModel(PACKAGE, _packages(error)) from error
+            raise NoModel(NoModel.package, _packages(error)) from error
         except Exception as error:
             causes.append(error)
     text = " | ".join(f"{type(error).__name__}: {error}" for error in causes)
@@ -84,10 +88,10 @@ def _config_for(cls, config):
 
 def further_inputs(model: nn.Module) -> dict:
     """The first of the candidates, the richest first, that the model runs on."""
-    failures = []
-    for inputs in itertools.islice(_candidates(model), TRIED):
+    failures, tried = [], copy.deepcopy(model)  # some keep state from one call to the next
+    for inputs in _candidates(model):
         try:
-            return _run_with_placeholders(model, inputs)
+            return _run_with_placeholders(tried, inputs)
         except Exception as error:
             failures.append((error, ", ".join(inputs)))
     if not failures:
@@ -101,10 +105,11 @@ def _candidates(model: nn.Module):
     accepted = frozenset(parameters)
     required = frozenset(n for n, p in parameters.items() if p.default is p.empty)
     texts = list(_texts(model, accepted))
-    for other in combinations(accepted, required, model.config):
+    for other in itertools.islice(combinations(accepted, required, model.config), TRIED):
         for text in texts:
             yield {**text, **other}
-        yield other
+        if "input_ids" not in required:
+            yield other
     yield from texts
 
 
@@ -121,15 +126,28 @@ def _texts(model: nn.Module, accepted):
         corner = torch.sort(torch.rand(BATCH, TOKENS, 2, 2), dim=-2).values
         boxes["bbox"] = (corner.flatten(-2) * 30).long()
     yield {**text, **boxes}
+    for books in _codebooks(model.config):
+        yield {name: ids.repeat_interleave(books, 0) for name in text}
+        yield {name: torch.stack([ids % 50] * books, -1) for name in text}
+        yield {name: torch.stack([ids % 50] * (books + 1), -1) for name in text}
     if len(names) > 1 and "input_ids" in names:
         yield {"input_ids": ids, **boxes}
+
+
+def _codebooks(config) -> list[int]:
+    """Sound in several streams of tokens: how many."""
+    counts = (getattr(config, name, None) for name in ("num_codebooks", "num_channels"))
+    return list(dict.fromkeys(count for count in counts if isinstance(count, int) and count > 1))
 
 
 def _ids(model: nn.Module) -> torch.Tensor:
     try:
         limit = min(FIRST_SPECIAL, model.get_input_embeddings().weight.shape[0])
     except Exception:
-        limit = FIRST_SPECIAL
+        sizes = (getattr(config, "vocab_size", None) for config in _with_parts(model.config))
+        limit = min(
+            FIRST_SPECIAL, *(size for size in sizes if isinstance(size, int)), FIRST_SPECIAL
+        )
     generator = torch.Generator().manual_seed(0)
     low = min(10, max(limit - 2 * TOKENS, 0))
     order = [torch.randperm(limit - low, generator=generator)[:TOKENS] for _ in range(BATCH)]
@@ -168,7 +186,7 @@ def _run_with_placeholders(model: nn.Module, inputs: dict, placed: tuple = ()) -
 def _run(model: nn.Module, inputs: dict) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
-        output = copy.deepcopy(model)(**copy.deepcopy(inputs))
+        output = model(**copy.deepcopy(inputs))
     found = tensors_of(output)
     if not found:
         raise ValueError("its output holds no floating tensor")

@@ -6,7 +6,7 @@ they are. Many entries name layers: there the default has only one kind of layer
 
 from collections.abc import Callable
 
-from transformers import ResNetConfig, SiglipVisionConfig, TimmBackboneConfig
+from transformers import ResNetConfig, SiglipVisionConfig, TimmBackboneConfig, TimmWrapperConfig
 
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 CONV_THEN_FULL = ["conv", "full_attention"]
@@ -34,7 +34,7 @@ _QWEN4 = {
 # The sliding layers want qk_nope_head_dim + qk_rope_head_dim, here 24 + 8.
 _DOTS3 = {"head_dim": 32}
 
-_THIN = {"width_coefficient": 0.2, "depth_coefficient": 0.1, "hidden_dim": 64}
+_THIN = {"width_coefficient": 0.2, "depth_coefficient": 0.1}
 
 OVERRIDES: dict[str, dict] = {
     # no attention layer by default
@@ -102,9 +102,37 @@ OVERRIDES: dict[str, dict] = {
     "gemma3n.audio_config": {"vocab_offset": 89, "vocab_size": 9},  # after the vision tokens
     "nemotron": {"num_key_value_heads": 2},
     "moshi.audio_encoder_config": {"codebook_size": 64},  # a power of 2
+    # a token for each picture, which the defaults lack
+    "blip-2": {"image_token_index": 98},
+    "chameleon": {"vocabulary_map": {"<image>": 98}},
+    "instructblip": {"image_token_index": 98},
+    "instructblipvideo": {"video_token_index": 98},
+    # four layers, because four are read
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    # a quarter of a head's channels, in three sections
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
+    # layers by kind, which the defaults leave open
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "hunyuan_vl_text": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1.0}
+        | {"xdrope_section": [2, 2, 2, 2]}
+    },
     # widths and depths that are products with a fraction
-    "align_vision_model": _THIN,
-    "efficientnet": _THIN,
+    "align_vision_model": {**_THIN, "hidden_dim": 640},
+    "efficientnet": {**_THIN, "hidden_dim": 256},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64]},
+    "glm_ocr_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
+    "fun_asr_nano.adaptor_config": {"intermediate_size": 16},  # a quarter of the text's width
+    "pix2struct_text_model": {"d_kv": 16},  # the heads together as wide as the residual
+    # four patches side by side after merging
+    "muse_glimmer_vision": {"out_hidden_size": 256},
+    "muse_spark_vision": {"out_hidden_size": 256},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},  # of the two layers that are left
+    "clap_audio_model": {"hidden_size": 512},  # eight times the patches'
+    # two sections that must be equal
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}},
     "blt.global_config": {"hidden_size": 128},  # what the encoder writes, twice its width
 }
 
@@ -130,7 +158,10 @@ def _resnet(default):
 
 
 # What stands in for a part of this configuration class.
-STAND_INS: dict[type, Callable] = {TimmBackboneConfig: _resnet}
+STAND_INS: dict[type, Callable] = {
+    TimmBackboneConfig: _resnet,
+    TimmWrapperConfig: lambda _: _VISION,
+}
 
 _ALL_SHARED = (
     "its configuration demands that all layers share keys and values, and then refuses to name the "

@@ -161,6 +161,13 @@ def _window(value, base):
 
 # More that the further classes name: channels, groups and positions.
 FURTHER = [
+    (lambda value, base: value if value < 8 else HIDDEN, r"input_size"),
+    (_keep, r"patch_embed_hidden_size"),
+    (_to(8), r"num_queries"),
+    (_to(HIDDEN), r"d_latents", r"hidden_dim"),
+    (_to(2), r"num_self_attends_per_block"),
+    (_to(32), r"base_channels"),
+    (_to(HIDDEN), r"output_channels", r"downsample_channel"),
     (_to(HIDDEN), r"upsample_groups", r"max_pos_emb", r"context_size"),
     (_to(2), r"index_kpool"),
     (_window, r"window_size"),

@@ -88,10 +88,13 @@ def shrink(
     `like` is the instance that a composite has by default, where that is not the class's own.
     """
     base, own = _defaults(cls)
+    given: dict = {}
     if like is not None and not level.causal:
         usual, base = base, base | vars(like)
-        own |= {k: v for k, v in vars(like).items() if k in own and v != usual.get(k)}
-    kwargs = {k: shrink_value(k, v, base, level.numbers) for k, v in own.items() if _is_int(v)}
+        given = {k: v for k, v in vars(like).items() if k in own and v != usual.get(k)}
+        own |= given
+    kwargs = {k: v for k, v in given.items() if k not in cls.sub_configs}
+    kwargs |= {k: shrink_value(k, v, base, level.numbers) for k, v in own.items() if _is_int(v)}
     kwargs |= _shrunk_lists(base, own, level.lists)
     kwargs |= {k: v for k, v in level.missing.items() if k in own and base[k] is None}
     if level.numbers:
