@@ -101,6 +101,10 @@ def _scattered(coordinate: Tensor, axis: int, labels: Tensor, size: int) -> Tens
     coordinate: for each element of a box (size 1 where it does not vary) its position on the
     tensor's axis; labels: [n] along `axis` of the box.
     """
+    if coordinate.shape[axis] == 1:
+        if bool((labels != labels[0]).any()):
+            return None
+        labels = labels[:1]
     lead = [1] * coordinate.ndim
     lead[axis] = len(labels)
     first, second = torch.broadcast_tensors(coordinate, labels.view(lead))
