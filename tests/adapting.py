@@ -15,7 +15,7 @@ import flashnorm
 from flashnorm.adapters.config import CONFIG
 from flashnorm.plan import Plan
 from flashnorm.verification.precision import float64_truth
-from tests.zoo import tiny_inputs, tiny_model
+from tests.zoo import tiny_config, tiny_inputs, tiny_model
 
 EXACT = 1e-12  # max |Δlogit| / max |logit| in float64
 WRONG = 1e-3
@@ -36,9 +36,13 @@ class Made:
     logits: torch.Tensor
 
 
-def made(folder: Path, name: str, seed: int = 1, **config) -> Made:
-    """A tiny model with random gains and an adapter whose every tensor is random."""
-    model = tiny_model(name).double()
+def made(folder: Path, name: str, seed: int = 1, shape: dict | None = None, **config) -> Made:
+    """A tiny model with random gains and an adapter whose every tensor is random.
+
+    `shape` changes the config of the model.
+    """
+    changed = tiny_config(name, **shape) if shape else None
+    model = tiny_model(name, config=changed).double()
     inputs = tiny_inputs(model)
     base, adapter = folder / "base", folder / "adapter"
     if not base.exists():

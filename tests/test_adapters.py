@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import flashnorm
 from flashnorm.adapters.config import WEIGHTS
+from flashnorm.adapters.parts import parameter_axes
+from flashnorm.checkpoint.header import Entry
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -96,6 +98,33 @@ def test_gotcha_26_factors_of_merged_experts(name, tmp_path):
     assert error_of(case, tmp_path / "out") < EXACT
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("qwen3_moe", {"moe_intermediate_size": 32}), ("gpt_oss", {"intermediate_size": 32})],
+)
+def test_square_experts(name, shape, tmp_path):
+    """Where the shapes cannot say which axis A runs along, the module does."""
+    case = made(tmp_path, name, shape=shape, target_modules=[], target_parameters=EXPERTS)
+    experts = dict(case.model.named_parameters())["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.shape[1] == experts.shape[2]
+    assert error_of(case, tmp_path / "out") < EXACT
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_an_older_peft(transposed):
+    """It took [experts, out, in] for [experts, in, out]; the shapes of the factors say so."""
+    module = torch.nn.Module()
+    module.is_transposed = transposed
+    module.weight = torch.nn.Parameter(torch.empty(4, 6, 10))
+    for axes in ({1: 1, 2: 0}, {1: 0, 2: 1}):
+        sizes = {axes[1]: 6, axes[2]: 10}
+        factors = {
+            "A": Entry("A", "F32", (8, sizes[1]), 0, 0),
+            "B": Entry("B", "F32", (sizes[0], 8), 0, 0),
+        }
+        assert parameter_axes(module, "weight", factors) == axes
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "gemma", "phi3", "qwen3_next"])
 def test_other_layouts(name, tmp_path):
     """Transposed experts, 1+w gains, fused readers, gains tiled over heads, routers."""
@@ -142,6 +171,20 @@ def test_biases_of_norms_in_other_models(name, tmp_path):
     assert error_of(made(tmp_path, name, **config), tmp_path / "out") < EXACT
 
 
+def test_trained_biases_of_norms_stay_divided_by_the_gain(tmp_path):
+    """E13 for the adapter's own β: it replaces the β/g of the folded base."""
+    case = made(tmp_path, "gptj", target_modules=["q_proj"], bias="all")
+    _, plan = folded_model(case)
+    assert "carried" in {site.bias for site in plan.sites}
+    assert error_of(case, tmp_path / "out") < EXACT
+
+
+def test_shared_modules(tmp_path):
+    """A block that several layers share stands under all of its names in the adapter."""
+    case = made(tmp_path, "zamba2", target_modules=[*ATTENTION, "in_proj", "gate_up_proj"])
+    assert error_of(case, tmp_path / "out") < EXACT
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -166,10 +209,16 @@ def test_writers_of_a_centred_stream(config, tmp_path):
     assert relative(logits(model, tmp_path / "without", case.inputs), case.logits) > WRONG
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "phi", "bloom"])
-def test_centred_and_untied_models(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *((name, "all-linear") for name in ("gpt2", "gptj", "phi", "bloom")),
+        ("gpt2", ["wte", "lm_head", "mlp.c_proj"]),
+    ],
+)
+def test_centred_and_untied_models(name, targets, tmp_path):
     """All of it at once: gains, biases of both kinds, writers, heads, transposed layers."""
-    case = made(tmp_path, name, target_modules="all-linear")
+    case = made(tmp_path, name, target_modules=targets)
     model, plan = folded_model(case, centre=True, untie=True)
     assert plan.centrings
     flashnorm.fold_adapter(case.adapter, plan, tmp_path / "out")
@@ -177,13 +226,14 @@ def test_centred_and_untied_models(name, tmp_path):
     assert relative(logits(model, tmp_path / "out", case.inputs), case.logits) < EXACT
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gpt_neox"])
 def test_on_a_base_that_was_folded_on_disk(name, tmp_path):
     """Everything as a user does it, from directories alone."""
     experts = {"target_parameters": EXPERTS} if "moe" in name else {}
-    case = made(tmp_path, name, target_modules=[*ATTENTION, "lm_head"], **experts)
+    targets = "all-linear" if "gpt" in name else [*ATTENTION, "lm_head"]
+    case = made(tmp_path, name, target_modules=targets, **experts)
     plan = flashnorm.fold_checkpoint(case.base, tmp_path / "folded")
-    assert len(plan.folded) > 4
+    assert len(plan.folded) >= 4
     flashnorm.fold_adapter(case.adapter, None, tmp_path / "out", folded=tmp_path / "folded")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "folded", dtype=torch.float64, attn_implementation="eager"

@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import flashnorm
+from flashnorm import algebra
 from flashnorm.adapters.config import CONFIG, HARMLESS, REFUSED, WEIGHTS
+from flashnorm.adapters.edits import Edit
+from flashnorm.adapters.parts import module_axes
 from flashnorm.checkpoint.header import read_header
 from flashnorm.cli import app
 from flashnorm.errors import CheckpointError, FoldError
-from flashnorm.plan import Entry
+from flashnorm.plan import Entry, Span
 from tests.zoo import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -98,6 +101,18 @@ def test_factors_are_rounded_once_to_their_own_dtype(dtype, llama, own, tmp_path
     gain = dict(llama.model.named_parameters())["model.layers.0.input_layernorm.weight"].detach()
     assert {value.dtype for value in after.values()} == {dtype}
     assert torch.equal(after[key], (tensors[key].double() * gain).to(dtype))
+
+
+def test_several_steps_are_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(64, 8, generator=generator).bfloat16()
+    gain = 1 + 0.3 * torch.randn(8, generator=generator)
+    spans = (Span(0, 0, 8),)
+    edit = Edit([lambda t: algebra.fold_gain_(t, gain, 1, spans), lambda t: algebra.centre_(t, 0)])
+    wide = tensor.double() * gain.double()
+    done, lost = edit.apply("x", tensor)
+    assert torch.equal(done, (wide - wide.mean(0)).bfloat16())
+    assert lost == 0
 
 
 def test_an_overflow_is_refused(own, tmp_path):
@@ -203,6 +218,13 @@ def rename(adapter, old, new):
 def test_tensors_that_do_not_fit_the_base_are_refused(old, new, words, own, tmp_path):
     rename(own, old, new)
     refused(own, tmp_path / "out", words)
+
+
+def test_convolutions_in_groups_are_refused():
+    """PEFT's A is not grouped, so it mixes features that the weight keeps apart."""
+    assert module_axes("conv", torch.nn.Conv1d(4, 4, 3)) == {0: 0, 1: 1}
+    with pytest.raises(CheckpointError, match=r"acts on conv, a Conv1d: .*ungrouped convolutions"):
+        module_axes("conv", torch.nn.Conv1d(4, 4, 3, groups=4))
 
 
 def test_a_norm_inside_of_the_target_is_refused(llama, tmp_path):

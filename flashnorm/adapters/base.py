@@ -79,9 +79,9 @@ class Base:
     def canonical(self, plan: Plan) -> dict[str, str]:
         """For every parameter name the one that the plan uses for it: shared ones have several.
 
-        A tied parameter that the plan unties is not the same as the one it is copied from.
+        A tied parameter to which the plan gives values of its own is not shared any more.
         """
-        own = {name for pair in plan.untied for name in pair}
+        own = {new for new, _ in plan.untied}
         spoken = [name for name in mentioned(plan) if name not in own]
         groups: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.parameters.items():

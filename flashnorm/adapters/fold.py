@@ -108,7 +108,7 @@ def fold_adapter(
 
 
 def _edits(case: Case) -> Edits:
-    """Biases first, while A and B are as they were; centring last."""
+    """What every tensor goes through: biases, gains, then centring."""
     refuse_copies(case)
     edits = Edits()
     add_biases(case, edits)

@@ -153,7 +153,7 @@ class _Reader:
             module = self.base.module(path)
             names = self._targeted(path, module)
             if not names and len(targets) == 1:
-                axes = _module_axes(path, module)
+                axes = module_axes(path, module)
                 factors = found[targets[0]]
                 yield self._lora("module", targets[0], f"{path}.weight", factors, axes)
                 continue
@@ -164,7 +164,7 @@ class _Reader:
                 )
             for target, name in zip(targets, names, strict=True):
                 factors = found[target]
-                axes = _parameter_axes(module, name, factors)
+                axes = parameter_axes(module, name, factors)
                 yield self._lora("parameter", target, f"{path}.{name}", factors, axes)
 
     def embeddings(self, found: Mapping[str, Factors]) -> Iterator[Lora]:
@@ -202,7 +202,7 @@ class _Reader:
         return lora
 
 
-def _module_axes(path: str, module: nn.Module) -> Axes:
+def module_axes(path: str, module: nn.Module) -> Axes:
     """Which axis of a module's weight A (1) carries and which B (0)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -219,7 +219,7 @@ def _module_axes(path: str, module: nn.Module) -> Axes:
     )
 
 
-def _parameter_axes(module: nn.Module, name: str, factors: Factors) -> Axes:
+def parameter_axes(module: nn.Module, name: str, factors: Factors) -> Axes:
     """The same for a bare parameter; 3-D ones are [experts, out, in], or [experts, in, out]."""
     shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
