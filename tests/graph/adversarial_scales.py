@@ -157,6 +157,20 @@ class Partly(Base):
         return self.out(self.inner(latent)) * torch.softmax(rest, -1)[..., :1]
 
 
+class LatentReadInPart(Partly):
+    """Of two latent parts one is also read beside, by two features: all of it needs the scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.second = BigEps(K - 4), BigEps(4)
+        self.out, self.other = nn.Linear(K - 4, N), nn.Linear(4, N)
+
+    def forward(self, x):
+        first, second = self.reader(self.norm(x)).split([K - 4, 4], -1)
+        beside = torch.softmax(first[..., :2], -1)[..., :1]
+        return self.out(self.inner(first)) * beside + self.other(self.second(second))
+
+
 class PartlyWithoutModule(Partly):
     """The part that needs the scale comes from a product without a module."""
 

@@ -31,6 +31,7 @@ EXPECTED = {
     modules.Shifted: ("deferred", "read by roll"),
     modules.Reversed: ("deferred", "in another order"),
     modules.Partly: ("partial", "read by _softmax"),
+    modules.LatentReadInPart: ("partial", "read by _softmax"),
     modules.PartlyWithoutModule: ("deferred", "returns it|read by"),
     modules.SharedInner: ("deferred", "not a module of its own"),
     modules.InnerReadsRaw: ("deferred", "not a module of its own"),
