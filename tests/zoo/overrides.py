@@ -6,7 +6,7 @@ they are. Many entries name layers: there the default has only one kind of layer
 
 from collections.abc import Callable
 
-from transformers import ResNetConfig, SiglipVisionConfig, TimmBackboneConfig, TimmWrapperConfig
+from transformers import ResNetConfig, SiglipVisionConfig, TimmBackboneConfig
 
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 CONV_THEN_FULL = ["conv", "full_attention"]
@@ -35,6 +35,12 @@ _QWEN4 = {
 _DOTS3 = {"head_dim": 32}
 
 _THIN = {"width_coefficient": 0.2, "depth_coefficient": 0.1}
+
+# The timm wrapper of the default needs packages that are not installed; any vision model serves.
+_VISION = SiglipVisionConfig(
+    hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
+)
+_VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 80, 9
 
 OVERRIDES: dict[str, dict] = {
     # no attention layer by default
@@ -130,17 +136,12 @@ OVERRIDES: dict[str, dict] = {
     "llama4_vision_model": {"intermediate_size": 256},
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},  # of the two layers that are left
+    "fast_vlm": {"vision_config": _VISION},
     "clap_audio_model": {"hidden_size": 512},  # eight times the patches'
     # two sections that must be equal
     "ernie4_5_vl_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}},
     "blt.global_config": {"hidden_size": 128},  # what the encoder writes, twice its width
 }
-
-# The timm wrapper of the default needs packages that are not installed; any vision model serves.
-_VISION = SiglipVisionConfig(
-    hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=32
-)
-_VISION.rms_norm_eps, _VISION.vocab_offset, _VISION.vocab_size = 1e-6, 80, 9
 
 # Parts that the configuration class would not accept, put in after its checks.
 SUBSTITUTES: dict[str, dict] = {"gemma3n": {"vision_config": _VISION}}
@@ -160,7 +161,6 @@ def _resnet(default):
 # What stands in for a part of this configuration class.
 STAND_INS: dict[type, Callable] = {
     TimmBackboneConfig: _resnet,
-    TimmWrapperConfig: lambda _: _VISION,
 }
 
 _ALL_SHARED = (
