@@ -65,6 +65,23 @@ class TwoNormsMet(Base):
         return self.out(self.inner(self.reader(self.norm(x) + self.other(x.sin()))))
 
 
+class NormWithBias(Base):
+    """The norm adds a bias, for which the reader has no slot."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = BigEpsWithBias()
+
+
+class BigEpsWithBias(BigEps):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(N))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
 class Relu(Base):
     """A ReLU passes a positive factor on."""
 

@@ -20,6 +20,7 @@ EXPECTED = {
     modules.Heads: ("cancelled", ""),
     modules.Chain: ("cancelled", ""),
     modules.TwoNormsMet: ("kept", "also read by add"),
+    modules.NormWithBias: ("kept", "adds a bias after its scale"),
     modules.Relu: ("cancelled", ""),
     modules.Gelu: ("deferred", "read by gelu"),
     modules.ReaderWithBias: ("deferred", "its bias is added after the scale"),
