@@ -7,10 +7,11 @@ from flashnorm.graph.build import fake_model
 from flashnorm.inspection import record
 from flashnorm.planner import make_plan
 from tests.zoo import UNBUILDABLE, causal_lm_types, tiny_model, variants
+from tests.zoo.classes import whole_models
 from tests.zoo.coverage import EXACT
 from tests.zoo.fold import fold_outcome
 
-NAMES = [name for name in causal_lm_types() + variants() if name not in UNBUILDABLE]
+NAMES = [n for n in causal_lm_types() + variants() + whole_models() if n not in UNBUILDABLE]
 # Their text has one row of ids per codebook, which no default input can know.
 NEED_INPUTS = ("musicgen", "musicgen_melody")
 
@@ -20,7 +21,8 @@ NEED_INPUTS = ("musicgen", "musicgen_melody")
 def test_fold_is_exact(name, with_inputs):
     if name.split("-")[0] in NEED_INPUTS and not with_inputs:
         pytest.skip("rows of ids per codebook must be passed as example_inputs")
-    outcome = fold_outcome(name, with_inputs=with_inputs)
+    # On its own inputs with untied heads, centred streams and cancelled scales as well.
+    outcome = fold_outcome(name, with_inputs=with_inputs, everything=with_inputs)
     # A model that rounding alone moves further would hide a wrong fold.
     assert outcome.noise < EXACT
     assert outcome.error < EXACT

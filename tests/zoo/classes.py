@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+WHOLE = "-whole"
 TASKS = (
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
@@ -53,6 +54,13 @@ def further_types() -> list[str]:
     """All model types that no causal-LM class of the installed transformers takes, sorted."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return sorted(name for name in CONFIG_MAPPING_NAMES if name not in causal)
+
+
+def whole_models() -> list[str]:
+    """Encoder-decoders whose causal LM is their decoder alone, as a whole: `bart-whole`."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both = {name for task in TASKS[:2] for name in _mappings()[task] if name in causal}
+    return sorted(f"{name}{WHOLE}" for name in both)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .build import causal_lm_types, variants
-from .classes import further_types
+from .classes import further_types, whole_models
 from .page import line, page, total
 from .parallel import spread
 from .rows import EXACT, Row, group_of, work
@@ -29,7 +29,7 @@ SLOW = 5.0  # seconds of the processor from which on a type is left to the slow 
 
 def main(names: list[str]) -> int:
     started = time.perf_counter()
-    chosen = names or [*causal_lm_types(), *variants(), *further_types()]
+    chosen = names or [*causal_lm_types(), *variants(), *whole_models(), *further_types()]
     rows = []
     for name, row, cause in spread(work, chosen, PROCESSES, LIMIT):
         failed = Row(name, group_of(name), category="does not end or fails", cause=cause)

@@ -18,6 +18,7 @@ from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
 
 from .build import causal_lm_types, tiny_inputs, tiny_model
+from .classes import WHOLE
 from .further import further_model, tensors_of
 from .variants import VARIANTS
 
@@ -42,29 +43,36 @@ def specimen(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
         model = tiny_model(name, seed)
         inputs = tiny_inputs(model)
     else:
-        model, inputs = further_model(name, seed)
+        model, inputs = further_model(name.removesuffix(WHOLE), seed)
     return model.double(), _doubled(inputs)
 
 
-def fold_outcome(name: str, *, with_inputs: bool, seed: int = 0) -> Outcome:
+# Everything that fold_ can do beside folding gains and biases.
+EVERYTHING = {"untie": True, "centre": True, "cancel": True}
+
+
+def fold_outcome(
+    name: str, *, with_inputs: bool, everything: bool = False, seed: int = 0
+) -> Outcome:
     """Fold the tiny model `name` in float64, planned on its own inputs or on the default ones."""
     model, inputs = specimen(name, seed)
     before = outputs(model, inputs)
     noise = relative(outputs(_nudged(model), inputs), before)
-    plan = _folded_(model, copy.deepcopy(inputs) if with_inputs else None)
+    options = EVERYTHING if everything else {}
+    plan = _folded_(model, copy.deepcopy(inputs) if with_inputs else None, options)
     return Outcome(plan, relative(outputs(model, inputs), before), noise)
 
 
-def _folded_(model, inputs) -> Plan:
+def _folded_(model, inputs, options) -> Plan:
     """Fold; a forward that runs in float32 only is planned in it."""
     torch.manual_seed(0)
     try:
-        return flashnorm.fold_(model, inputs)
+        return flashnorm.fold_(model, inputs, **options)
     except flashnorm.TraceError:
-        plan = flashnorm.inspect(
-            copy.deepcopy(model).float(), tree_map_only(torch.Tensor, _narrow, inputs)
-        )
-        apply_plan_(model, plan)
+        narrow = tree_map_only(torch.Tensor, _narrow, inputs)
+        to_plan = {key: value for key, value in options.items() if key != "cancel"}
+        plan = flashnorm.inspect(copy.deepcopy(model).float(), narrow, **to_plan)
+        apply_plan_(model, plan, cancel=options.get("cancel", False))
         return plan
 
 

@@ -13,7 +13,7 @@ import torch
 import flashnorm
 
 from .build import causal_lm_types
-from .classes import NoModel, model_class
+from .classes import WHOLE, NoModel, model_class
 from .fold import fold_outcome, needed_refusals, specimen
 from .further import NotTiny
 from .overrides import UNBUILDABLE
@@ -21,14 +21,16 @@ from .variants import VARIANTS
 
 EXACT = 1e-11
 MEMORY = 12 << 30
-STATES = ("gain", "bias", "centring", "scale")
+# (on its own inputs, with everything that fold_ can do)
+RUNS = ((True, False), (True, True), (False, False))
 
 
 @dataclass
 class Row:
     """One type or variant. `error` and `noise` as in `Outcome`; `cause` where there is none.
 
-    `states` counts, per field of a site, what happens to it: {"gain": {"folded": 5}, ...}.
+    `states` counts, per field of a site, what happens to it: {"gain": {"folded": 5}, ...}; gains
+    and biases as they fold by default, centring and scales with everything else asked for.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Row:
 
 
 def group_of(name: str) -> str:
-    if name in VARIANTS:
+    if name in VARIANTS or name.endswith(WHOLE):
         return "variant"
     return "causal" if name in causal_lm_types() else "further"
 
@@ -125,10 +127,10 @@ def _describe(row: Row) -> None:
 
 
 def _fold(row: Row, full: bool) -> None:
-    for with_inputs in (True, False) if full else (True,):
+    for with_inputs, everything in RUNS if full else RUNS[:2]:
         started = time.process_time()
         try:
-            outcome = fold_outcome(row.name, with_inputs=with_inputs)
+            outcome = fold_outcome(row.name, with_inputs=with_inputs, everything=everything)
         except flashnorm.TraceError as error:
             if with_inputs:
                 row.category, row.cause = "cannot be recorded", str(error)
@@ -138,8 +140,12 @@ def _fold(row: Row, full: bool) -> None:
         row.default_inputs |= not with_inputs
         row.error = max(row.error or 0.0, outcome.error)
         row.noise = max(row.noise or 0.0, outcome.noise)
-        if not row.traced:
-            _count(row, outcome.plan)
+        if everything:
+            _count(row, outcome.plan, ("centring", "scale"))
+        elif not row.traced:
+            _count(row, outcome.plan, ("gain", "bias"))
+            row.sites, row.unreached = len(outcome.plan.sites), len(outcome.plan.unreached)
+            row.reasons = {s.path: s.reason for s in outcome.plan.sites if s.gain == "kept"}
         row.traced = True
     if row.traced and not row.sites:
         row.category, row.cause = "has no norm at all", "nothing divides by a statistic of itself"
@@ -149,8 +155,6 @@ def _fold(row: Row, full: bool) -> None:
         row.unneeded = [gain for gain, is_needed in needed.items() if not is_needed]
 
 
-def _count(row: Row, plan) -> None:
-    row.sites, row.unreached = len(plan.sites), len(plan.unreached)
-    for state in STATES:
-        row.states[state] = dict(Counter(getattr(site, state, "none") for site in plan.sites))
-    row.reasons = {s.path: s.reason for s in plan.sites if s.gain == "kept"}
+def _count(row: Row, plan, states) -> None:
+    for state in states:
+        row.states[state] = dict(Counter(getattr(site, state) for site in plan.sites))

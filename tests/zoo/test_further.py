@@ -33,7 +33,7 @@ def check(outcome):
 
 @pytest.mark.parametrize("name", marked(COVERED))
 def test_fold_is_exact(name):
-    outcome = fold_outcome(name, with_inputs=True)
+    outcome = fold_outcome(name, with_inputs=True, everything=True)
     check(outcome)
     assert bool(outcome.plan.sites) == bool(ROWS[name].sites)
 
