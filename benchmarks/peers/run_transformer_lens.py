@@ -39,6 +39,12 @@ from benchmarks.peers.common import (
 )
 
 BRIDGE = int(version("transformer-lens").split(".")[0]) >= 4
+if BRIDGE:  # here, so that a broken environment stops everything
+    from transformer_lens.model_bridge import TransformerBridge
+else:
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 KEY = "transformer-lens-bridge" if BRIDGE else "transformer-lens-hooked"
 RUNS: dict[str, dict] = {  # what is processed
     "converted": {"fold_ln": False, "center_writing_weights": False},
@@ -88,8 +94,6 @@ def _call(model: nn.Module) -> Callable:
 
 def bridge(path: Path, options: dict) -> tuple[nn.Module, int]:
     """TransformerLens 4: its adapter around the model of transformers."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent / "tokenizer")
     source = path / "original"
     model = TransformerBridge.boot_transformers(
@@ -109,10 +113,6 @@ def _constant_gains(model: nn.Module) -> int:
 
 def hooked(path: Path, options: dict) -> tuple[nn.Module, int | None]:
     """TransformerLens 3: configuration, weights and forward of its own, with no gain to count."""
-    from transformer_lens import HookedTransformer
-    from transformer_lens import loading_from_pretrained as loading
-    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
-
     source = path / "original"
     original, name = load(source), about(path)["name"]
     official = BY_NAME.get(name, str(_as_published(source, path / "hooked")))
