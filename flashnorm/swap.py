@@ -129,6 +129,8 @@ def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     held = {name: old._parameters[name] for name in _names(old)}
     moved = {"weight": site.gain == "folded", "bias": site.bias == "folded"}
     absent = {name: p.detach().clone() for name, p in held.items() if p is not None and moved[name]}
+    if isinstance(old, FlashRMSNorm):
+        absent |= {name: getattr(old, f"absent_{name}") for name in old.absent}
     kept: dict[str, Any] = {name: p for name, p in held.items() if name not in absent}
     offset = site.weight.offset if site.weight is not None and "weight" in kept else 0.0
     assert site.eps is not None

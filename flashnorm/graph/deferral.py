@@ -15,17 +15,22 @@ from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.scales import ReaderUse, Renormed, Scales, find_scales
 from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
 
+SCALED = ("rms", "layer")
 NOT_A_MODULE = "the norm is not a module of its own"
 BIAS = "the norm adds a bias after its scale"
+MEAN = "its mean has to be subtracted first; centring (--centre) would take it out"
 UNREAD = "nothing that was recorded reads it linearly"
 
 
 def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
-    """The plan with the place of every RMSNorm's scale; `visits` are those of each site."""
+    """The plan with the place of every norm's scale; `visits` are those of each site.
+
+    A LayerNorm's is deferred with its mean, `s ⊙ (x W*ᵀ − μ u)` (E5), unless it is centred.
+    """
     outputs = {
         flow.graph.calls[visit.node.call].returned[0]: index
         for index, visit in flow.visits.items()
-        if visit.kind == "rms" and is_replaceable(flow, visit)
+        if visit.kind in SCALED and is_replaceable(flow, visit)
     }
     if not outputs:
         return plan
@@ -33,7 +38,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     _refuse_shared_renorms(scales)
     undone = _undone(scales)
     sites = tuple(
-        _site(scales, site, nodes, undone) if site.kind == "rms" else site
+        _site(scales, site, nodes, undone) if site.kind in SCALED else site
         for site, nodes in zip(plan.sites, visits, strict=True)
     )
     return replace(plan, sites=sites)
@@ -86,6 +91,8 @@ def _site(
         for path in dict.fromkeys(_path(scales, r) for r in undone)
     )
     state, why = _state(scales, readers, undone, uses)
+    if site.kind == "layer" and site.centring != "folded" and state in ("partial", "cancelled"):
+        state, why = "deferred", MEAN
     return replace(site, scale=state, scale_reason=why, readers=readers, renorms=renorms)
 
 

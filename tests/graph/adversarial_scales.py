@@ -65,6 +65,17 @@ class TwoNormsMet(Base):
         return self.out(self.inner(self.reader(self.norm(x) + self.other(x.sin()))))
 
 
+class LayerFirst(Base):
+    """A LayerNorm's scale cancels as well, once its mean is out of the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.writer, self.norm = nn.Linear(N, N), nn.LayerNorm(N, eps=0.7, bias=False)
+
+    def forward(self, x):
+        return super().forward(self.writer(x))
+
+
 class NormWithBias(Base):
     """The norm adds a bias, for which the reader has no slot."""
 

@@ -20,6 +20,7 @@ EXPECTED = {
     modules.Heads: ("cancelled", ""),
     modules.Chain: ("cancelled", ""),
     modules.TwoNormsMet: ("kept", "also read by add"),
+    modules.LayerFirst: ("deferred", "mean has to be subtracted first"),
     modules.NormWithBias: ("kept", "adds a bias after its scale"),
     modules.Relu: ("cancelled", ""),
     modules.Gelu: ("deferred", "read by gelu"),
@@ -61,7 +62,7 @@ def test_scale_ends_where_it_may(cls):
     assert swapped == (state in CANCELS)
     assert relative(outputs(model, inputs), before) <= BOUND
     flashnorm.unfold_(model)
-    assert isinstance(model.norm, modules.BigEps)
+    assert type(model.norm) is type(cls().norm)
     assert relative(outputs(model, inputs), before) <= BOUND
 
 
@@ -96,6 +97,17 @@ def test_ignoring_epsilon_is_the_papers_form_and_differs(cls):
     flashnorm.fold_(model, inputs, cancel=True, eps="ignore")
     assert isinstance(model.inner, modules.BigEps)
     assert relative(outputs(model, inputs), before) > 1e-3
+
+
+def test_a_centred_layer_norm_cancels_like_any_other():
+    model, inputs = made(modules.LayerFirst), inputs_of(modules.LayerFirst)
+    before, keys = outputs(model, inputs), set(model.state_dict())
+    plan = flashnorm.fold_(model, inputs, centre=True, cancel=True)
+    assert (first(plan).centring, first(plan).scale) == ("folded", "cancelled")
+    assert relative(outputs(model, inputs), before) <= BOUND
+    assert set(model.state_dict()) == keys
+    flashnorm.unfold_(model)
+    assert relative(outputs(model, inputs), before) <= BOUND
 
 
 def test_glu_halves_wait_for_the_second_product():
