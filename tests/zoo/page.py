@@ -98,7 +98,7 @@ def _table_row(row: Row) -> str:
     if row.error is None:
         return f"| {row.name} | {row.model} " + "| " * 11 + f"{row.cause} |"
     gain = [row.count("gain", state) for state in ("folded", "kept", "none")]
-    cells = [row.name, row.model, row.sites, *gain]
+    cells = [row.name, row.model, _states(row, "kind"), *gain]
     cells += [_states(row, state) for state in ("bias", "centring", "scale")]
     cells += [f"{row.error:.1e}", f"{row.noise:.1e}", f"{row.refusals_needed}/{row.refused_gains}"]
     return "| " + " | ".join(map(str, [*cells, _why(row)])) + " |"

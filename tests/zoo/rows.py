@@ -143,7 +143,7 @@ def _fold(row: Row, full: bool) -> None:
         if everything:
             _count(row, outcome.plan, ("centring", "scale"))
         elif not row.traced:
-            _count(row, outcome.plan, ("gain", "bias"))
+            _count(row, outcome.plan, ("kind", "gain", "bias"))
             row.sites, row.unreached = len(outcome.plan.sites), len(outcome.plan.unreached)
             row.reasons = {s.path: s.reason for s in outcome.plan.sites if s.gain == "kept"}
         row.traced = True
