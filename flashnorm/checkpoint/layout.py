@@ -67,10 +67,10 @@ def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
     for name in sorted(changes.touched):
         _check_float(source.where[name].entry)
     shards = tuple(_shard(name, header, changes) for name, header in source.shards.items())
-    if not (changes.removed or changes.copies):
-        return Layout(shards, changes, None)
-    _check_names(source, shards, changes)
-    return Layout(shards, changes, _index(source, shards))
+    if changes.removed or plan.untied:
+        _check_names(source, shards, changes, bool(plan.untied))
+    changed = changes.removed or changes.copies
+    return Layout(shards, changes, _index(source, shards) if changed else None)
 
 
 def plan_parameters(plan: Plan) -> set[str]:
@@ -81,14 +81,19 @@ def plan_parameters(plan: Plan) -> set[str]:
     return names | {name for pair in plan.untied for name in pair}
 
 
-def _check_names(source: Source, shards: tuple[Shard, ...], changes: Changes) -> None:
-    """Tensors that were added or removed must not change what the others mean to the loader."""
+def _check_names(source: Source, shards: tuple[Shard, ...], changes: Changes, untied: bool) -> None:
+    """Tensors that come or go, and ties that end, must not change where the others come from."""
     shapes = {e.name: e.shape for shard in shards for e in shard.header.entries}
     added = {copy.tensor for copy in changes.copies}
-    before, after = changes.mapped, map_parameters(source, added, shapes)
+    before, after = changes.mapped, map_parameters(source, added, shapes, untied=untied)
     for name, whole in before.wholes.items():
         if name in added or not changes.removed.isdisjoint(whole.tensors):
             continue
+        if untied and name not in after.wholes:
+            raise CheckpointError(
+                f"untying the head also parts {name} from {whole.tensors[0]}, of which the "
+                "checkpoint holds only one: fold without untie"
+            )
         if name not in after.wholes or not whole.same(after.wholes[name]):
             raise CheckpointError(
                 f"without the tensors that strict mode removes, transformers would load {name} "

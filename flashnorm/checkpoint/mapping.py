@@ -53,18 +53,25 @@ class Mapped:
 
 
 def map_parameters(
-    source: Source, wanted: Iterable[str] = (), shapes: Shapes | None = None
+    source: Source,
+    wanted: Iterable[str] = (),
+    shapes: Shapes | None = None,
+    *,
+    untied: bool = False,
 ) -> Mapped:
     """Where the parameters of a checkpoint's model lie in its tensors, or in others of `shapes`.
 
     The model is built from the config, without memory. `wanted` are parameters that it must have:
-    where the class that the config names lacks one, a class with a head is taken. A config that
-    transformers does not know has a model of one's own, whose parameters have their own names.
+    where the class that the config names lacks one, a class with a head is taken; `untied` takes
+    the config as it is when the head is tied no more. A config that transformers does not know has
+    a model of one's own, whose parameters have their own names.
     """
     if shapes is None:
         shapes = {name: place.entry.shape for name, place in source.where.items()}
     if (config := _read_config(source)) is None:
         return Mapped({name: whole_tensor(name, shape) for name, shape in shapes.items()})
+    if untied:
+        _untie(config)
     wanted, text = set(wanted), config.to_json_string(use_diff=False)
     stored = tuple((name, tuple(shape)) for name, shape in shapes.items())
     for cls in _classes(config):
@@ -72,7 +79,7 @@ def map_parameters(
         if wanted <= names:
             return mapped
     raise CheckpointError(
-        f"the plan names the parameter {min(wanted - names)}, which {cls.__name__} does not have: "
+        f"the plan names the parameter {min(wanted - names)}, which the model does not have: "
         "make the plan from this checkpoint, with flashnorm.inspect"
     )
 
@@ -112,6 +119,13 @@ def _read_config(source: Source) -> Any | None:
                 f"transformers cannot read the config.json of {source.path.name}, so the names in "
                 f"this checkpoint cannot be told: {error}"
             ) from error
+
+
+def _untie(config: Any) -> None:
+    parts: list[Any] = [config, getattr(config, "text_config", None)]
+    for part in parts:
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def _classes(config: Any) -> list[Any]:

@@ -195,7 +195,7 @@ class Located(Tensor):
 
 def _metas(values: Any) -> Any:
     """The same with tensors that have shapes only."""
-    return tree_map_only(Located, lambda v: torch.empty(v.shape, device="meta"), values)
+    return tree_map_only(Tensor, lambda v: torch.empty(v.shape, device="meta"), values)
 
 
 def _listed(values: Any) -> Sequence[Tensor]:

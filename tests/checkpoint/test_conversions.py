@@ -147,3 +147,12 @@ def test_a_conversion_that_is_no_move_is_refused(tmp_path, monkeypatch):
     mapping._answer.cache_clear()
     with pytest.raises(CheckpointError, match=r"converts tensors into .* in a way not followed"):
         fold_checkpoint(src, tmp_path / "dst", plan=plan)
+
+
+@pytest.mark.parametrize("name", ["bert", "zamba"])
+def test_other_ties_stay_when_the_head_is_untied(tmp_path, name):
+    """One setting ties the head, its bias, and blocks that are shared by layers."""
+    src = save_tiny(name, tmp_path / "src")
+    with pytest.raises(CheckpointError, match=r"untying the head also parts .* fold without untie"):
+        fold_checkpoint(src, tmp_path / "dst", untie=True)
+    assert not (tmp_path / "dst").exists()
