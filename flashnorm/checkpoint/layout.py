@@ -8,6 +8,7 @@ from typing import Any
 
 from flashnorm.checkpoint.changes import Changes, plan_changes
 from flashnorm.checkpoint.config import QUANTIZED_REMEDY
+from flashnorm.checkpoint.defaults import check_defaults
 from flashnorm.checkpoint.header import FLOAT_DTYPES, Entry, Header, build_header
 from flashnorm.checkpoint.mapping import REMEDY, map_parameters
 from flashnorm.checkpoint.source import Source
@@ -67,10 +68,18 @@ def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
     for name in sorted(changes.touched):
         _check_float(source.where[name].entry)
     shards = tuple(_shard(name, header, changes) for name, header in source.shards.items())
+    if strict:
+        check_defaults(source, _left_values(plan))
     if changes.removed or plan.untied:
         _check_names(source, shards, changes, bool(plan.untied))
     changed = changes.removed or changes.copies
     return Layout(shards, changes, _index(source, shards) if changed else None)
+
+
+def _left_values(plan: Plan) -> dict[str, float]:
+    """What a fold leaves in the parameters that strict mode removes."""
+    found = {shift.parameter: 0.0 for shift in plan.shifts() if shift.folded}
+    return found | {gain.parameter: gain.identity for gain in plan.gains()}
 
 
 def plan_parameters(plan: Plan) -> set[str]:

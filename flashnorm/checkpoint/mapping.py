@@ -84,6 +84,15 @@ def map_parameters(
     )
 
 
+def build_model(source: Source, wanted: Iterable[str]) -> nn.Module | None:
+    """The model of a checkpoint without values; None where transformers does not know it."""
+    if (config := _read_config(source)) is None:
+        return None
+    with quiet_transformers():
+        models = (fake_model(cls, config) for cls in _classes(config))
+        return next(m for m in models if {*wanted} <= {name for name, _ in _named(m)})
+
+
 @dataclass(frozen=True)
 class _Question:
     """Which model, by its class and the text of its config, and which tensors."""

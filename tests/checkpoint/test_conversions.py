@@ -156,3 +156,12 @@ def test_other_ties_stay_when_the_head_is_untied(tmp_path, name):
     with pytest.raises(CheckpointError, match=r"untying the head also parts .* fold without untie"):
         fold_checkpoint(src, tmp_path / "dst", untie=True)
     assert not (tmp_path / "dst").exists()
+
+
+def test_strict_needs_a_gain_of_one_where_none_is_stored(tmp_path):
+    """Its norm is 1 + w, but transformers begins with w = 1."""
+    src = save_tiny("nemotron", tmp_path / "src")
+    match = r"strict mode removes .*, and transformers would then begin with a value other than 0,"
+    with pytest.raises(CheckpointError, match=match):
+        fold_checkpoint(src, tmp_path / "dst", strict=True)
+    assert not (tmp_path / "dst").exists()

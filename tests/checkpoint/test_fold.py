@@ -118,7 +118,9 @@ def test_compat_keeps_headers_order_and_files(tmp_path, shards):
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_strict_removes_the_gains_and_keeps_the_rest_true(tmp_path, shards, offset):
     tensors = llama_tensors(LAYERS, offset=offset)
-    src = write_checkpoint(tmp_path / "src", tensors, shards=shards)
+    # A Llama does not begin with gains of zero, so here it is a model of one's own.
+    own = {"model_type": "custom"} if offset else {}
+    src = write_checkpoint(tmp_path / "src", tensors, shards=shards, **own)
     plan, dst = llama_plan(LAYERS, offset=offset), tmp_path / "dst"
     fold_checkpoint(src, dst, plan=plan, strict=True)
     gains = {gain.parameter for gain in plan.gains()}
@@ -224,7 +226,8 @@ def test_the_marker_says_what_was_done(tmp_path):
     ],
 )
 def test_the_marker_names_the_mode_and_the_dtype(tmp_path, offset, dtype, strict, wanted):
-    src = write_checkpoint(tmp_path / "src", llama_tensors(1, dtype=dtype, offset=offset))
+    tensors = llama_tensors(1, dtype=dtype, offset=offset)
+    src = write_checkpoint(tmp_path / "src", tensors, model_type="custom")
     fold_checkpoint(src, tmp_path / "dst", plan=llama_plan(1, offset=offset), strict=strict)
     marker = json.loads((tmp_path / "dst" / "config.json").read_text())["flashnorm"]
     assert (marker["mode"], marker["fold_dtype"]) == wanted
