@@ -26,6 +26,7 @@ ORDER = [
     "flashnorm.marker",
     "flashnorm.graph",
     "flashnorm.planner",
+    "flashnorm.kernels",
     "flashnorm.functional",
     "flashnorm.nn",
     "flashnorm.swap",

@@ -1,10 +1,9 @@
-"""The identities of deferral as plain functions: what every faster runtime must equal."""
+"""Norm + linear as one operation, and the identities of deferral as plain functions."""
 
 from flashnorm.functional.attention import rope, scaled_rope_tables, shared_gain_tables
 from flashnorm.functional.deferral import (
     deferred_layer_linear,
     deferred_linear,
-    dyt_linear,
     glu,
     reglu,
     relu_ffn,
@@ -12,14 +11,29 @@ from flashnorm.functional.deferral import (
     sum_gain,
     sum_scale,
 )
+from flashnorm.functional.fused import (
+    dyt_linear,
+    layer_norm_linear,
+    norm_glu,
+    norm_linear,
+    norm_linears,
+    rms_norm_linear,
+)
+from flashnorm.functional.prepared import Prepared
 
 __all__ = [
+    "Prepared",
     "deferred_layer_linear",
     "deferred_linear",
     "dyt_linear",
     "glu",
+    "layer_norm_linear",
+    "norm_glu",
+    "norm_linear",
+    "norm_linears",
     "reglu",
     "relu_ffn",
+    "rms_norm_linear",
     "rope",
     "row_scale",
     "scaled_rope_tables",

@@ -1,0 +1,167 @@
+"""Norm + linear as one operation (E4, E5, E6): what models call, eager or compiled.
+
+    y = (norm(x) · (gain_offset + gain) + norm_bias) Wᵀ + c [+ residual]
+
+x: [.., n], weight: [k, n], bias: [k], gain and norm_bias: [n], residual: [.., k]; returns [.., k]
+in the dtype of x. Without a gain the norm has none (a folded one has moved into the weight, E1);
+`gain_offset=1` is for models that store g − 1.
+
+float32, bfloat16 and float16 on a CPU run on compiled kernels: sums and all that stands around them
+in float32, one rounding. Anything else, and anything that needs a gradient, runs on torch's own
+operations; `flashnorm.kernels.dispatch` says so and can forbid it. Shapes that do not fit raise
+ValueError with the name of the argument. Source: FlashNorm, arXiv 2407.09577.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels import dispatch, ops, reference
+from flashnorm.kernels.call import Call
+
+
+def run(call: Call) -> list[Tensor]:
+    """Any call: directly in eager mode, as a registered operation where something watches."""
+    if torch.compiler.is_compiling():
+        return reference.norm_linear(call) if call.needs_gradient() else ops.run(call)
+    if not dispatch.watched(call.x, *call.weights):
+        return dispatch.norm_linear(call)
+    # torch.jit cannot write down a list of weights.
+    plain = call.needs_gradient() or torch.jit.is_tracing()
+    return reference.norm_linear(call) if plain else ops.run(call)
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`(norm(x)·g + β) Wᵀ + c [+ residual]` with norm "rms", "layer", "dyt" or "none"."""
+    biases = None if bias is None else (bias,)
+    return run(
+        Call(x, (weight,), biases, norm, eps, gain, gain_offset, norm_bias, alpha, None, residual)
+    )[0]
+
+
+def norm_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+) -> list[Tensor]:
+    """`[z W_iᵀ + c_i]` with `z = norm(x)·g + β`: the readers of one norm (q, k and v) as one call.
+
+    weights: [k_i, n], biases: [k_i] or None each; returns [.., k_i].
+    """
+    return run(Call(x, weights, biases, norm, eps, gain, gain_offset, norm_bias, alpha))
+
+
+def rms_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """E4: `s ⊙ (x W*ᵀ) + c [+ residual]`, `s = rsqrt(mean(x²) + ε)`; a gain is applied on load."""
+    biases = None if bias is None else (bias,)
+    return run(
+        Call(x, (weight,), biases, "rms", eps, gain, gain_offset, None, None, None, residual)
+    )[0]
+
+
+def layer_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """E5: `s ⊙ ((x − μ) W*ᵀ) + c [+ residual]`, `s = rsqrt(var(x) + ε)`.
+
+    The mean is taken off x and not, as `μ u`, off the product: where |μ| is far larger than the
+    deviation that difference would keep no correct digit.
+    """
+    biases = None if bias is None else (bias,)
+    return run(
+        Call(x, (weight,), biases, "layer", eps, gain, gain_offset, norm_bias, None, None, residual)
+    )[0]
+
+
+def dyt_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    *,
+    gain: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """E6: `(tanh(αx)·γ + β) Wᵀ + c [+ residual]`. alpha: one number. Source: arXiv 2503.10622."""
+    biases = None if bias is None else (bias,)
+    return run(Call(x, (weight,), biases, "dyt", 0.0, gain, 0.0, norm_bias, alpha, None, residual))[
+        0
+    ]
+
+
+def norm_glu(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    norm: str = "rms",
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`act(z Gᵀ + c_g) ⊙ (z Uᵀ + c_u) [+ residual]` with `z = norm(x)·g + β`.
+
+    gate, up: [m, n] (the halves of one weight: `*weight.chunk(2)`); returns [.., m]. activation:
+    "silu", "gelu" (erf), "gelu_tanh", "relu" or "identity".
+    """
+    return run(
+        Call(
+            x,
+            (gate, up),
+            (gate_bias, up_bias),
+            norm,
+            eps,
+            gain,
+            gain_offset,
+            norm_bias,
+            alpha,
+            activation,
+            residual,
+        )
+    )[0]

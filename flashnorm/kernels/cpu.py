@@ -1,0 +1,204 @@
+"""Norm + linear on the CPU: weights read once, as a stream, for up to sixteen rows of x.
+
+More rows go to torch's matmul, between a norm and a gate that take one pass each. y is rounded once
+from float32 sums; statistics, gain, bias, activation and residual are in float32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
+from flashnorm.kernels.library import Library, load, use_isa
+
+__all__ = ["available", "pack", "run", "run_packed", "use_isa", "why_not"]
+
+# The numbers of csrc/api.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORM = {name: i for i, name in enumerate(NORMS)}
+ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
+
+# Above so many rows torch's matmul is faster than reading the weights once per sixteen rows.
+ROWS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
+MOST_WEIGHTS = 8
+
+_OP = [struct.Struct("8iq2d3qq" + "4q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+_CALL = [struct.Struct("6q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+_GLU = struct.Struct("2i11q").pack
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled kernels run here, and on what; or why not."""
+    library = load()
+    if isinstance(library, str):
+        return False, library
+    return True, f"{library.isa} kernels on {library.threads}"
+
+
+def why_not(call: Call) -> str | None:
+    """Why the kernels cannot take a call, or None where they can."""
+    x, weights, biases, _, _, gain, _, norm_bias, alpha, _, residual = call
+    if isinstance(library := load(), str):
+        return library
+    if not x.is_cpu:
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    if x.shape[-1] == 0 or not 0 < len(weights) <= MOST_WEIGHTS:
+        return f"x has no features, or there are not 1 to {MOST_WEIGHTS} weights"
+    dtype = weights[0].dtype
+    for w in weights:
+        if w.dtype not in DTYPES or w.dtype != dtype or not w.is_cpu:
+            return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
+        if not w.is_contiguous() and w.stride(1) != 1:
+            return "a weight's rows are not dense; weight.contiguous() has dense ones"
+    for bias in biases or ():
+        if bias is not None and (bias.dtype != dtype or not _dense(bias)):
+            return f"a bias is not of its weight's dtype, dense, on the CPU: {bias.dtype}"
+    for name, vector in (("gain", gain), ("norm_bias", norm_bias), ("alpha", alpha)):
+        if vector is not None and (vector.dtype not in DTYPES or not _dense(vector)):
+            return f"{name} is not of the kernels' dtypes, dense, on the CPU: {vector.dtype}"
+    if residual is not None and (residual.dtype != x.dtype or not residual.is_cpu):
+        return f"the residual is not like x: {residual.dtype}"
+    return None
+
+
+def _dense(vector: Tensor) -> bool:
+    return vector.is_cpu and vector.is_contiguous()
+
+
+def run(call: Call) -> list[Tensor]:
+    """The operation of `reference.norm_linear`, for a call that `why_not` has nothing against."""
+    x, weights = call.x, call.weights
+    if x.numel() > most_rows(call) * x.shape[-1]:
+        return _many_rows(call)
+    widths = [w.shape[0] for w in weights]
+    return run_packed(pack(call), x, widths[:1] if call.activation else widths, call.residual)
+
+
+def most_rows(call: Call) -> int:
+    """How many rows of x the fused kernel takes before torch's matmul does."""
+    return ROWS[call.x.dtype] if call.x.dtype == call.weights[0].dtype else 2**62
+
+
+def pack(call: Call) -> bytes:
+    """All of a call but x, results and residual, as the library reads it. It holds no reference."""
+    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, _ = call
+    weight_type = DTYPES[weights[0].dtype]
+    segments: list[int] = []
+    for i, w in enumerate(weights):
+        c = biases[i] if biases else None
+        segments += (w.data_ptr(), 0 if c is None else c.data_ptr(), w.shape[0], w.stride(0))
+    return _OP[len(weights)](
+        NORM[norm],
+        ACTIVATION[activation],
+        DTYPES[x.dtype],
+        weight_type,
+        weight_type,
+        0 if gain is None else DTYPES[gain.dtype],
+        0 if norm_bias is None else DTYPES[norm_bias.dtype],
+        0 if alpha is None else DTYPES[alpha.dtype],
+        x.shape[-1],
+        eps,
+        offset,
+        0 if gain is None else gain.data_ptr(),
+        0 if norm_bias is None else norm_bias.data_ptr(),
+        0 if alpha is None else alpha.data_ptr(),
+        len(weights),
+        *segments,
+    )
+
+
+def run_packed(
+    packed: bytes, x: Tensor, widths: Sequence[int], residual: Tensor | None
+) -> list[Tensor]:
+    """The fused kernel on x [.., n], for results of these widths."""
+    shape = x.shape
+    n, lead, dtype = shape[-1], shape[:-1], x.dtype
+    if x.is_contiguous():
+        rows, stride = x.numel() // n, n
+    else:
+        x = _rows(x)
+        rows, stride = x.shape[0], x.stride(0)
+    added = added_stride = 0
+    if residual is not None:
+        residual = _rows(residual)
+        added, added_stride = residual.data_ptr(), residual.stride(0)
+    outputs: list[Tensor] = []
+    places: list[int] = []
+    for width in widths:
+        y = torch.empty((*lead, width), dtype=dtype)
+        outputs.append(y)
+        places += (y.data_ptr(), width)
+    threads = torch.get_num_threads()
+    call = _CALL[len(places) // 2](
+        x.data_ptr(), added, rows, stride, added_stride, threads, *places
+    )
+    if _library().run(packed, call):
+        raise MemoryError("no memory for the rows of x in float32")
+    return outputs
+
+
+def _library() -> Library:
+    library = load()
+    assert isinstance(library, Library)
+    return library
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [rows, n] with dense rows, copied only where its strides make it necessary."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _many_rows(call: Call) -> list[Tensor]:
+    """Norm, torch's matmul, gate and residual: the norm and the gate are one pass each."""
+    x, biases = _rows(call.x), call.biases
+    plain = call.norm == "none" and call.gain is None and call.norm_bias is None
+    z = x if plain else _normalized(pack(call), x)
+    found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
+    if call.activation:
+        found = [_gated(found[0], found[1], call.activation)]
+    if call.residual is not None:
+        found[0] += _rows(call.residual)
+    return [y.view(*call.x.shape[:-1], y.shape[1]) for y in found]
+
+
+def _normalized(packed: bytes, x: Tensor) -> Tensor:
+    """norm(x) · gain + bias in the dtype of x: [rows, n], one pass."""
+    rows, n = x.shape
+    z = torch.empty((rows, n), dtype=x.dtype)
+    threads = torch.get_num_threads()
+    call = _CALL[1](x.data_ptr(), 0, rows, x.stride(0), 0, threads, z.data_ptr(), n)
+    if _library().normalize(packed, call):
+        raise MemoryError("no memory for a row of x in float32")
+    return z
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) ⊙ up, written over gate: [rows, width]."""
+    rows, width = gate.shape
+    place, stride = gate.data_ptr(), gate.stride(0)
+    packed = _GLU(
+        ACTIVATION[activation],
+        DTYPES[gate.dtype],
+        place,
+        up.data_ptr(),
+        place,
+        0,
+        rows,
+        width,
+        stride,
+        up.stride(0),
+        stride,
+        0,
+        torch.get_num_threads(),
+    )
+    if _library().glu(packed):
+        raise MemoryError("no memory for a row of the gate in float32")
+    return gate

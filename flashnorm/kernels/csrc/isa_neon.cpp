@@ -1,0 +1,6 @@
+#include "vec_neon.h"
+#include "rows.h"
+#include "table.h"
+
+extern const Table flashnorm_neon;
+const Table flashnorm_neon = {run_part, normalize_part, glu_part, read_part};

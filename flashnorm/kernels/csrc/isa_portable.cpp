@@ -1,0 +1,6 @@
+#include "vec_portable.h"
+#include "rows.h"
+#include "table.h"
+
+extern const Table flashnorm_portable;
+const Table flashnorm_portable = {run_part, normalize_part, glu_part, read_part};

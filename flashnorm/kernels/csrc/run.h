@@ -1,0 +1,154 @@
+// One thread's share of y = act(s ⊙ (f(x) Wᵀ) + c) [+ residual]: a block of output columns.
+#pragma once
+#include "arena.h"
+#include "finish.h"
+#include "skinny.h"
+#include "table.h"
+
+namespace {
+
+// Up to MAX_ROWS rows of x on their way, as the products read them.
+struct Block {
+  const Op& op;
+  const Call& call;
+  const How& how;
+  int64_t first, rows;        // which rows of x
+  const float* x;             // [rows][padded n]
+  const Bf16* pairs;          // the raw rows, where they are exact enough as they are; or null
+  float scale[MAX_ROWS];      // what each row still has to be multiplied by
+};
+
+struct Range { int64_t begin, end; };
+
+// Part `part` of `parts` of 0..total, cut at multiples of COLUMNS.
+inline Range share(int64_t total, int64_t part, int64_t parts) {
+  const int64_t units = (total + COLUMNS - 1) / COLUMNS;
+  return {smaller(units * part / parts * COLUMNS, total),
+          smaller(units * (part + 1) / parts * COLUMNS, total)};
+}
+
+inline int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
+
+inline const char* offset(const void* p, int32_t type, int64_t elements) {
+  return static_cast<const char*>(p) + elements * size_of(type);
+}
+
+inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
+  const int32_t type = b.op.weight_type;
+  const int64_t n = b.op.n, ahead = smaller(b.how.ahead / size_of(type), n);
+  const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
+  const void* weight = offset(s.weight, type, at * s.stride);
+  const Product p{weight, x, s.stride, padded(n), n, ahead, b.rows, count, out};
+  if (b.pairs) b.how.pairs(p);
+  else if (type == FLOAT32) products<Plain<float>>(p);
+  else if (type == BFLOAT16) products<Plain<Bf16>>(p);
+  else products<Plain<Fp16>>(p);
+}
+
+// `count` columns of one segment, scaled and with their bias: out[rows][CHUNK].
+inline void linear_chunk(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
+  multiply(b, s, at, count, out);
+  float bias[CHUNK];
+  if (s.bias)
+    for (int64_t c = 0; c < count; ++c) bias[c] = number(s.bias, b.op.bias_type, at + c);
+  for (int64_t m = 0; m < b.rows; ++m)
+    scale_bias(out + m * CHUNK, b.scale[m], s.bias ? bias : nullptr, count);
+}
+
+inline void store_chunk(const Block& b, const Output& out, const float* v, int64_t at,
+                        int64_t count) {
+  for (int64_t m = 0; m < b.rows; ++m) {
+    const int64_t row = b.first + m;
+    store(b.op.x_type, v + m * CHUNK, out.y, row * out.stride + at, b.call.residual,
+          row * b.call.residual_stride + at, count);
+  }
+}
+
+inline void run_linear(const Block& b, Range range) {
+  alignas(64) float out[MAX_ROWS * CHUNK];
+  int64_t first = 0;
+  for (int64_t i = 0; i < b.op.segments; first += b.op.segment[i].rows, ++i) {
+    const Segment& s = b.op.segment[i];
+    const int64_t end = smaller(range.end - first, s.rows);
+    for (int64_t at = range.begin > first ? range.begin - first : 0; at < end; at += CHUNK) {
+      const int64_t count = smaller(CHUNK, end - at);
+      linear_chunk(b, s, at, count, out);
+      store_chunk(b, b.call.out[i], out, at, count);
+    }
+  }
+}
+
+inline void run_glu(const Block& b, Range range) {
+  alignas(64) float gate[MAX_ROWS * CHUNK], up[MAX_ROWS * CHUNK];
+  for (int64_t at = range.begin; at < range.end; at += CHUNK) {
+    const int64_t count = smaller(CHUNK, range.end - at);
+    linear_chunk(b, b.op.segment[0], at, count, gate);
+    linear_chunk(b, b.op.segment[1], at, count, up);
+    for (int64_t m = 0; m < b.rows; ++m)
+      glu_row(b.op.act, gate + m * CHUNK, up + m * CHUNK, count);
+    store_chunk(b, b.call.out[0], gate, at, count);
+  }
+}
+
+// Products of bf16 pairs treat subnormal numbers as zero and are exact otherwise: safe for rows that
+// are far from subnormal and have not been touched.
+inline bool pairs_allowed(const Op& op, const How& how) {
+  return how.pairs && op.x_type == BFLOAT16 && op.weight_type == BFLOAT16 && !op.gain &&
+         !op.shift && (op.norm == NORM_NONE || op.norm == NORM_RMS);
+}
+
+inline void copy_pairs(const Bf16* x, int64_t n, Bf16* out) {
+  memcpy(static_cast<void*>(out), x, static_cast<size_t>(n) * sizeof(Bf16));
+  memset(static_cast<void*>(out + n), 0, static_cast<size_t>(padded(n) - n) * sizeof(Bf16));
+}
+
+inline int64_t space_for(const Op& op, int64_t rows) {
+  return padded(op.n) * (2 + rows) + padded(op.n) / 2 * rows;
+}
+
+// Each thread prepares all rows for itself: that takes less time than waiting for another one.
+inline void prepare(Block& b, const Affine& affine, float* space) {
+  const int64_t n = b.op.n, width = padded(n);
+  Bf16* pairs = reinterpret_cast<Bf16*>(space + b.rows * width);
+  bool exact = pairs_allowed(b.op, b.how);
+  for (int64_t m = 0; m < b.rows; ++m) {
+    const int64_t at = (b.first + m) * b.call.x_stride;
+    float* row = space + m * width;
+    const Scale scale = prepare_row(b.op, affine, b.call.x, at, row);
+    b.scale[m] = scale.factor;
+    if (exact) copy_pairs(static_cast<const Bf16*>(b.call.x) + at, n, pairs + m * width);
+    if (b.op.norm == NORM_NONE)
+      exact = exact && ordinary(sums(row, n).squares / static_cast<float>(n));
+    exact = exact && !scale.wide;
+  }
+  b.x = space;
+  b.pairs = exact ? pairs : nullptr;
+}
+
+// Brings in what the first tile will read while the statistics are computed.
+inline void fetch_first(const Op& op, Range range, int64_t ahead) {
+  const Segment& s = op.segment[0];
+  for (int64_t row = range.begin; row < smaller(range.begin + COLUMNS, s.rows); ++row)
+    for (int64_t byte = 0; byte < smaller(ahead, op.n * size_of(op.weight_type)); byte += 64)
+      prefetch(offset(s.weight, op.weight_type, row * s.stride) + byte);
+}
+
+int32_t run_part(const Op& op, const Call& call, const How& how, int64_t part, int64_t parts) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) total += op.segment[i].rows;
+  const Range range = share(total, part, parts);
+  if (range.begin == range.end) return OK;
+  fetch_first(op, range, how.ahead);
+  float* space = arena(space_for(op, smaller(call.rows, MAX_ROWS)));
+  if (!space) return NO_MEMORY;
+  const Affine gains = affine(op, space);
+  for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
+    Block block{op, call, how, first, smaller(call.rows - first, MAX_ROWS), nullptr, nullptr, {}};
+    prepare(block, gains, space + 2 * padded(op.n));
+    if (op.act) run_glu(block, range);
+    else run_linear(block, range);
+  }
+  return OK;
+}
+
+}  // namespace

@@ -1,0 +1,33 @@
+// What the parts of the library say to each other.
+#pragma once
+#include "api.h"
+
+constexpr int COLUMNS = 4;    // rows of weights that a tile reads side by side
+constexpr int CHUNK = 64;     // output columns between two epilogues
+constexpr int MAX_ROWS = 16;  // rows of x at most
+
+// out[m][c] = Σ_i x[m][i] weight[c][i], m < rows, c < count <= CHUNK; rows of out are CHUNK apart.
+struct Product {
+  const void *weight, *x;
+  int64_t stride, x_stride, n;
+  int64_t ahead;  // elements between reading and prefetching, at most n
+  int64_t rows, count;
+  float* out;
+};
+
+struct How {
+  int64_t ahead;                 // bytes of each weight row to prefetch
+  void (*pairs)(const Product&);  // products of raw bf16 rows, or null
+};
+
+// The entry points of one instruction set.
+struct Table {
+  int32_t (*run)(const Op&, const Call&, const How&, int64_t part, int64_t parts);
+  int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
+  int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
+  float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
+};
+
+namespace {
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+}  // namespace

@@ -1,0 +1,86 @@
+"""Which backend runs norm + linear, why, and what to do where only the reference can."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashnorm.errors import FlashNormError
+from flashnorm.kernels import cpu, reference
+from flashnorm.kernels.call import Call, check
+
+GRADIENT = "a gradient is wanted, which the kernels do not have (use torch.no_grad())"
+
+_log = logging.getLogger("flashnorm")
+_fallbacks: Counter[str] = Counter()
+_forbidden = os.environ.get("FLASHNORM_FALLBACK") == "forbid"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one call (`cpu` or `reference`), and on what, or why not a faster one."""
+
+    backend: str
+    reason: str
+
+
+def norm_linear(call: Call) -> list[Tensor]:
+    """`reference.norm_linear` on the fastest backend that takes the call.
+
+    Raises FlashNormError where none does and falling back is forbidden, ValueError for shapes that
+    do not fit each other.
+    """
+    check(call)
+    reason = GRADIENT if call.needs_gradient() else cpu.why_not(call)
+    if reason is None:
+        return cpu.run(call)
+    _fell_back(reason)
+    return reference.norm_linear(call)
+
+
+def explain(call: Call) -> Choice:
+    """What `norm_linear` would run for these arguments, without running it."""
+    check(call)
+    reason = GRADIENT if call.needs_gradient() else cpu.why_not(call)
+    return Choice("cpu", cpu.available()[1]) if reason is None else Choice("reference", reason)
+
+
+def fallbacks() -> dict[str, int]:
+    """Why calls in this process ran on the reference, and how many did."""
+    return dict(_fallbacks)
+
+
+@contextmanager
+def forbid_fallback(forbid: bool = True) -> Iterator[None]:
+    """Raise instead of falling back, in the whole process (also: FLASHNORM_FALLBACK=forbid)."""
+    global _forbidden
+    before, _forbidden = _forbidden, forbid
+    try:
+        yield
+    finally:
+        _forbidden = before
+
+
+def _fell_back(reason: str) -> None:
+    if _forbidden:
+        raise FlashNormError(f"norm + linear has to fall back, which is forbidden: {reason}")
+    if reason not in _fallbacks:
+        _log.info("norm + linear runs on plain torch: %s", reason)
+    _fallbacks[reason] += 1
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether something must see a call as an operation: a tracer, a mode, a tensor subclass."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+    )

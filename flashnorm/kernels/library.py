@@ -1,0 +1,115 @@
+"""The compiled library: found, checked and loaded once, with torch's OpenMP threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from flashnorm.errors import FlashNormError
+
+PATH = Path(__file__).with_name("_cpu.so")
+ABI = 1  # FLASHNORM_ABI in csrc/api.h
+REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
+
+_choosing = threading.RLock()
+
+
+class Library:
+    """The functions of the library; every pointer is an integer or packed bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = handle = ctypes.CDLL(str(path))
+        found = handle.flashnorm_abi()
+        if found != ABI:
+            raise OSError(f"{path.name} was built from other sources (ABI {found}, not {ABI})")
+        handle.flashnorm_isa.restype = ctypes.c_char_p
+        handle.flashnorm_set_prefetch.argtypes = [ctypes.c_int64]
+        self.read = handle.flashnorm_read
+        self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self.set_prefetch = handle.flashnorm_set_prefetch
+        self.run, self.normalize, self.glu = (
+            handle.flashnorm_run,
+            handle.flashnorm_normalize,
+            handle.flashnorm_glu,
+        )
+        self.run.argtypes = self.normalize.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+        self.glu.argtypes = [ctypes.c_char_p]
+        self.threads = self._share_threads()
+
+    def _share_threads(self) -> str:
+        """Run on the OpenMP runtime that torch has loaded: a second one would fight for the cores.
+
+        Its symbols are looked up through torch's own library, so that no name of a runtime matters.
+        """
+        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+            try:
+                torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+                symbols = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+                found = [
+                    ctypes.cast(getattr(torch_cpu, symbol), ctypes.c_void_p) for symbol in symbols
+                ]
+            except (OSError, AttributeError):
+                continue
+            self._handle.flashnorm_use_openmp(*found)
+            return "torch's OpenMP threads"
+        return "one thread: torch has no OpenMP runtime with GOMP_parallel"
+
+    @property
+    def isas(self) -> list[str]:
+        """The instruction sets that the library was built for, best first."""
+        names, i = [], 0
+        while name := self._handle.flashnorm_isa(i):
+            names.append(name.decode())
+            i += 1
+        return names
+
+    def supported(self) -> list[str]:
+        """Those of them that this CPU has."""
+        return [name for i, name in enumerate(self.isas) if self._handle.flashnorm_isa_supported(i)]
+
+    @property
+    def isa(self) -> str:
+        return self.isas[self._handle.flashnorm_chosen_isa()]
+
+    @isa.setter
+    def isa(self, name: str) -> None:
+        if name not in self.supported():
+            known = ", ".join(self.supported())
+            raise FlashNormError(f"no {name!r} kernels in this build or CPU; it has {known}")
+        self._handle.flashnorm_choose_isa(self.isas.index(name))
+
+
+@cache
+def load() -> Library | str:
+    """The library, or why there is none. FLASHNORM_CPU_ISA names the instruction set to use."""
+    if not PATH.exists():
+        return f"the package was installed without compiled kernels; {REBUILD}"
+    try:
+        library = Library(PATH)
+    except (OSError, AttributeError) as error:
+        return f"the compiled kernels do not load ({error}); {REBUILD}"
+    if name := os.environ.get("FLASHNORM_CPU_ISA"):
+        library.isa = name
+    return library
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run on another instruction set, in the whole process: for tests and comparisons."""
+    library = load()
+    if isinstance(library, str):
+        raise FlashNormError(library)
+    with _choosing:
+        before = library.isa
+        library.isa = name
+        try:
+            yield
+        finally:
+            library.isa = before

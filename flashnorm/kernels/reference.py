@@ -1,0 +1,56 @@
+"""What norm + linear means: the one reference of tests, benchmarks and documentation.
+
+In float64 (give it float64 tensors) it is the truth that errors are measured against; in any other
+dtype it does what an eager model does: norm in float32, rounded to the dtype of x, then the linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashnorm.kernels.call import Call
+
+NORMS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
+    "none": lambda x, eps, alpha: x,
+    "rms": lambda x, eps, alpha: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps),
+    "layer": lambda x, eps, alpha: _centred(x) * torch.rsqrt(_variance(x) + eps),
+    "dyt": lambda x, eps, alpha: torch.tanh(x if alpha is None else alpha.to(x.dtype) * x),
+}
+# act(gate) ⊙ up
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _variance(x: Tensor) -> Tensor:
+    return _centred(x).pow(2).mean(-1, keepdim=True)
+
+
+def norm_linear(call: Call) -> list[Tensor]:
+    """What `Call` says, one result per weight, or one for a GLU."""
+    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, residual = call
+    z = NORMS[norm](x.to(torch.promote_types(x.dtype, torch.float32)), eps, alpha)
+    if gain is not None:
+        z = z * (offset + gain.to(z.dtype))
+    if norm_bias is not None:
+        z = z + norm_bias.to(z.dtype)
+    z = z.to(x.dtype)
+    found = [
+        F.linear(z, w.to(z.dtype), None if c is None else c.to(z.dtype))
+        for w, c in zip(weights, biases or [None] * len(weights), strict=True)
+    ]
+    if activation is not None:
+        found = [ACTIVATIONS[activation](found[0]) * found[1]]
+    return found if residual is None else [found[0] + residual.to(z.dtype)]

@@ -1,0 +1,97 @@
+"""How far a kernel may be from the float64 reference: derived, and nowhere else.
+
+u unit roundoff, n width, z the normalized row, a and b products before an activation.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels import reference
+from flashnorm.kernels.call import Call
+from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
+
+# Roundings of one element outside of sums (scale, gain, shift, bias, and tanh's own few).
+STEPS = 8
+# Largest slope of the activations: GELU's 1.13.
+SLOPE = 1.13
+
+
+def wide(call: Call) -> Call:
+    """The same call in float64."""
+
+    def widen(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.double()
+        return [widen(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return Call(*[widen(value) for value in call])
+
+
+def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """z W_iᵀ + c_i in float64, and how far each element of it may be off.
+
+    A sum of n products in float32 is off by `λ √n u32 Σ|z w|` (Higham and Mary 2019), and so is
+    every statistic, relatively; the mean of a LayerNorm is off by that much of the deviation, which
+    is 1 in z: hence `|z| + 1`. Where a library multiplies, z was rounded to the dtype of x first,
+    and the products afterwards.
+    """
+    exact, n = wide(call), call.x.shape[-1]
+    plain = exact._replace(activation=None, residual=None)
+    eye = torch.eye(n, dtype=torch.float64)
+    z = reference.norm_linear(plain._replace(weights=[eye], biases=None))[0].abs()
+    if call.norm == "layer":
+        z = z + (1 if exact.gain is None else (exact.gain_offset + exact.gain).abs())
+    if exact.norm_bias is not None:
+        z = z + exact.norm_bias.abs()
+    u, half = unit_roundoff(torch.float32), 0.0 if fused else unit_roundoff(call.x.dtype)
+    relative = (2 * CONFIDENCE * sqrt(n) + STEPS) * u + half
+    values = reference.norm_linear(plain)
+    # Below float32's normal numbers every addition rounds by up to half of the smallest one.
+    smallest, errors = n * 2.0**-149, []
+    for i, (w, value) in enumerate(zip(exact.weights, values, strict=True)):
+        bias = exact.biases[i].abs() if exact.biases and exact.biases[i] is not None else 0
+        errors.append(relative * (z @ w.abs().T + bias) + half * value.abs() + smallest)
+    return values, errors
+
+
+def bound(call: Call, fused: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """The float64 results, and per element how far a correct kernel may be from them.
+
+    `act(a) b` moves by `slope δa (|b| + δb) + |act(a)| δb` and the few roundings of act itself.
+    All ends in one rounding to the dtype of x; behind a library's matmul in two.
+    """
+    values, errors = products(call, fused)
+    u, last = unit_roundoff(torch.float32), unit_roundoff(call.x.dtype)
+    if call.activation is not None:
+        (a, b), (da, db) = values, errors
+        act = reference.ACTIVATIONS[call.activation](a)
+        moved = SLOPE * da * (b.abs() + db) + act.abs() * db + STEPS * u * (a * b).abs()
+        values, errors = [act * b], [moved]
+    if call.residual is not None:
+        if not fused:
+            errors[0] = errors[0] + last * values[0].abs()
+        values = [values[0] + call.residual.double()]
+    small = torch.finfo(call.x.dtype).smallest_normal * 2 * last
+    return values, [
+        (1 + 2 * last) * e + (last + STEPS * u) * v.abs() + small
+        for v, e in zip(values, errors, strict=True)
+    ]
+
+
+def assert_close(call: Call, found: list[Tensor], fused: bool = True, what: object = "") -> None:
+    """Every element within its bound; NaN and infinities where the reference has them."""
+    values, bounds = bound(call, fused)
+    assert len(found) == len(values)
+    for y, value, limit in zip(found, values, bounds, strict=True):
+        assert y.dtype == call.x.dtype, what
+        assert y.shape == value.shape, what
+        representable = value.abs() + limit < torch.finfo(y.dtype).max
+        special = ~value.isfinite()
+        same = (y.double() == value) | (y.isnan() & value.isnan())
+        assert same[special].all(), (what, y, value)
+        excess = ((y.double() - value).abs() - limit)[representable & ~special]
+        assert (excess <= 0).all(), (what, float(excess.max()))

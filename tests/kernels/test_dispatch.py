@@ -1,0 +1,162 @@
+"""Who runs a call and why, what is said when nobody fast can, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flashnorm import functional
+from flashnorm.errors import FlashNormError
+from flashnorm.functional import Prepared
+from flashnorm.kernels import cpu, dispatch, library, reference
+from flashnorm.kernels.call import Call
+from tests.kernels import cases
+from tests.kernels.bounds import assert_close, wide
+from tests.kernels.cases import make
+
+CALL = make((2, 3, 16), (5,), torch.float32, gain=True)
+
+
+@cases.compiled
+def test_an_ordinary_call_runs_on_the_kernels():
+    choice = dispatch.explain(CALL)
+    assert choice.backend == "cpu"
+    assert "kernels on" in choice.reason
+
+
+REFUSED = {
+    "float64": (wide(CALL), "x is torch.float64"),
+    "meta": (CALL._replace(x=CALL.x.to("meta")), "x is on meta"),
+    "gradient": (CALL._replace(x=CALL.x.clone().requires_grad_()), "a gradient is wanted"),
+    "weight": (CALL._replace(weights=[torch.randn(16, 5).T]), "rows are not dense"),
+    "quantized": (CALL._replace(weights=[torch.ones(5, 16, dtype=torch.int8)]), "torch.int8"),
+    "residual": (CALL._replace(residual=torch.ones(2, 3, 5).bfloat16()), "residual is not like x"),
+    "bias": (CALL._replace(biases=[torch.ones(5).half()]), "bias is not of its weight's dtype"),
+    "gain": (CALL._replace(gain=torch.ones(16).double()), "gain is not of the kernels' dtypes"),
+}
+
+
+@cases.compiled
+@pytest.mark.parametrize(("call", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_the_kernels_refuse_runs_on_the_reference(call, reason):
+    choice = dispatch.explain(call)
+    assert choice.backend == "reference"
+    assert reason in choice.reason
+    if call.weights[0].is_floating_point() and not call.x.is_meta:
+        before = dispatch.fallbacks().get(choice.reason, 0)
+        assert torch.equal(dispatch.norm_linear(call)[0], reference.norm_linear(call)[0])
+        assert dispatch.fallbacks()[choice.reason] == before + 1
+    with dispatch.forbid_fallback(), pytest.raises(FlashNormError, match="which is forbidden"):
+        dispatch.norm_linear(call)
+
+
+def test_without_a_library_all_is_still_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "PATH", tmp_path / "_cpu.so")
+    library.load.cache_clear()
+    try:
+        usable, said = cpu.available()
+        assert not usable
+        assert "installed without compiled kernels; reinstall flashnorm with a C++17" in said
+        assert dispatch.explain(CALL) == dispatch.Choice("reference", said)
+        assert torch.equal(dispatch.norm_linear(CALL)[0], reference.norm_linear(CALL)[0])
+        (tmp_path / "_cpu.so").write_bytes(b"not a library")
+        library.load.cache_clear()
+        assert "the compiled kernels do not load" in cpu.available()[1]
+    finally:
+        library.load.cache_clear()
+
+
+@cases.compiled
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(FlashNormError, match="no 'sse9' kernels in this build or CPU; it has"):
+        cpu.use_isa("sse9").__enter__()
+
+
+WRONG = {
+    "norm": (CALL._replace(norm="batch"), "norm is 'batch'; it must be one of none, rms"),
+    "width": (CALL._replace(weights=[torch.ones(5, 15)]), r"a weight is \[5, 15\]; x has 16"),
+    "biases": (CALL._replace(biases=[]), "0 biases for 1 weights"),
+    "bias": (CALL._replace(biases=[torch.ones(4)]), r"a bias is \[4\]; its weight has 5 rows"),
+    "gain": (CALL._replace(gain=torch.ones(5)), r"gain is \[5\]; it must be \[16\]"),
+    "shift": (CALL._replace(norm_bias=torch.ones(1)), r"norm_bias is \[1\]; it must be \[16\]"),
+    "alpha": (CALL._replace(alpha=torch.ones(2)), r"alpha is \[2\]; it must be one number"),
+    "act": (CALL._replace(activation="tanh"), "activation is 'tanh'; it must be one of identity"),
+    "glu": (CALL._replace(activation="silu"), "a GLU needs two weights of one shape"),
+    "residual": (CALL._replace(residual=torch.ones(5)), r"residual is \[5\]; the result is \[2, 3"),
+    "results": (
+        CALL._replace(weights=CALL.weights * 2, residual=torch.ones(2, 3, 5)),
+        "a residual can be added to one result only",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
+def test_arguments_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        dispatch.norm_linear(call)
+
+
+def test_a_gradient_flows_through_the_reference():
+    x = CALL.x.clone().requires_grad_()
+    functional.norm_linear(x, CALL.weights[0], gain=CALL.gain).sum().backward()
+    y = CALL.x.clone().requires_grad_()
+    F.linear(F.rms_norm(y, (16,), CALL.gain, 1e-6), CALL.weights[0]).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_the_functions_are_the_operation():
+    x, w, g = CALL.x, CALL.weights[0], CALL.gain
+    up, b, r = (
+        make((1, 16), (5, 5), torch.float32).weights[1],
+        torch.randn(16),
+        torch.randn(2, 3, 5),
+    )
+    c, alpha = torch.randn(5), torch.tensor([0.3])
+    options = {"gain": g, "gain_offset": 1.0}
+    functions = {
+        functional.rms_norm_linear(x, w, c, **options, residual=r): Call(
+            x, [w], [c], "rms", 1e-6, g, 1.0, residual=r
+        ),
+        functional.layer_norm_linear(x, w, c, **options, norm_bias=b, residual=r): Call(
+            x, [w], [c], "layer", 1e-5, g, 1.0, b, residual=r
+        ),
+        functional.dyt_linear(x, w, c, alpha, gain=g, norm_bias=b, residual=r): Call(
+            x, [w], [c], "dyt", 0.0, g, 0.0, b, alpha, residual=r
+        ),
+        functional.norm_linear(x, w, c, norm="layer", eps=0.1, **options): Call(
+            x, [w], [c], "layer", 0.1, g, 1.0
+        ),
+        functional.norm_glu(x, w, up, c, None, activation="gelu", **options, residual=r): Call(
+            x, [w, up], [c, None], "rms", 1e-6, g, 1.0, activation="gelu", residual=r
+        ),
+    }
+    for found, call in functions.items():
+        assert_close(call, [found])
+    call = Call(x, [w, up], [c, None], "rms", 1e-6, g, 1.0, b)
+    assert_close(call, functional.norm_linears(x, [w, up], [c, None], **options, norm_bias=b))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_prepared_is_the_function(rows):
+    call = make((rows, 33), (7,), torch.bfloat16, "layer", gain=True, bias=True, residual=True)
+    x, weights, biases, *_ = call
+    names = ("norm", "eps", "gain", "gain_offset")
+    prepared = Prepared(weights, biases, **{name: getattr(call, name) for name in names})
+    with torch.no_grad():
+        expected = dispatch.norm_linear(call)[0]
+        for _ in range(2):
+            assert torch.equal(prepared(x, call.residual)[0], expected)
+        wider = prepared(x.float(), call.residual.float())[0]
+        assert_close(call._replace(x=x.float(), residual=call.residual.float()), [wider])
+        assert torch.equal(prepared(x, call.residual)[0], expected)
+        weights[0].data = weights[0].data.clone() * 2
+        doubled = call._replace(weights=[weights[0]])
+        assert torch.equal(prepared(x, call.residual)[0], dispatch.norm_linear(doubled)[0])
+    with pytest.raises(ValueError, match="residual is"):
+        prepared(x, call.residual[:, :1])
+    with pytest.raises(ValueError, match="x has 32 features"):
+        prepared(x[:, :32])
+    assert torch.equal(copy.deepcopy(prepared)(x)[0], prepared(x)[0])
