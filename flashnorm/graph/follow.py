@@ -12,7 +12,7 @@ from torch import Tensor
 from flashnorm.graph import params
 from flashnorm.graph.contractions import CONTRACTIONS, record_uses
 from flashnorm.graph.flow import Blocked, Flow, GainUse, Use
-from flashnorm.graph.labels import NONE, without_repeats
+from flashnorm.graph.labels import FREE, NONE, without_repeats
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import ParamView
@@ -69,7 +69,9 @@ def _is_zero(flow: Flow, node: Node) -> bool:
         return True
     if node.op in _FILLS:
         return node.bound.get("fill_value", node.bound.get("value")) == 0
-    return node.op in SAME and node.inputs[0] in flow.zeros
+    if node.op == "copy":
+        return node.args[1].value in flow.zeros
+    return node.op in SAME | MOVES and node.inputs[0] in flow.zeros
 
 
 def _follow_labels(flow: Flow, node: Node) -> None:
@@ -94,7 +96,9 @@ def _follow_labels(flow: Flow, node: Node) -> None:
         _refuse_all(flow, labelled, str(blocked))
         return
     for out, label in zip(node.outputs, results, strict=False):
-        if label is not None and bool((without_repeats(label) > NONE).any()):
+        if label is not None and bool((without_repeats(label) == FREE).all()):
+            flow.zeros.add(out)
+        elif label is not None and bool((without_repeats(label) > NONE).any()):
             flow.labels[out] = label
             if node.op in _MOVING and all(value in flow.sums for value in labelled):
                 flow.sums.add(out)

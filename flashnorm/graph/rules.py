@@ -219,27 +219,33 @@ def _copy(flow: Flow, node: Node) -> Labels:
 
 
 def _write_alias(flow: Flow, node: Node) -> Labels:
-    """A part of a larger value was written: its labels change there."""
+    """A part of the memory that a value shares was written: its labels change where it was."""
     whole, part = node.args[0].value, node.args[1].value
     outer, inner = node.args[2], node.args[3]
-    if not isinstance(inner, Geometry) or outer.stride != _contiguous(outer.size):
+    if not isinstance(inner, Geometry) or _overlaps_itself(outer) or _overlaps_itself(inner):
         raise Blocked(f"it is written into shared memory ({node.where})")
-    label = flow.label_of(whole).expand(outer.size).contiguous().clone()
-    offset = inner.offset - outer.offset
-    last = offset + sum((n - 1) * s for n, s in zip(inner.size, inner.stride, strict=True))
-    if offset < 0 or last >= label.numel():
-        raise Blocked(f"it is written into shared memory ({node.where})")
-    label.as_strided(inner.size, inner.stride, offset).copy_(flow.label_of(part))
-    return [label]
+    memory = torch.full((max(_end(outer), _end(inner)),), NONE)
+    mine = memory.as_strided(outer.size, outer.stride, outer.offset)
+    mine.copy_(flow.label_of(whole))
+    memory.as_strided(inner.size, inner.stride, inner.offset).copy_(flow.label_of(part))
+    return [mine.clone()]
 
 
-def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for length in reversed(size):
-        strides.insert(0, step)
-        step *= max(length, 1)
-    return tuple(strides)
+def _overlaps_itself(geometry: Geometry) -> bool:
+    """Whether two of its elements may lie in the same place."""
+    covered = 0
+    sizes = zip(geometry.stride, geometry.size, strict=True)
+    for stride, size in sorted(pair for pair in sizes if pair[1] > 1):
+        if stride <= covered:
+            return True
+        covered += (size - 1) * stride
+    return False
+
+
+def _end(geometry: Geometry) -> int:
+    """One past the last element in memory."""
+    steps = zip(geometry.size, geometry.stride, strict=True)
+    return geometry.offset + sum((n - 1) * s for n, s in steps) + 1
 
 
 def _scatter_slice(flow: Flow, node: Node) -> Labels:

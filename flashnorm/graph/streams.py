@@ -245,6 +245,8 @@ def _written(flow: Flow, node: Node) -> list[tuple[int, int, int, int | None]]:
     if node.op == "embedding":
         return [(named["weight"].value, -1, -1, None)]
     if node.op == "convolution":
+        if named["groups"] != 1:
+            return []  # each output feature reads other inputs, so their mean is not one product
         bias = named["bias"].value if isinstance(named["bias"], Ref) else None
         return [(named["weight"].value, 1 if named["transposed"] else 0, 1, bias)]
     if node.op not in CONTRACTIONS or not node.inputs:

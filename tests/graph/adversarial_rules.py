@@ -65,3 +65,25 @@ class MaskedFeatures(Base):
         out = torch.zeros_like(y)
         out[mask] = y[..., : N - 2].reshape(-1)
         return self.reader(out)
+
+
+class StridedState(Base):
+    """A column of a state is written while another one, still zero, is read and kept alive."""
+
+    def forward(self, x):
+        y, state = self.norm(x), x.new_zeros(2, N, 2)
+        old, shifted = state[:, :, 1], torch.nn.functional.pad(y, (0, 0, 1, -1))
+        shifted[:, 0] = old
+        state[:, :, 0] = y[:, -1]
+        return self.reader(0.3 * y + 0.7 * shifted) + self.reader(state[:, :, 0] + old)[:, None]
+
+
+class StridedStateOverwritten(StridedState):
+    """The column that is read is written with other values meanwhile."""
+
+    def forward(self, x):
+        y, state = self.norm(x), x.new_zeros(2, N, 2)
+        old = state[:, :, 1]
+        state[:, :, 0] = y[:, -1]
+        state[:, :, 1] = x[:, -1]
+        return self.reader(y) + self.reader(state[:, :, 0] + old)[:, None]

@@ -76,6 +76,23 @@ class FactorPerRow(Base):
         return x[..., :1] * self.first(x) + 0.5 * self.second(x)
 
 
+class GroupedConvolution(Base):
+    """Each feature is written from its own input: the mean of the weights is that of no output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(N, N, 3, padding=1, groups=N)
+
+    def stream(self, x):
+        return self.first(x.transpose(1, 2)).transpose(1, 2) + self.second(x)
+
+
+class Convolution(GroupedConvolution):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(N, N, 3, padding=1)
+
+
 class Activation(Base):
     def stream(self, x):
         return F.gelu(self.first(x)) + self.second(x)

@@ -54,6 +54,8 @@ from .adversarial_rules import (
     MaskedFeatures,
     MaskedRows,
     ScatteredFeatures,
+    StridedState,
+    StridedStateOverwritten,
 )
 
 FOLDED = ""
@@ -110,6 +112,8 @@ EXPECTED = {
     FloorDivision: {"norm.weight": "rounded"},
     IntegerCast: {"norm.weight": "rounded"},
     FlooredReader: {"norm.weight": "multiplied with a function of reader.weight"},
+    StridedState: {"norm.weight": FOLDED},
+    StridedStateOverwritten: {"norm.weight": RESIDUAL},
     ZeroRows: {"norm.weight": FOLDED},
     EmptyRows: {"norm.weight": FOLDED},
     Scatter: {"norm.weight": FOLDED},

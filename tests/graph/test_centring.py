@@ -25,6 +25,8 @@ EXPECTED = {
     modules.InputAdded: "not written by linear layers alone .*input of the model|add in",
     modules.FactorPerFeature: "multiplied feature by feature",
     modules.FactorPerRow: CENTRED,
+    modules.GroupedConvolution: "no linear layer writes",
+    modules.Convolution: CENTRED,
     modules.Activation: "also read by gelu",
     modules.Constant: "a number is added",
     modules.Positions: CENTRED,
