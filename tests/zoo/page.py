@@ -85,8 +85,25 @@ def summary(rows: list[Row], what: str) -> str:
         f"{states['folded']} gains folded, {states['kept']} kept, {states['none']} norms without; "
         f"largest float64 error {max((r.error or 0.0) for r in rows):.1e}; of "
         f"{sum(r.refused_gains for r in rows)} refused gains, "
-        f"{sum(r.refusals_needed for r in rows)} change an output when folded all the same."
+        f"{sum(r.refusals_needed for r in rows)} change an output when folded all the same"
+        f"{_others(rows)}."
     )
+
+
+# Refusals that no forced fold can test on the inputs at hand, by words of their reason.
+UNTESTED = {"was not reached": "in doubt for a parameter not reached", "nothing that": "not read"}
+
+
+def _others(rows: list[Row]) -> str:
+    """What the refusals are that change no output."""
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        for gain in row.unneeded:
+            reason = row.reasons.get(gain.rpartition(".")[0], "")
+            kind = next((k for words, k in UNTESTED.items() if words in reason), "without effect")
+            kinds[kind] += 1
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f" (the others: {found})" if found else ""
 
 
 def _table(rows: list[Row]) -> list[str]:
