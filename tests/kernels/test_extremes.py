@@ -16,8 +16,8 @@ pytestmark = cases.compiled
 STEP = 8 * 2.0**-24
 
 MAGNITUDES = {
-    torch.float32: (1e-40, 1e-30, 1e-12, 1e12, 1e30),
-    torch.bfloat16: (1e-39, 1e-30, 1e-12, 1e12, 1e30),
+    torch.float32: (1e-40, 1e-30, 1e-12, 1e12, 1e30, 3e37),
+    torch.bfloat16: (1e-39, 1e-30, 1e-12, 1e12, 1e30, 3e37),
     torch.float16: (1e-7, 1e-4, 1e4),
 }
 
@@ -82,6 +82,17 @@ def test_nan_and_infinity_pass_through(isa, dtype, norm):
                     call.x[1, n // 2] = value
                     call.weights[0][2, n - 1] = value
                     assert_close(call, cpu.run(call), what=(n, value, gain))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_nan_stays_one_when_it_is_rounded(isa):
+    """The mantissa of this one would carry into the sign and leave −0."""
+    nan = torch.full((19, 8), 0x7FFFFFFF, dtype=torch.int32)
+    with cpu.use_isa(isa):
+        for dtype in DTYPES:
+            call = make((1, 8), (19,), dtype, "none")
+            call = call._replace(weights=[nan.view(torch.float32)])
+            assert cpu.run(call)[0].isnan().all()
 
 
 def activation_size(activation, a, y):
