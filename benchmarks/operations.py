@@ -1,0 +1,179 @@
+"""How fast norm + linear is on this CPU, against the memory and against torch, shape by shape.
+
+For every shape, dtype and number of rows: our operation, `F.rms_norm` + `F.linear`, and F.linear
+alone (what a norm that costs nothing would leave), interleaved in one run, on copies of the weights
+that together exceed the caches; medians. The read bandwidth is measured in the same rounds, by a
+loop of our own that prefetches and does nothing else. Each row is checked against the float64
+reference before it is timed. Writes JSON and Markdown beside each other. Leave the cores alone.
+
+    python benchmarks/operations.py --threads 2 --rounds 15 --out benchmarks/results/operations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import flashnorm
+from flashnorm.functional import Prepared
+from flashnorm.kernels import cpu, reference
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.library import Library, load
+
+SHAPES = ((576, 960), (576, 3072), (2048, 3072), (2048, 16384), (4096, 6144), (4096, 28672))
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+EPS = 1e-5
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 512])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
+    parser.add_argument("--isa", help="run the kernels of this instruction set")
+    parser.add_argument("--cache", type=int, default=cache_bytes(), help="bytes to exceed")
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    return parser.parse_args()
+
+
+def cache_bytes() -> int:
+    """The largest cache of the first core, as Linux tells it; 64 MiB where it does not."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    found = [path.read_text().strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found), default=64 * 2**20)
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return (
+        f"{name}, {len(names)} cores, {torch.get_num_threads()} threads, {cpu.available()[1]}, "
+        f"torch {torch.__version__}, flashnorm {flashnorm.__version__}, {date.today()}"
+    )
+
+
+class Rotation:
+    """Weights whose copies together are twice the cache, so that each comes from memory."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, cache: int) -> None:
+        one = torch.randn(k, n, dtype=dtype) / n**0.5
+        self.bytes = one.numel() * one.element_size()
+        self.copies = [one.clone() for _ in range(max(2, -(-2 * cache // self.bytes)))]
+        self.at = 0
+
+    def next(self) -> int:
+        self.at = (self.at + 1) % len(self.copies)
+        return self.at
+
+
+def worst_error(x: Tensor, weight: Tensor, gain: Tensor, found: Tensor) -> float:
+    call = Call(x.double(), (weight.double(),), None, "rms", EPS, gain.double())
+    expected = reference.norm_linear(call)[0]
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def timed(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(
+    library: Library, n: int, k: int, rows: int, dtype: torch.dtype, args: argparse.Namespace
+) -> dict[str, Any]:
+    turn = Rotation(n, k, dtype, args.cache)
+    gain, x = torch.rand(n, dtype=dtype) + 0.5, torch.randn(rows, n, dtype=dtype)
+    ours = [Prepared((w,), norm="rms", eps=EPS, gain=gain) for w in turn.copies]
+    error = worst_error(x, turn.copies[0], gain, ours[0](x)[0])
+    eager = F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[0])
+    eager_error = worst_error(x, turn.copies[0], gain, eager)
+    assert error <= 1.1 * eager_error + 1e-6, f"{n}x{k}, {rows} rows: {error} against {eager_error}"
+    normed = F.rms_norm(x, (n,), gain, EPS)
+
+    def read() -> None:
+        library.read(turn.copies[turn.next()].data_ptr(), turn.bytes, torch.get_num_threads())
+
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours[turn.next()](x),
+        "eager": lambda: F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[turn.next()]),
+        "linear": lambda: F.linear(normed, turn.copies[turn.next()]),
+        "read": read,
+    }
+    calls = max(1, min(len(turn.copies), 50_000_000 // (turn.bytes * max(1, rows // 4))))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(args.rounds + 1):
+        for name, run in runs.items():
+            took = timed(run, calls)
+            if round_:  # the first one warms up
+                seconds[name].append(took)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "n": n,
+        "k": k,
+        "rows": rows,
+        "microseconds": {name: value * 1e6 for name, value in median.items()},
+        "gigabytes_per_second": {name: turn.bytes / value / 1e9 for name, value in median.items()},
+        "speedup": median["eager"] / median["ours"],
+        "of_read_bandwidth": median["read"] / median["ours"],
+        "error": error,
+        "eager_error": eager_error,
+    }
+
+
+def table(rows: list[dict[str, Any]], dtype: str) -> list[str]:
+    names = "n→k, rows, ours µs, rms_norm + linear µs, linear µs, speedup, ours GB/s, read GB/s"
+    lines = [f"\n{dtype}\n", f"| {names.replace(', ', ' | ')} |", "|---" * 8 + "|"]
+    for row in rows:
+        us, speed = row["microseconds"], row["gigabytes_per_second"]
+        lines.append(
+            f"| {row['n']}→{row['k']} | {row['rows']} | {us['ours']:.1f} | {us['eager']:.1f} "
+            f"| {us['linear']:.1f} | {row['speedup']:.2f} | {speed['ours']:.1f} "
+            f"| {speed['read']:.1f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    library = load()
+    if isinstance(library, str):
+        raise SystemExit(library)
+    if args.isa:
+        library.isa = args.isa
+    found: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "rows": {}}
+    lines = [f"Machine: {found['machine']}; medians of {args.rounds} interleaved rounds."]
+    with torch.no_grad():
+        for name in args.dtypes:
+            shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+            found["rows"][name] = [
+                measure(library, n, k, rows, DTYPES[name], args)
+                for n, k in shapes
+                for rows in args.rows
+            ]
+            lines += table(found["rows"][name], name)
+    print("\n".join(lines))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
