@@ -13,6 +13,9 @@ from flashnorm.kernels import dispatch, ops
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, make
 
+# opcheck and this file still cover torch.jit, which torch would like to be rid of.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 CALLS = {
     "rms": make((2, 3, 16), (5,), torch.float32, gain=True, residual=True),
     "readers": make((1, 16), (5, 7), torch.bfloat16, "layer", bias=True, shift=True),

@@ -3,7 +3,7 @@
 // again in float64, so that no magnitude is special.
 #pragma once
 #include "api.h"
-#include "math.h"
+#include "elementary.h"
 #include "table.h"
 
 namespace {
