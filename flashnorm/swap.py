@@ -134,7 +134,8 @@ def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     kept: dict[str, Any] = {name: p for name, p in held.items() if name not in absent}
     offset = site.weight.offset if site.weight is not None and "weight" in kept else 0.0
     assert site.eps is not None
-    return kind(site.width, site.eps, offset=offset, absent=absent, **kept)
+    kept |= {"offset": offset, "contiguous": site.kind == "layer"}
+    return kind(site.width, site.eps, absent=absent, **kept)
 
 
 def _hook_(module: nn.Module, entry: Entry) -> RemovableHandle:

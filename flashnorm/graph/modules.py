@@ -12,7 +12,9 @@ def is_replaceable(flow: Flow, visit: Visit) -> bool:
     """Whether the call that made this visit computes `x / sqrt(mean square + ε)` of its argument,
     then a gain and a bias of its own where it has them, and returns that."""
     call = flow.graph.calls.get(visit.node.call)
-    if call is None or not visit.standard or len(call.returned) != 1 or len(call.received) != 1:
+    if call is None or not visit.standard or call.arguments != 1:
+        return False
+    if len(call.returned) != 1 or len(call.received) != 1:
         return False
     if same_as(flow.graph, call.received[0]) != same_as(flow.graph, visit.source):
         return False

@@ -66,10 +66,14 @@ class Node:
 
 @dataclass(slots=True)
 class Call:
-    """One call of a module: the tensors it was given by position, and those it returned."""
+    """One call of a module: the tensors it was given by position, and those it returned.
+
+    `arguments` counts those that its forward takes, whether they were given or not.
+    """
 
     path: str
     received: tuple[int, ...]
+    arguments: int
     returned: tuple[int, ...] = ()
 
 

@@ -6,12 +6,14 @@ still recognized. In-place operations make new versions of every live tensor tha
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -123,7 +125,8 @@ class Recorder(TorchDispatchMode):
             self._calls += 1
             path = self._names.get(id(module), self._stack[-1][0])
             self._stack.append((path, self._calls))
-            self.graph.calls[self._calls] = Call(path, self._values_in(given))
+            arguments = _count_arguments(type(module).forward)
+            self.graph.calls[self._calls] = Call(path, self._values_in(given), arguments)
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             if get_ident() == thread:
@@ -186,6 +189,12 @@ class Recorder(TorchDispatchMode):
         )
         self.graph.nodes.append(node)
         self._ids[id(other)] = fresh
+
+
+@lru_cache(maxsize=4096)
+def _count_arguments(forward: Any) -> int:
+    """How many arguments a forward takes beside the module itself."""
+    return len(inspect.signature(forward).parameters) - 1
 
 
 def _cannot_run(*_: Any) -> Any:

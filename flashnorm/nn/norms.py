@@ -18,7 +18,8 @@ class FlashRMSNorm(nn.Module):
 
     `absent` names the parameters that a fold removed, with the number that each of them held: they
     are written into a state dict, and may be in one that is loaded, so that checkpoints stay those
-    of the original model. Source: FlashNorm, arXiv 2407.09577.
+    of the original model. With `contiguous` the result is laid out as a LayerNorm's always is: code
+    behind it may count on that. Source: FlashNorm, arXiv 2407.09577.
     """
 
     weight: Tensor | None
@@ -33,12 +34,14 @@ class FlashRMSNorm(nn.Module):
         bias: nn.Parameter | None = None,
         offset: float = 0.0,
         absent: dict[str, Tensor] | None = None,
+        contiguous: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size, self.eps, self.variance_epsilon = hidden_size, eps, eps
         self.offset, self.with_scale = offset, weight is not None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
+        self.contiguous = contiguous
         self.absent = tuple(absent or ())
         for name, value in (absent or {}).items():
             self.register_buffer(f"absent_{name}", value, persistent=False)
@@ -53,7 +56,8 @@ class FlashRMSNorm(nn.Module):
             y = y * (self.offset + self.weight.to(y.dtype))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.to(x.dtype)
+        y = y.to(x.dtype)
+        return y.contiguous() if self.contiguous else y
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

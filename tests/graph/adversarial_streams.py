@@ -238,6 +238,29 @@ class EpsilonOutsideNorm(nn.Module):
         return c / (torch.sqrt(c.pow(2).mean(-1, keepdim=True)) + 0.1)
 
 
+class StridedInput(Base):
+    """What reads the norm counts on the layout that a LayerNorm always gives."""
+
+    def forward(self, x):
+        return self.reader(self.norm(self.stream(x).transpose(0, 1)).view(-1, N))
+
+
+class NormWithAnOption(Base):
+    """The norm is called with a second argument, which another module would not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = NormOfTwo(N)
+
+    def forward(self, x):
+        return self.reader(self.norm(self.stream(x), None))
+
+
+class NormOfTwo(nn.LayerNorm):
+    def forward(self, x, scaling=None):
+        return super().forward(x)
+
+
 class NonlinearEntry(nn.Module):
     """A stream that a gelu begins, long enough to pay for one operation of its own."""
 

@@ -43,11 +43,18 @@ EXPECTED = {
     modules.MeanReadElsewhere: "statistic is also read by",
     modules.Unbiased: CENTRED,
     modules.EpsilonOutside: CENTRED,
+    modules.StridedInput: CENTRED,
+    modules.NormWithAnOption: CENTRED,
     modules.NonlinearEntry: CENTRED,
     modules.EntryReadElsewhere: CENTRED,
 }
 # Centred, but their module is no RMSNorm even so.
-NOT_SWAPPED = (modules.Spelled, modules.Unbiased, modules.EpsilonOutside)
+NOT_SWAPPED = (
+    modules.Spelled,
+    modules.Unbiased,
+    modules.EpsilonOutside,
+    modules.NormWithAnOption,
+)
 
 
 def kinds_of(model, inputs):
