@@ -167,7 +167,10 @@ class Site:
         """Multiplications per row that deferral saves, against one per feature of the norm."""
         if self.scale == "kept":
             return 0
-        return self.width - sum(reader.multiplies for reader in self.readers)
+        # Readers that wait for the same product share what it costs there.
+        later = {reader.after: reader.multiplies for reader in self.readers if reader.after}
+        at_once = sum(reader.multiplies for reader in self.readers if not reader.after)
+        return self.width - at_once - sum(later.values())
 
 
 @dataclass(frozen=True)

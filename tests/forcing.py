@@ -10,21 +10,26 @@ from flashnorm.planner import make_plan
 from flashnorm.rewrite import apply_plan_
 
 
-def force_(model, example_inputs, gains) -> Plan:
-    """Fold the named gains into whatever contracts with them, against all reasons, in place."""
-    graph = record(model, example_inputs)
-    flow = follow(graph)
-    consumers, _ = absorb(flow, False)
-    sites = []
+def forced_plans(model, inputs, nameless="") -> dict[str, Plan]:
+    """Per refused gain a plan that folds it alone into whatever contracts with it.
+
+    `nameless` stands for a gain whose convention is not known, so that the plan has no name for it.
+    """
+    graph = record(model, inputs)
+    readers, _ = absorb(follow(graph), False)
+    refused: dict[str, list[Site]] = {}
     for site in make_plan(graph).sites:
-        name = site.weight.parameter if site.weight else None
-        if name in gains or (name is None and len(gains) == 1 and site.gain == "kept"):
-            weight = site.weight or Gain(gains[0])
-            sites.append(_forced(site, weight, tuple(consumers.get(weight.parameter, ()))))
-    plan = Plan(tuple(sites))
+        weight = site.weight or (Gain(nameless) if nameless else None)
+        if site.gain == "kept" and weight:
+            consumers = tuple(readers.get(weight.parameter, ()))
+            forced = replace(site, gain="folded", reason="", weight=weight, consumers=consumers)
+            refused.setdefault(weight.parameter, []).append(forced)
+    return {gain: Plan(tuple(sites)) for gain, sites in refused.items()}
+
+
+def force_(model, example_inputs, gains) -> Plan:
+    """Fold the named gains against all reasons, in place."""
+    plans = forced_plans(model, example_inputs, gains[0] if len(gains) == 1 else "")
+    plan = Plan(tuple(site for gain in gains for site in plans[gain].sites))
     apply_plan_(model, plan)
     return plan
-
-
-def _forced(site: Site, weight: Gain, consumers) -> Site:
-    return replace(site, gain="folded", reason="", weight=weight, consumers=consumers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from flashnorm.checkpoint.source import read_object
 from flashnorm.errors import CheckpointError
 from flashnorm.marker import folded_by, marker
 from flashnorm.plan import Plan
@@ -49,15 +49,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     """adapter_config.json of the directory `path`; raises CheckpointError where it is not sound."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give the directory of a PEFT adapter")
-    try:
-        config = json.loads((path / CONFIG).read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {CONFIG}: not a PEFT adapter") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / CONFIG} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / CONFIG} is not a JSON object")
-    return config
+    return read_object(path / CONFIG, "PEFT adapter")
 
 
 def check_plain_lora(config: dict[str, Any]) -> None:

@@ -52,14 +52,15 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a directory: give the local directory of a checkpoint, or a GGUF file"
         )
-    return _read_object(path / "config.json")
+    return read_object(path / "config.json")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, what: str = "checkpoint") -> dict[str, Any]:
+    """The JSON object in a file that belongs to every `what`. Raises CheckpointError."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} has no {file.name}: not a checkpoint") from None
+        raise CheckpointError(f"{file.parent} has no {file.name}: not a {what}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -79,7 +80,7 @@ def _read_index(path: Path) -> dict[str, Any] | None:
         _refuse_without_weights(path)
     if not sharded:
         return None
-    index = _read_object(path / INDEX)
+    index = read_object(path / INDEX)
     weights = index.get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{INDEX} has no weight_map")

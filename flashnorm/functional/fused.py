@@ -84,10 +84,9 @@ def rms_norm_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """E4: `s ⊙ (x W*ᵀ) + c [+ residual]`, `s = rsqrt(mean(x²) + ε)`; a gain is applied on load."""
-    biases = None if bias is None else (bias,)
-    return run(
-        Call(x, (weight,), biases, "rms", eps, gain, gain_offset, None, None, None, residual)
-    )[0]
+    return norm_linear(
+        x, weight, bias, eps=eps, gain=gain, gain_offset=gain_offset, residual=residual
+    )
 
 
 def layer_norm_linear(
@@ -106,10 +105,17 @@ def layer_norm_linear(
     The mean is taken off x and not, as `μ u`, off the product: where |μ| is far larger than the
     deviation that difference would keep no correct digit.
     """
-    biases = None if bias is None else (bias,)
-    return run(
-        Call(x, (weight,), biases, "layer", eps, gain, gain_offset, norm_bias, None, None, residual)
-    )[0]
+    return norm_linear(
+        x,
+        weight,
+        bias,
+        norm="layer",
+        eps=eps,
+        gain=gain,
+        gain_offset=gain_offset,
+        norm_bias=norm_bias,
+        residual=residual,
+    )
 
 
 def dyt_linear(
@@ -123,10 +129,17 @@ def dyt_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """E6: `(tanh(αx)·γ + β) Wᵀ + c [+ residual]`. alpha: one number. Source: arXiv 2503.10622."""
-    biases = None if bias is None else (bias,)
-    return run(Call(x, (weight,), biases, "dyt", 0.0, gain, 0.0, norm_bias, alpha, None, residual))[
-        0
-    ]
+    return norm_linear(
+        x,
+        weight,
+        bias,
+        norm="dyt",
+        eps=0.0,
+        gain=gain,
+        norm_bias=norm_bias,
+        alpha=alpha,
+        residual=residual,
+    )
 
 
 def norm_glu(

@@ -84,7 +84,7 @@ def _site(
     groups: dict[tuple[str, str], list[ReaderUse]] = defaultdict(list)
     for use in uses:
         groups[use.parameter, use.path].append(use)
-    readers = tuple(_reader(scales, name, path, group) for (name, path), group in groups.items())
+    readers = tuple(_reader(name, path, group) for (name, path), group in groups.items())
     undone = [renormed for index in nodes for renormed in undone_by.get(index, ())]
     renorms = tuple(
         Renorm(path, max((r.rows for r in undone if _path(scales, r) == path), key=len))
@@ -137,13 +137,13 @@ def _state(
     return "deferred", reason
 
 
-def _reader(scales: Scales, parameter: str, path: str, uses: Sequence[ReaderUse]) -> Reader:
+def _reader(parameter: str, path: str, uses: Sequence[ReaderUse]) -> Reader:
     needed = torch.stack([use.needed for use in uses]).any(0)
     later = torch.stack([use.later for use in uses]).any(0)
     after = next((use.after for use in uses if use.after), "")
     if bool(later.any()) and not bool(needed.any()):
-        shape = scales.graph.values[scales.graph.parameters[after]].shape
-        return Reader(parameter, path, "later", _runs(later), after, min(shape))
+        cost = max(use.after_features for use in uses)
+        return Reader(parameter, path, "later", _runs(later), after, cost)
     scaled = needed | later
     place: Place = "output" if bool(scaled.any()) else "nowhere"
     return Reader(parameter, path, place, _runs(scaled), "", int(scaled.sum()))

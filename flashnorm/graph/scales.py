@@ -32,7 +32,7 @@ class ReaderUse:
 
     `path` is the module that is this product and nothing else, if there is one. `needed` marks the
     features that the scale must be on at once, for `reason`; `later` those for which it is early
-    enough after the product with the parameter `after`.
+    enough after the product with the parameter `after`, which gives `after_features`.
     """
 
     norm: int  # index of the norm's node
@@ -44,6 +44,7 @@ class ReaderUse:
     later: Tensor
     reason: str = ""
     after: str = ""
+    after_features: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ def _follow(scales: Scales, node: Node) -> None:
         for number, features in scales.by_reader(scales.involved(labelled[0])):
             scales.readers[number].later[features] = True
             scales.readers[number].after = parameter
+            scales.readers[number].after_features = scales.graph.values[node.outputs[0]].shape[-1]
         return
     rule = _RULES.get(node.op)
     try:

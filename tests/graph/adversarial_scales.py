@@ -278,6 +278,14 @@ class ReGlu(Glu):
         return torch.relu(x)
 
 
+class WideReGlu(ReGlu):
+    """More features come out than went in: the scale waits at a price."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(K, 3 * K, bias=False)
+
+
 class GluWithBias(Glu):
     """The second product adds a bias at once, so the scale must be there before."""
 

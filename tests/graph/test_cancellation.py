@@ -12,6 +12,7 @@ from tests.zoo.fold import relative as true_relative
 from tests.zoo.fold import specimen
 
 from . import adversarial_scales as modules
+from .adversarial import K, N
 from .test_adversarial import BOUND, inputs_of, made, outputs, relative
 
 EXACT = 1e-12
@@ -97,6 +98,16 @@ def test_ignoring_epsilon_is_the_papers_form_and_differs(cls):
     flashnorm.fold_(model, inputs, cancel=True, eps="ignore")
     assert isinstance(model.inner, modules.BigEps)
     assert relative(outputs(model, inputs), before) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("cls", "multiplies"),
+    # One per feature that gets the scale: K for the gate, and once for what waits for the end.
+    [(modules.Glu, K + N), (modules.ReGlu, N), (modules.WideReGlu, 3 * K), (modules.Base, 0)],
+)
+def test_the_price_of_deferral_is_counted_once_per_feature(cls, multiplies):
+    site = first(flashnorm.inspect(made(cls), inputs_of(cls)))
+    assert site.saved_multiplies == N - multiplies
 
 
 def test_a_centred_layer_norm_cancels_like_any_other():

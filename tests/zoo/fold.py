@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 import flashnorm
-from flashnorm.graph.absorb import absorb
-from flashnorm.graph.follow import follow
-from flashnorm.inspection import record
-from flashnorm.plan import Plan, Site
-from flashnorm.planner import make_plan
+from flashnorm.plan import Plan
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
+from tests.forcing import forced_plans
 
 from .build import causal_lm_types, tiny_inputs, tiny_model
 from .classes import WHOLE
@@ -137,19 +134,6 @@ def needed_refusals(name: str, seed: int = 0) -> dict[str, bool]:
         apply_plan_(forced, plan)
         needed[gain] = not relative(outputs(forced, inputs), before) < 1e-9
     return needed
-
-
-def forced_plans(model, inputs) -> dict[str, Plan]:
-    """Per refused gain a plan that folds it alone, against its reason."""
-    graph = record(model, inputs)
-    readers, _ = absorb(follow(graph), False)
-    refused: dict[str, list[Site]] = {}
-    for site in make_plan(graph).sites:
-        if site.gain == "kept" and site.weight:
-            consumers = tuple(readers.get(site.weight.parameter, ()))
-            forced = replace(site, gain="folded", reason="", consumers=consumers)
-            refused.setdefault(site.weight.parameter, []).append(forced)
-    return {gain: Plan(tuple(sites)) for gain, sites in refused.items()}
 
 
 def _recordable(model, inputs):
