@@ -1,7 +1,8 @@
 """Builds the CPU kernels: plain C++17, no torch, one library for all instruction sets.
 
 Without a C++ compiler the package installs all the same and runs on torch's own operations;
-`flashnorm.kernels.cpu.available()` says so. FLASHNORM_NO_KERNELS=1 leaves them out.
+`flashnorm.kernels.cpu.available()` says so. FLASHNORM_NO_KERNELS=1 leaves them out;
+FLASHNORM_SANITIZE=1 builds them with the address and undefined-behaviour sanitizers (slow).
 """
 
 import os
@@ -18,9 +19,14 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibi
 FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wextra"]
 # The compiler's own AVX-512 headers would be warned about.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# For `make sanitize`: a report of either sanitizer ends the process.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE += ["-fno-omit-frame-pointer", "-O1", "-g"]
+LAST = SANITIZE if os.environ.get("FLASHNORM_SANITIZE") else []
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86["amx"] = [*X86["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 SETS = {
     "x86_64": X86,
     "AMD64": X86,
@@ -47,16 +53,18 @@ class BuildKernels(build_ext):
             )
         if "avx512" not in made:
             made.pop("avx512bf16", None)  # which only adds to it
+        if "avx512bf16" not in made:
+            made.pop("amx", None)  # which adds to that
         objects += [file for files in made.values() for file in files]
         objects += self._compile("library", [f"-DFLASHNORM_HAS_{isa.upper()}" for isa in made])
         target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, target, target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=LAST, target_lang="c++")
 
     def _compile(self, name: str, flags: list[str]) -> list[str]:
         source = [str(SOURCES / f"{name}.cpp")]
         depends = [str(path) for path in sorted(SOURCES.glob("*.h"))]
         return self.compiler.compile(
-            source, output_dir=self.build_temp, extra_postargs=FLAGS + flags, depends=depends
+            source, output_dir=self.build_temp, extra_postargs=FLAGS + flags + LAST, depends=depends
         )
 
 

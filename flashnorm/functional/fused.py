@@ -26,11 +26,12 @@ from flashnorm.kernels.call import Call
 def run(call: Call) -> list[Tensor]:
     """Any call: directly in eager mode, as a registered operation where something watches."""
     if torch.compiler.is_compiling():
-        return reference.norm_linear(call) if call.needs_gradient() else ops.run(call)
+        plain = call.needs_gradient() or torch.is_autocast_enabled("cpu")
+        return reference.norm_linear(call) if plain else ops.run(call)
     if not dispatch.watched(call.x, *call.weights):
         return dispatch.norm_linear(call)
     # torch.jit cannot write down a list of weights.
-    plain = call.needs_gradient() or torch.jit.is_tracing()
+    plain = call.needs_gradient() or dispatch.transformed() or torch.jit.is_tracing()
     return reference.norm_linear(call) if plain else ops.run(call)
 
 

@@ -42,8 +42,7 @@ class Call(NamedTuple):
 def check(call: Call) -> None:
     """Raise ValueError, naming the argument, where the arguments are not those of one operation."""
     x, weights, biases, norm, _, gain, _, norm_bias, alpha, activation, residual = call
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(NORMS)}")
+    check_names(norm, activation)
     n = x.shape[-1]
     for w in weights:
         if w.dim() != 2 or w.shape[1] != n:
@@ -57,10 +56,19 @@ def check(call: Call) -> None:
             raise ValueError(f"{name} is {list(vector.shape)}; it must be [{n}]")
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"alpha is {list(alpha.shape)}; it must be one number")
-    if activation is not None:
-        _check_glu(weights, activation)
+    if activation is not None and (len(weights) != 2 or weights[0].shape != weights[1].shape):
+        raise ValueError("a GLU needs two weights of one shape: gate and up")
     if residual is not None:
         _check_residual(call, residual)
+
+
+def check_names(norm: str, activation: str | None) -> None:
+    """Raise ValueError where there is no such norm or activation."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(NORMS)}")
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation is {activation!r}; it must be one of {known}")
 
 
 def _check_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
@@ -69,14 +77,6 @@ def _check_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) ->
     for w, bias in zip(weights, biases, strict=True):
         if bias is not None and bias.shape != w.shape[:1]:
             raise ValueError(f"a bias is {list(bias.shape)}; its weight has {w.shape[0]} rows")
-
-
-def _check_glu(weights: Sequence[Tensor], activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation is {activation!r}; it must be one of {known}")
-    if len(weights) != 2 or weights[0].shape != weights[1].shape:
-        raise ValueError("a GLU needs two weights of one shape: gate and up")
 
 
 def _check_residual(call: Call, residual: Tensor) -> None:

@@ -1,7 +1,9 @@
-"""Norm + linear on the CPU: weights read once, as a stream, for up to sixteen rows of x.
+"""Norm + linear on the CPU: weights read once, as a stream, for as many rows of x as that pays.
 
 More rows go to torch's matmul, between a norm and a gate that take one pass each. y is rounded once
-from float32 sums; statistics, gain, bias, activation and residual are in float32.
+from float32 sums; statistics, gain, bias, activation and residual are in float32. Where several
+rows are multiplied in tiles (AMX) and in torch's matmul, normalized rows are rounded to the dtype
+of x first, as in a model that computes its norm by itself; elsewhere they are not.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
 from flashnorm.kernels.library import Library, load, use_isa
 
-__all__ = ["available", "pack", "run", "run_packed", "use_isa", "why_not"]
+__all__ = ["available", "normalize_packed", "pack", "run", "run_packed", "use_isa", "why_not"]
 
 # The numbers of csrc/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,14 +26,10 @@ NORM = {name: i for i, name in enumerate(NORMS)}
 ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
 
 
-def _has_tiles() -> bool:
-    """Whether torch multiplies bfloat16 matrices in AMX tiles."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
-# Above so many rows torch's matmul is faster than reading the weights once per sixteen rows
-# (measured on one Xeon with AVX-512 and AMX; without AMX, bfloat16 behaves like float16).
-ROWS = {torch.float32: 32, torch.bfloat16: 8 if _has_tiles() else 16, torch.float16: 16}
+# Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
+ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
+ROWS_IN_TILES = 128
+TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
 MOST_WEIGHTS = 8
 
 _OP = [struct.Struct("8iq2d3qq" + "4q" * s).pack for s in range(MOST_WEIGHTS + 1)]
@@ -48,7 +46,7 @@ def available() -> tuple[bool, str]:
 
 
 def why_not(call: Call) -> str | None:
-    """Why the kernels cannot take a call, or None where they can."""
+    """Why the kernels cannot take a call, or None where they can. A norm alone has no weights."""
     x, weights, biases, _, _, gain, _, norm_bias, alpha, _, residual = call
     if isinstance(library := load(), str):
         return library
@@ -56,9 +54,9 @@ def why_not(call: Call) -> str | None:
         return f"x is on {x.device}, not on the CPU"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
-    if x.shape[-1] == 0 or not 0 < len(weights) <= MOST_WEIGHTS:
-        return f"x has no features, or there are not 1 to {MOST_WEIGHTS} weights"
-    dtype = weights[0].dtype
+    if x.shape[-1] == 0 or len(weights) > MOST_WEIGHTS:
+        return f"x has no features, or there are more than {MOST_WEIGHTS} weights"
+    dtype = weights[0].dtype if weights else x.dtype
     for w in weights:
         if w.dtype not in DTYPES or w.dtype != dtype or not w.is_cpu:
             return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
@@ -90,13 +88,21 @@ def run(call: Call) -> list[Tensor]:
 
 def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
-    return ROWS[call.x.dtype] if call.x.dtype == call.weights[0].dtype else 2**62
+    if any(weight.dtype != call.x.dtype for weight in call.weights):
+        return 2**62
+    return ROWS_IN_TILES if in_tiles(call) else ROWS[call.x.dtype]
+
+
+def in_tiles(call: Call) -> bool:
+    """Whether several rows of x are multiplied in tiles."""
+    x = call.x
+    return x.dtype == torch.bfloat16 and x.shape[-1] % TILE_DEPTH == 0 and _library().isa == "amx"
 
 
 def pack(call: Call) -> bytes:
     """All of a call but x, results and residual, as the library reads it. It holds no reference."""
     x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, _ = call
-    weight_type = DTYPES[weights[0].dtype]
+    weight_type = DTYPES[weights[0].dtype if weights else x.dtype]
     segments: list[int] = []
     for i, w in enumerate(weights):
         c = biases[i] if biases else None
@@ -167,7 +173,7 @@ def _many_rows(call: Call) -> list[Tensor]:
     """Norm, torch's matmul, gate and residual: the norm and the gate are one pass each."""
     x, biases = _rows(call.x), call.biases
     plain = call.norm == "none" and call.gain is None and call.norm_bias is None
-    z = x if plain else _normalized(pack(call), x)
+    z = x if plain else normalize_packed(pack(call), x)
     found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
     if call.activation:
         found = [_gated(found[0], found[1], call.activation)]
@@ -176,12 +182,13 @@ def _many_rows(call: Call) -> list[Tensor]:
     return [y.view(*call.x.shape[:-1], y.shape[1]) for y in found]
 
 
-def _normalized(packed: bytes, x: Tensor) -> Tensor:
-    """norm(x) · gain + bias in the dtype of x: [rows, n], one pass."""
-    rows, n = x.shape
-    z = torch.empty((rows, n), dtype=x.dtype)
+def normalize_packed(packed: bytes, x: Tensor) -> Tensor:
+    """norm(x) · gain + bias in the dtype of x, for x [.., n] with dense rows, one pass."""
+    z = torch.empty(x.shape, dtype=x.dtype)
+    n = x.shape[-1]
+    stride = n if x.is_contiguous() else x.stride(0)
     threads = torch.get_num_threads()
-    call = _CALL[1](x.data_ptr(), 0, rows, x.stride(0), 0, threads, z.data_ptr(), n)
+    call = _CALL[1](x.data_ptr(), 0, x.numel() // n, stride, 0, threads, z.data_ptr(), n)
     if _library().normalize(packed, call):
         raise MemoryError("no memory for a row of x in float32")
     return z

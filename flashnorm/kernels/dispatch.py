@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import cpu, reference
 from flashnorm.kernels.call import Call, check
 
 GRADIENT = "a gradient is wanted, which the kernels do not have (use torch.no_grad())"
+TRANSFORM = "torch.func, forward-mode derivatives or autocast want torch's own operations"
 
 _log = logging.getLogger("flashnorm")
 _fallbacks: Counter[str] = Counter()
 _forbidden = os.environ.get("FLASHNORM_FALLBACK") == "forbid"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,24 @@ def norm_linear(call: Call) -> list[Tensor]:
     do not fit each other.
     """
     check(call)
-    reason = GRADIENT if call.needs_gradient() else cpu.why_not(call)
+    reason = _why_not(call)
     if reason is None:
         return cpu.run(call)
-    _fell_back(reason)
+    fell_back(reason)
     return reference.norm_linear(call)
 
 
 def explain(call: Call) -> Choice:
     """What `norm_linear` would run for these arguments, without running it."""
     check(call)
-    reason = GRADIENT if call.needs_gradient() else cpu.why_not(call)
+    reason = _why_not(call)
     return Choice("cpu", cpu.available()[1]) if reason is None else Choice("reference", reason)
+
+
+def _why_not(call: Call) -> str | None:
+    if transformed():
+        return TRANSFORM
+    return GRADIENT if call.needs_gradient() else cpu.why_not(call)
 
 
 def fallbacks() -> dict[str, int]:
@@ -69,7 +77,8 @@ def forbid_fallback(forbid: bool = True) -> Iterator[None]:
         _forbidden = before
 
 
-def _fell_back(reason: str) -> None:
+def fell_back(reason: str) -> None:
+    """Count a fallback and say the first of its kind; raise where falling back is forbidden."""
     if _forbidden:
         raise FlashNormError(f"norm + linear has to fall back, which is forbidden: {reason}")
     if reason not in _fallbacks:
@@ -77,10 +86,29 @@ def _fell_back(reason: str) -> None:
     _fallbacks[reason] += 1
 
 
-def watched(*tensors: Tensor) -> bool:
+def watched(*tensors: object) -> bool:
     """Whether something must see a call as an operation: a tracer, a mode, a tensor subclass."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def transformed() -> bool:
+    """Whether something must see torch's own operations: vmap, jvp, autocast on the CPU."""
+    return bool(
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def not_plain(x: object) -> str:
+    """Why more than the values of x matters, so that no kernel may be called directly; or ""."""
+    if watched(x):
+        return "a tracer, a mode or a tensor subclass watches every operation"
+    assert isinstance(x, Tensor)
+    if not x.is_cpu:
+        return f"x is on {x.device}, not on the CPU"
+    return TRANSFORM if transformed() else ""

@@ -1,4 +1,7 @@
-"""The compiled library: found, checked and loaded once, with torch's OpenMP threads."""
+"""The compiled library: found, checked and loaded once, with torch's OpenMP threads.
+
+FLASHNORM_CPU_LIBRARY names another file than the installed one: a build with sanitizers, say.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 
 from flashnorm.errors import FlashNormError
 
-PATH = Path(__file__).with_name("_cpu.so")
+PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
 ABI = 1  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 

@@ -10,7 +10,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import reference
+from flashnorm.kernels import cpu, reference
 from flashnorm.kernels.call import Call
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 
@@ -37,7 +37,7 @@ def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
     A sum of n products in float32 is off by `λ √n u32 Σ|z w|` (Higham and Mary 2019), and so is
     every statistic, relatively; the mean of a LayerNorm is off by that much of the deviation, which
     is 1 in z: hence `|z| + 1`. Where a library multiplies, z was rounded to the dtype of x first,
-    and the products afterwards.
+    and the products afterwards; in tiles z alone was, unless x is multiplied as it came.
     """
     exact, n = wide(call), call.x.shape[-1]
     plain = exact._replace(activation=None, residual=None)
@@ -48,7 +48,8 @@ def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
     if exact.norm_bias is not None:
         z = z + exact.norm_bias.abs()
     u, half = unit_roundoff(torch.float32), 0.0 if fused else unit_roundoff(call.x.dtype)
-    relative = (2 * CONFIDENCE * sqrt(n) + STEPS) * u + half
+    first = unit_roundoff(call.x.dtype) if not fused or rounds_first(call) else 0.0
+    relative = (2 * CONFIDENCE * sqrt(n) + STEPS) * u + first
     values = reference.norm_linear(plain)
     # Below float32's normal numbers every addition rounds by up to half of the smallest one.
     smallest, errors = n * 2.0**-149, []
@@ -56,6 +57,17 @@ def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
         bias = exact.biases[i].abs() if exact.biases and exact.biases[i] is not None else 0
         errors.append(relative * (z @ w.abs().T + bias) + half * value.abs() + smallest)
     return values, errors
+
+
+def rounds_first(call: Call) -> bool:
+    """Whether rows are multiplied in tiles, and normalized before that and not after."""
+    x = call.x
+    if x.numel() <= x.shape[-1] or not cpu.in_tiles(call):
+        return False
+    squares = x.double().square().mean(-1)
+    ordinary = (squares > 1e-20) & (squares < 1e36)
+    plain = call.norm in ("none", "rms") and call.gain is None and call.norm_bias is None
+    return not plain or (call.norm == "rms" and not bool(ordinary.all()))
 
 
 def bound(call: Call, fused: bool = True) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,13 @@
 // The C interface: which instruction set, which threads, and the four operations.
 #include <atomic>
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "arena.h"
 #include "table.h"
@@ -13,6 +20,7 @@ DECLARE(avx2);
 DECLARE(avx512);
 DECLARE(neon);
 void flashnorm_pairs(const Product& p);
+extern const TileTable flashnorm_tiles;
 
 namespace {
 
@@ -20,6 +28,7 @@ struct Choice {
   const char* name;
   const Table* table;
   void (*pairs)(const Product&);
+  const TileTable* tiles;
   bool (*supported)();
 };
 
@@ -34,23 +43,39 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The tiles' registers have to be asked for, once for the process.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
+  constexpr long ask = 0x1023, tile_data = 18;
+  unsigned a, b, c, d;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & tile) && (d & bf16) && !syscall(SYS_arch_prctl, ask, tile_data);
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best first. The build defines FLASHNORM_HAS_* for what the compiler could make.
 const Choice choices[] = {
+#ifdef FLASHNORM_HAS_AMX
+    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_tiles, has_amx},
+#endif
 #ifdef FLASHNORM_HAS_AVX512BF16
-    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, has_avx512bf16},
+    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, nullptr, has_avx512bf16},
 #endif
 #ifdef FLASHNORM_HAS_AVX512
-    {"avx512", &flashnorm_avx512, nullptr, has_avx512},
+    {"avx512", &flashnorm_avx512, nullptr, nullptr, has_avx512},
 #endif
 #ifdef FLASHNORM_HAS_AVX2
-    {"avx2", &flashnorm_avx2, nullptr, has_avx2},
+    {"avx2", &flashnorm_avx2, nullptr, nullptr, has_avx2},
 #endif
 #ifdef FLASHNORM_HAS_NEON
-    {"neon", &flashnorm_neon, nullptr, always},
+    {"neon", &flashnorm_neon, nullptr, nullptr, always},
 #endif
-    {"portable", &flashnorm_portable, nullptr, always},
+    {"portable", &flashnorm_portable, nullptr, nullptr, always},
 };
 constexpr int count = sizeof choices / sizeof *choices;
 
@@ -104,6 +129,7 @@ int64_t weight_bytes(const Op& op) {
 
 // How far ahead of reading; the weight rows that are read side by side share the distance.
 std::atomic<int64_t> prefetch_bytes{4096};
+std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
 int32_t run_job(const Job& job, int64_t part, int64_t parts) {
   const How how{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
@@ -120,6 +146,58 @@ int32_t glu_job(const Job& job, int64_t part, int64_t parts) {
   return job.use.table->glu(*static_cast<const Glu*>(job.call), part, parts);
 }
 
+// Where products in tiles are faster, and fit.
+bool in_tiles(const Choice& use, const Op& op, const Call& call) {
+  return use.tiles && call.rows > 1 && op.n % 32 == 0 && op.x_type == BFLOAT16 &&
+         op.weight_type == BFLOAT16;
+}
+
+constexpr int64_t FEW_ROWS = 32;          // each thread packs so many by itself: that takes less time
+constexpr int64_t PACKED_BYTES = 1 << 20;  // what of x stays in a core's cache beside the weights
+
+struct TiledWork {
+  const Op& op;
+  const Call& call;
+  Packed packed;
+};
+
+int32_t pack_job(const Job& job, int64_t part, int64_t parts) {
+  const TiledWork& work = *static_cast<const TiledWork*>(job.call);
+  return job.use.tiles->pack(work.op, work.call, work.packed, part, parts);
+}
+
+int32_t tiled_job(const Job& job, int64_t part, int64_t parts) {
+  const TiledWork& work = *static_cast<const TiledWork*>(job.call);
+  const TileTable& tiles = *job.use.tiles;
+  Packed packed = work.packed;
+  if (!packed.memory) {
+    packed.memory = flashnorm_arena(PACKED, tiles.bytes(work.op, packed.rows) / 4);
+    if (!packed.memory) return NO_MEMORY;
+    const int32_t status = tiles.pack(work.op, work.call, packed, 0, 1);
+    if (status != OK) return status;
+  }
+  const int64_t ahead = tile_prefetch.load(std::memory_order_relaxed);
+  return tiles.run(work.op, work.call, packed, ahead, part, parts);
+}
+
+int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t threads) {
+  const int64_t fit = PACKED_BYTES / (op.n * 2) / FEW_ROWS * FEW_ROWS;
+  const int64_t most = fit > FEW_ROWS ? fit : FEW_ROWS;
+  int32_t status = OK;
+  for (int64_t first = 0; first < call.rows && status == OK; first += most) {
+    TiledWork work{op, call, {nullptr, first, smaller(most, call.rows - first)}};
+    if (work.packed.rows > FEW_ROWS) {
+      work.packed.memory = flashnorm_arena(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
+      if (!work.packed.memory) return NO_MEMORY;
+      Job pack{use, nullptr, &work, pack_job, {OK}};
+      if ((status = parallel(pack, threads)) != OK) break;
+    }
+    Job run{use, nullptr, &work, tiled_job, {OK}};
+    status = parallel(run, threads);
+  }
+  return status;
+}
+
 struct Read { const char* data; int64_t bytes; };
 float read_sink;  // keeps the reads from being removed
 
@@ -131,6 +209,12 @@ int32_t read_job(const Job& job, int64_t part, int64_t parts) {
   return OK;
 }
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool exact_arena = true;  // so that what lies behind the memory asked for is watched
+#else
+constexpr bool exact_arena = false;
+#endif
+
 struct Arena {
   void* memory = nullptr;
   int64_t bytes = 0;
@@ -139,10 +223,11 @@ struct Arena {
 
 }  // namespace
 
-float* flashnorm_arena(int64_t floats) {
-  thread_local Arena mine;
+float* flashnorm_arena(ArenaUse use, int64_t floats) {
+  thread_local Arena arenas[ARENA_USES];
+  Arena& mine = arenas[use];
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
-  if (bytes > mine.bytes) {
+  if (bytes > mine.bytes || exact_arena) {
     free(mine.memory);
     mine = {nullptr, 0};
     if (posix_memalign(&mine.memory, 64, static_cast<size_t>(bytes))) mine.memory = nullptr;
@@ -169,10 +254,14 @@ EXPORT int32_t flashnorm_chosen_isa() {
 }
 
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
+EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
 EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
-  Job job{choice(), op, call, run_job, {OK}};
-  return parallel(job, smaller(call->threads, 1 + weight_bytes(*op) / BYTES_PER_THREAD));
+  const Choice& use = choice();
+  const int64_t threads = smaller(call->threads, 1 + weight_bytes(*op) / BYTES_PER_THREAD);
+  if (in_tiles(use, *op, *call)) return run_tiled(use, *op, *call, threads);
+  Job job{use, op, call, run_job, {OK}};
+  return parallel(job, threads);
 }
 
 EXPORT int32_t flashnorm_normalize(const Op* op, const Call* call) {

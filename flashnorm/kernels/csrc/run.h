@@ -20,11 +20,11 @@ struct Block {
 
 struct Range { int64_t begin, end; };
 
-// Part `part` of `parts` of 0..total, cut at multiples of COLUMNS.
-inline Range share(int64_t total, int64_t part, int64_t parts) {
-  const int64_t units = (total + COLUMNS - 1) / COLUMNS;
-  return {smaller(units * part / parts * COLUMNS, total),
-          smaller(units * (part + 1) / parts * COLUMNS, total)};
+// Part `part` of `parts` of 0..total, cut at multiples of `unit`.
+inline Range share(int64_t total, int64_t unit, int64_t part, int64_t parts) {
+  const int64_t units = (total + unit - 1) / unit;
+  return {smaller(units * part / parts * unit, total),
+          smaller(units * (part + 1) / parts * unit, total)};
 }
 
 inline int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
@@ -133,10 +133,10 @@ inline void fetch_first(const Op& op, Range range, int64_t ahead) {
       prefetch(offset(s.weight, op.weight_type, row * s.stride) + byte);
 }
 
-int32_t run_part(const Op& op, const Call& call, const How& how, int64_t part, int64_t parts) {
+inline int32_t run_part(const Op& op, const Call& call, const How& how, int64_t part, int64_t parts) {
   int64_t total = 0;
   for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) total += op.segment[i].rows;
-  const Range range = share(total, part, parts);
+  const Range range = share(total, COLUMNS, part, parts);
   if (range.begin == range.end) return OK;
   fetch_first(op, range, how.ahead);
   float* space = arena(space_for(op, smaller(call.rows, MAX_ROWS)));

@@ -28,6 +28,19 @@ struct Table {
   float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
 };
 
+// Rows first..first + rows of x, normalized and turned for tiles, in memory of `TileTable::bytes`.
+struct Packed {
+  void* memory;
+  int64_t first, rows;
+};
+
+// Products in tiles, for bf16 and widths of whole tiles: pack, then run on what all parts packed.
+struct TileTable {
+  int32_t (*pack)(const Op&, const Call&, const Packed&, int64_t part, int64_t parts);
+  int32_t (*run)(const Op&, const Call&, const Packed&, int64_t ahead, int64_t part, int64_t parts);
+  int64_t (*bytes)(const Op&, int64_t rows);
+};
+
 namespace {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 }  // namespace

@@ -1,0 +1,145 @@
+// How bf16 rows meet bf16 weights in AMX tiles: out = (16 rows of weights) x (16 rows of x), 32
+// products deep. Weights are read as they lie; the rows of x are turned once so that they fit.
+// Products are exact in float32, each addition rounds once, subnormal numbers count as zero.
+#pragma once
+#include <immintrin.h>
+#include "half.h"
+#include "table.h"
+
+namespace {
+
+constexpr int64_t TILE = 16;   // rows of weights, or of x, in a tile
+constexpr int64_t DEPTH = 32;  // elements of a row in a tile
+
+// Compilers do not know what a tile instruction reads: this makes them write it down before.
+inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+// Nor does the address sanitizer: this reads 16 rows of 64 bytes, `stride` apart, where it can see.
+inline void seen(const void* p, int64_t stride) {
+#ifdef __SANITIZE_ADDRESS__
+  const volatile char* bytes = static_cast<const volatile char*>(p);
+  for (int64_t row = 0; row < TILE; ++row)
+    for (int64_t i = 0; i < 64; i += 8) (void)bytes[row * stride + i], (void)bytes[row * stride + i + 7];
+#else
+  (void)p, (void)stride;
+#endif
+}
+
+// While it lives, all tiles are 16 rows of 64 bytes; then they are as they were.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    written(&before_);
+    Config config = {};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = 64;
+      config.rows[i] = TILE;
+    }
+    written(&config);
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (before_.palette) _tile_loadconfig(&before_);
+    else _tile_release();
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  };
+  Config before_;
+};
+
+// to[c][r] = from[r][c] for 16 x 16 numbers of 32 bits; strides in numbers.
+inline void turn(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  const float* in = static_cast<const float*>(from);
+  float* out = static_cast<float*>(to);
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0x88);
+      b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    _mm512_storeu_ps(out + j * to_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
+    _mm512_storeu_ps(out + (j + 8) * to_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+  }
+}
+
+// One or two tiles of weights, each with its rows `stride` elements apart.
+struct Pair {
+  const Bf16* weight[2];
+  int64_t stride[2];
+};
+
+inline void fetch(const Bf16* weight, int64_t stride) {
+  for (int64_t row = 0; row < TILE; ++row) __builtin_prefetch(weight + row * stride, 0, 3);
+}
+
+// out[m][c] for C tiles of weights and R tiles of x; x: [R][n / 2][16] pairs of elements. While it
+// reads, it fetches `ahead` elements further, or the first ones of the rows that come `next` after.
+template <int C, int R>
+inline void tile_block(const Pair& w, const Bf16* x, int64_t n, int64_t ahead, int64_t next,
+                       float* out) {
+  written(x);
+  _tile_zero(0);
+  if constexpr (R == 2) _tile_zero(1);
+  if constexpr (C == 2) _tile_zero(2);
+  if constexpr (C == 2 && R == 2) _tile_zero(3);
+  for (int64_t i = 0; i < n; i += DEPTH) {
+    if (ahead) {
+      const int64_t at = i + ahead < n ? i + ahead : i + ahead - n + next;
+      for (int c = 0; c < C; ++c) fetch(w.weight[c] + at, w.stride[c]);
+    }
+    seen(w.weight[0] + i, w.stride[0] * 2);
+    _tile_loadd(4, w.weight[0] + i, w.stride[0] * 2);
+    seen(x + i * TILE, 64);
+    _tile_loadd(6, x + i * TILE, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R == 2) {
+      seen(x + (n + i) * TILE, 64);
+      _tile_loadd(7, x + (n + i) * TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (C == 2) {
+      seen(w.weight[1] + i, w.stride[1] * 2);
+      _tile_loadd(5, w.weight[1] + i, w.stride[1] * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float sums[TILE * TILE];
+  _tile_stored(0, sums, 64);
+  turn(sums, TILE, out, CHUNK);
+  if constexpr (R == 2) {
+    _tile_stored(1, sums, 64);
+    turn(sums, TILE, out + TILE * CHUNK, CHUNK);
+  }
+  if constexpr (C == 2) {
+    _tile_stored(2, sums, 64);
+    turn(sums, TILE, out + TILE, CHUNK);
+    if constexpr (R == 2) {
+      _tile_stored(3, sums, 64);
+      turn(sums, TILE, out + TILE * CHUNK + TILE, CHUNK);
+    }
+  }
+}
+
+}  // namespace
