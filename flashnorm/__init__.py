@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import unfold_ as unfold_
+    from flashnorm.runtime import accelerate_ as accelerate_
+    from flashnorm.runtime import acceleration as acceleration
+    from flashnorm.runtime import restore_ as restore_
     from flashnorm.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -28,6 +31,9 @@ _LAZY = {
     "unfold_": "flashnorm.rewrite",
     "fold_checkpoint": "flashnorm.checkpoint.fold",
     "fold_adapter": "flashnorm.adapters.fold",
+    "accelerate_": "flashnorm.runtime",
+    "acceleration": "flashnorm.runtime",
+    "restore_": "flashnorm.runtime",
     "verify": "flashnorm.verification",
 }
 

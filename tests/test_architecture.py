@@ -35,11 +35,13 @@ ORDER = [
     "flashnorm.origin",
     "flashnorm.inspection",
     "flashnorm.rewrite",
+    "flashnorm.runtime",
     "flashnorm.checkpoint.fold",
     "flashnorm.adapters",
     "flashnorm.verification",
     "flashnorm.report",
     "flashnorm.demo",
+    "flashnorm.bench",
     "flashnorm.cli",
     "flashnorm.__main__",
 ]

@@ -66,15 +66,20 @@ def _folded_(model, inputs, options) -> Plan:
     try:
         return flashnorm.fold_(model, inputs, **options)
     except flashnorm.TraceError:
-        narrow = tree_map_only(torch.Tensor, _narrow, inputs)
+        narrow = narrowed(inputs)
         to_plan = {key: value for key, value in options.items() if key != "cancel"}
         plan = flashnorm.inspect(copy.deepcopy(model).float(), narrow, **to_plan)
         apply_plan_(model, plan, cancel=options.get("cancel", False))
         return plan
 
 
-def _narrow(tensor):
-    return tensor.float() if tensor.is_floating_point() else tensor
+def narrowed(inputs: dict) -> dict:
+    """The inputs with every floating tensor in float32."""
+
+    def narrow(tensor):
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    return tree_map_only(torch.Tensor, narrow, inputs)
 
 
 def _doubled(inputs: dict) -> dict:
@@ -142,4 +147,4 @@ def _recordable(model, inputs):
         flashnorm.inspect(model, copy.deepcopy(inputs))
         return model, inputs
     except flashnorm.TraceError:
-        return copy.deepcopy(model).float(), tree_map_only(torch.Tensor, _narrow, inputs)
+        return copy.deepcopy(model).float(), narrowed(inputs)

@@ -1,0 +1,201 @@
+"""Which modules are operations that kernels have: linear layers, gated pairs of them, their norms.
+
+By what a module was seen to do in every recorded call, never by its class or name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from flashnorm.graph.nouns import Call, Graph, Node
+from flashnorm.graph.sites import same_as
+
+TRANSPOSES = frozenset({"t", "transpose"})
+SPLITS = frozenset({"split", "split_with_sizes"})
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A module that returns `x Wᵀ (+ c)` of its one argument: the names of its parameters."""
+
+    path: str
+    weight: str
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start : start + length` of the weight of the linear module at `path`."""
+
+    path: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A module that returns `down(act(gate(x)) ⊙ up(x))` of its one argument."""
+
+    path: str
+    gate: Rows
+    up: Rows
+    down: str
+    activation: str
+
+
+@dataclass
+class Fusible:
+    """`readers` maps a module to the linear and gated modules that are always given its output."""
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    gated: dict[str, Gated] = field(default_factory=dict)
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def find_fusible(graph: Graph) -> Fusible:
+    """What of a recorded model the kernels can take as it is."""
+    calls: dict[str, list[int]] = defaultdict(list)
+    for number, call in graph.calls.items():
+        calls[call.path].append(number)
+    found = Fusible()
+    for path, numbers in calls.items():
+        kinds = {_linear(graph, number) for number in numbers}
+        if len(kinds) == 1 and (linear := kinds.pop()):
+            found.linears[path] = linear
+    makers = _Makers(graph, found)
+    for path, numbers in calls.items():
+        gates = {_gated(makers, number) for number in numbers}
+        if len(gates) == 1 and (gated := gates.pop()):
+            found.gated[path] = gated
+    _find_readers(found, graph, calls)
+    return found
+
+
+def _linear(graph: Graph, number: int) -> Linear | None:
+    call = graph.calls[number]
+    if not _is_simple(call):
+        return None
+    node = graph.producer(same_as(graph, call.returned[0]))
+    if node is None or node.call != number or (operands := _product(graph, node)) is None:
+        return None
+    x, weight, bias = operands
+    return Linear(call.path, weight, bias) if x == same_as(graph, call.received[0]) else None
+
+
+def _is_simple(call: Call) -> bool:
+    return len(call.received) == len(call.returned) == call.arguments == 1
+
+
+def _product(graph: Graph, node: Node) -> tuple[int, str, str] | None:
+    """(x, weight, bias) of `x Wᵀ (+ c)` with a whole parameter W [k, n], and c [k] or no name."""
+    named = node.bound
+    if node.op == "mm":
+        x, right, added = named["self"], named["mat2"], None
+    elif node.op == "addmm" and named["alpha"] == named["beta"] == 1:
+        x, right, added = named["mat1"], named["mat2"], named["self"]
+    else:
+        return None
+    turned = graph.producer(right.value)
+    if turned is None or turned.op not in TRANSPOSES:
+        return None
+    weight = graph.values[turned.inputs[0]]
+    bias = None if added is None else graph.values[added.value]
+    if weight.origin != "parameter" or len(weight.shape) != 2:
+        return None
+    if bias is None:
+        return same_as(graph, x.value), weight.parameter, ""
+    if bias.origin != "parameter" or bias.shape != weight.shape[:1]:
+        return None
+    return same_as(graph, x.value), weight.parameter, bias.parameter
+
+
+class _Makers:
+    """Which linear module made a value, and from what."""
+
+    def __init__(self, graph: Graph, found: Fusible) -> None:
+        self.graph = graph
+        self._made: dict[int, Call] = {}
+        for call in graph.calls.values():
+            if call.path in found.linears:
+                self._made[same_as(graph, call.returned[0])] = call
+
+    def whole(self, value: int) -> Call | None:
+        return self._made.get(same_as(self.graph, value))
+
+    def rows(self, value: int, x: int) -> Rows | None:
+        """The linear module and rows that `value` comes from, where it read x."""
+        value = same_as(self.graph, value)
+        length = self.graph.values[value].shape[-1]
+        start, whole = 0, value
+        node = self.graph.producer(value)
+        if node is not None and (part := _part(self.graph, node, value)) is not None:
+            start, whole = part, node.inputs[0]
+        call = self.whole(whole)
+        if call is None or same_as(self.graph, call.received[0]) != x:
+            return None
+        return Rows(call.path, start, length)
+
+
+def _part(graph: Graph, node: Node, value: int) -> int | None:
+    """Where on the last axis a slice or a part of a split begins."""
+    last = len(graph.values[node.inputs[0]].shape) - 1 if node.inputs else -1
+    if node.op in SPLITS and node.bound["dim"] in (-1, last):
+        widths = [graph.values[output].shape[-1] for output in node.outputs]
+        return sum(widths[: node.outputs.index(value)])
+    if node.op == "slice" and node.bound["dim"] in (-1, last) and node.bound["step"] == 1:
+        start = node.bound["start"] or 0
+        return start if start >= 0 else None
+    return None
+
+
+def _gated(makers: _Makers, number: int) -> Gated | None:
+    graph, call = makers.graph, makers.graph.calls[number]
+    if not _is_simple(call):
+        return None
+    x, down = same_as(graph, call.received[0]), makers.whole(call.returned[0])
+    if down is None or down.path == call.path:
+        return None
+    node = graph.producer(same_as(graph, down.received[0]))
+    if node is None or node.op != "mul" or len(node.inputs) != 2 or node.call != number:
+        return None
+    for first, second in (node.inputs, node.inputs[::-1]):
+        gate, activation = _activated(graph, first)
+        if not activation:
+            continue
+        rows = makers.rows(gate, x), makers.rows(second, x)
+        if rows[0] and rows[1] and rows[0].length == rows[1].length:
+            return Gated(call.path, rows[0], rows[1], down.path, activation)
+    return None
+
+
+def _activated(graph: Graph, value: int) -> tuple[int, str]:
+    """(what an activation was applied to, its name among the kernels'), or no name."""
+    node = graph.producer(same_as(graph, value))
+    if node is None or node.op not in ("silu", "relu", "gelu"):
+        return value, ""
+    tanh = node.op == "gelu" and node.bound["approximate"] == "tanh"
+    return node.inputs[0], "gelu_tanh" if tanh else node.op
+
+
+def _find_readers(found: Fusible, graph: Graph, calls: dict[str, list[int]]) -> None:
+    """A reader counts where every call of the module that made the value is followed by it."""
+    given: dict[int, set[str]] = defaultdict(set)
+    for path in (*found.linears, *found.gated):
+        for number in calls[path]:
+            given[graph.calls[number].received[0]].add(path)
+    inner = set(_inner(found))
+    for path, numbers in calls.items():
+        returned = [graph.calls[number].returned for number in numbers]
+        if any(len(values) != 1 for values in returned):
+            continue
+        common = set.intersection(*(given[values[0]] for values in returned)) - inner
+        if common:
+            found.readers[path] = tuple(sorted(common))
+
+
+def _inner(found: Fusible) -> Iterator[str]:
+    """The linear modules that run as a part of a gated one."""
+    for gated in found.gated.values():
+        yield from (gated.gate.path, gated.up.path)

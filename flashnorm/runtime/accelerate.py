@@ -1,0 +1,113 @@
+"""`accelerate_`: a model runs on norm + linear kernels, in place, and can be put back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from flashnorm.errors import FlashNormError
+from flashnorm.graph.fusible import find_fusible
+from flashnorm.inspection import record
+from flashnorm.kernels import cpu
+from flashnorm.planner import make_plan
+from flashnorm.rewrite import fold_, unfold_
+from flashnorm.runtime.build import Builder as Builder
+from flashnorm.runtime.build import Part as Part
+
+RECORD = "_flashnorm_acceleration"
+
+_log = logging.getLogger("flashnorm")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate_` did with every norm and linear layer of a model."""
+
+    parts: tuple[Part, ...]
+    kernels: str
+    folded: bool
+
+    @property
+    def fused(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if not part.reason)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.parts)} modules on {self.kernels}"]
+        for part in self.parts:
+            ahead = f", with {', '.join(part.ahead)}" if part.ahead else ""
+            lines.append(f"{part.path or '(root)'}: {part.kind}: {part.reason or 'fused'}{ahead}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Undo:
+    modules: list[nn.Module]
+    acceleration: Acceleration
+
+
+def accelerate_(model: Model, example_inputs: Any = None, *, fold: bool = False) -> Model:
+    """Let a model run on fused norm + linear kernels, in place; returns the model.
+
+        norm(x)·g Wᵀ = s ⊙ ((x ⊙ g) Wᵀ),   s = rsqrt(mean(x²) + ε)
+
+    Every norm that is a module of its own computes its linear readers in the same call (q, k and v;
+    gate, up and activation), every linear layer reads its weight at the speed of memory. No forward
+    of a model is rewritten and no weight is copied or changed: modules get another `forward`,
+    parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
+    gradients; for everything else, and in every module that no kernel fits, the model's own code
+    runs (`flashnorm.acceleration(model)` says where and why). With `fold` the gains are folded
+    first (`fold_`), which is needed for nothing but saves loading them.
+
+    `example_inputs` is a dict or tuple for the model's forward, needed for modules that are not
+    from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
+    is accelerated already. Source: FlashNorm, arXiv 2407.09577.
+    """
+    if RECORD in model.__dict__:
+        raise FlashNormError("this model is accelerated already; restore_ it first")
+    graph = record(model, example_inputs)
+    plan = make_plan(graph)
+    folded = {gain.parameter for gain in fold_(model, example_inputs).gains()} if fold else set()
+    builder = Builder(model, find_fusible(graph), frozenset(folded))
+    available, kernels = cpu.available()
+    parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
+    for module, forward in builder.forwards:
+        module.__dict__["forward"] = forward
+    found = Acceleration(tuple(parts), kernels, fold)
+    model.__dict__[RECORD] = _Undo([module for module, _ in builder.forwards], found)
+    _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
+    return model
+
+
+def restore_(model: Model) -> Model:
+    """Undo `accelerate_`; returns the model.
+
+    Its weights were not touched, so it is the original again, bit for bit; where `fold` was asked
+    for, `unfold_` divides the gains out again within one rounding. Raises FlashNormError if this
+    model object was not accelerated.
+    """
+    undo: _Undo | None = model.__dict__.pop(RECORD, None)
+    if undo is None:
+        raise FlashNormError("this model was not accelerated by accelerate_: nothing to restore")
+    for module in undo.modules:
+        del module.__dict__["forward"]
+    if undo.acceleration.folded:
+        unfold_(model)
+    return model
+
+
+def acceleration(model: nn.Module) -> Acceleration:
+    """What `accelerate_` did with this model, module by module.
+
+    Raises FlashNormError if this model object was not accelerated.
+    """
+    if RECORD not in model.__dict__:
+        raise FlashNormError("this model was not accelerated by accelerate_")
+    undo: _Undo = model.__dict__[RECORD]
+    return undo.acceleration

@@ -1,0 +1,198 @@
+"""The forwards that `accelerate_` gives to modules: kernels where they fit, else the modules' own.
+
+A norm computes what its linear readers will ask for in the same call, and leaves it with the
+tensor that it returns. Whoever else reads that tensor (an adapter, a hook, the caller) finds the
+normalized values, so nothing depends on who they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from flashnorm.functional import fused
+from flashnorm.kernels import cpu, dispatch
+from flashnorm.runtime.kernel import Kernel
+
+TRAINING = "the module is in training mode"
+MORE = "the module was given more than one argument"
+OTHER = "the module returns another dtype than it is given"
+HOOKED = "a module inside has hooks, or is another one than it was"
+
+
+class Fused:
+    """A forward with a kernel; it falls back to that of the module's class, with a reason."""
+
+    def __init__(self, module: nn.Module, kernel: Kernel) -> None:
+        self.module, self.kernel = module, kernel
+        # The dtypes that the module has been seen to return as it was given them, and the others.
+        self._kept: frozenset[torch.dtype] = frozenset()
+        self._changed: frozenset[torch.dtype] = frozenset()
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.compiled(x, *args, **kwargs)
+        reason = MORE if args or kwargs else self.why_not(x)
+        if not reason:
+            packed, most, reason = self.kernel.bind(x)
+            if not reason:
+                return self.fast(x, packed, most) if x.dtype in self._kept else self._first(x)
+        dispatch.fell_back(reason)
+        return self.original(x, *args, **kwargs)
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        """What the module returns, on kernels; the packed one takes `most` elements of x."""
+        raise NotImplementedError
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.original(x, *args, **kwargs)
+
+    def why_not(self, x: Any) -> str:
+        """Why this call has to be the module's own; empty where the parameters may decide."""
+        if reason := dispatch.not_plain(x):
+            return reason
+        if torch.is_grad_enabled() and self._needs_gradient(x):
+            return dispatch.GRADIENT
+        return OTHER if x.dtype in self._changed else ""
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.kernel.parameters())
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The first call in a dtype is the module's own: some return another one than they get."""
+        y = self.original(x)
+        if y.dtype == x.dtype:
+            self._kept |= {x.dtype}
+        else:
+            self._changed |= {x.dtype}
+        return y
+
+
+class FusedLinear(Fused):
+    """`x Wᵀ + c`, taken from x where a norm has computed it ahead."""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and (ready := taken(x, self)) is not None:
+            return ready
+        return super().__call__(x, *args, **kwargs)
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        if x.numel() > most:
+            return self.original(x)
+        return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
+
+    def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not for_kernels(x):
+            return self.original(x, *args, **kwargs)
+        return fused.run(self.kernel.call(x))[0]
+
+
+class FusedGated(Fused):
+    """`down(act(gate(x)) ⊙ up(x))`: gate, up and activation as one call, then the module `down`.
+
+    `inner` are (the modules of an owner, name, module) of all that it stands for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kernel: Kernel,
+        down: nn.Module,
+        inner: Sequence[tuple[dict[str, nn.Module | None], str, nn.Module]],
+    ) -> None:
+        super().__init__(module, kernel)
+        self.down, self.inner = down, tuple(inner)
+
+    def why_not(self, x: Any) -> str:
+        if self.module.training:
+            return TRAINING
+        if not self._intact():
+            return HOOKED
+        return super().why_not(x)
+
+    def _intact(self) -> bool:
+        """Whether the modules inside are those that were recorded, and nobody listens to them."""
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return False
+        for owner, name, child in self.inner:
+            if owner.get(name) is not child or child._forward_hooks or child._forward_pre_hooks:
+                return False
+        return True
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        if (hidden := taken(x, self)) is not None:
+            return self.down(hidden)
+        if x.numel() <= most:
+            return self.down(cpu.run_packed(packed, x, self.kernel.widths, None)[0])
+        rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+        blocks = [self.down(self._many(block)) for block in rows.split(BLOCK)]
+        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _many(self, x: Tensor) -> Tensor:
+        return cpu.run(self.kernel.call(x))[0]
+
+    def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or self.module.training or not for_kernels(x):
+            return self.original(x, *args, **kwargs)
+        return self.down(fused.run(self.kernel.call(x))[0])
+
+
+# Rows that a gated module takes at a time: what is between its products stays in the caches, and
+# takes no memory to speak of.
+BLOCK = 512
+
+
+class FusedNorm(Fused):
+    """A norm, and ahead of time what reads it: kernels, and the forwards that take the results."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kernel: Kernel,
+        ahead: Sequence[tuple[Kernel, tuple[Fused, ...]]] = (),
+    ) -> None:
+        super().__init__(module, kernel)
+        self.ahead = tuple(ahead)
+
+    def why_not(self, x: Any) -> str:
+        return super().why_not(x) or ("" if x.is_contiguous() else "x is not contiguous")
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        z = cpu.normalize_packed(packed, x)
+        # Without a version nobody could tell that z was changed before its readers saw it; and
+        # a reader's weights may want a gradient where the norm has none.
+        if self.ahead and not z.is_inference() and not torch.is_grad_enabled():
+            found: dict[Fused, Tensor] = {}
+            for kernel, readers in self.ahead:
+                ready, most, reason = kernel.bind(x)
+                if x.numel() <= most and not reason:
+                    results = cpu.run_packed(ready, x, kernel.widths, None)
+                    found.update(zip(readers, results, strict=True))
+            if found:
+                z._flashnorm = (z._version, found)  # type: ignore[attr-defined]
+        return z
+
+
+def taken(x: Any, reader: Fused) -> Tensor | None:
+    """What a norm computed ahead for this reader of its output, once."""
+    ahead = getattr(x, "_flashnorm", None)
+    if ahead is None:
+        return None
+    version, found = ahead
+    return found.pop(reader, None) if x._version == version else None
+
+
+def for_kernels(x: Tensor) -> bool:
+    """Whether a compiled graph should call the kernels: no gradient, few rows as far as known."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in cpu.ROWS:
+        return False
+    rows = x.numel() // x.shape[-1]
+    return not isinstance(rows, int) or rows <= cpu.ROWS[x.dtype]

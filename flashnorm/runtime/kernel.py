@@ -1,0 +1,127 @@
+"""A kernel bound to the parameters of modules: packed once, and again when one of them moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashnorm.kernels import cpu
+from flashnorm.kernels.call import Call, check
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm module computes: `norm(x) · (offset + gain) + bias`, by the names it holds.
+
+    kind is that of `kernels.call.NORMS`; gain and bias are attributes of the module, or empty.
+    """
+
+    kind: str
+    eps: float
+    gain: str = ""
+    offset: float = 0.0
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows `start : start + length` of a linear module's weight, and of its bias if it has one."""
+
+    module: nn.Module
+    start: int
+    length: int
+    weight: str = "weight"
+    bias: str = ""
+
+
+NONE = Norm("none", 0.0)
+
+
+class Kernel:
+    """norm + products of the modules that hold the parameters: [.., n] to [.., k_i] each.
+
+    Without products it is the norm alone. Nothing is copied: the memory of the parameters is read
+    where it lies, and any change of place or dtype is noticed at the next call.
+    """
+
+    def __init__(
+        self,
+        norm: Norm = NONE,
+        holder: nn.Module | None = None,
+        products: Sequence[Product] = (),
+        activation: str | None = None,
+    ) -> None:
+        self.norm, self.holder, self.products = norm, holder, tuple(products)
+        self.activation = activation
+        widths = [product.length for product in self.products]
+        self.widths = widths[:1] if activation else widths
+        self._slots: list[tuple[dict[str, Any], str]] = [
+            (module._parameters, name) for module, name in self._names()
+        ]
+        self._bound: tuple[tuple[Any, ...], bytes, int, str] = ((), b"", 0, "")
+
+    def _names(self) -> list[tuple[nn.Module, str]]:
+        found = []
+        if self.holder is not None:
+            found += [(self.holder, name) for name in (self.norm.gain, self.norm.bias) if name]
+        for product in self.products:
+            found += [(product.module, name) for name in (product.weight, product.bias) if name]
+        return found
+
+    def parameters(self) -> list[Tensor]:
+        return [held[name] for held, name in self._slots]
+
+    def bind(self, x: Tensor) -> tuple[bytes, int, str]:
+        """The packed call, how many elements of x it may take, and why there is none ("" if so)."""
+        places = [held[name].data_ptr() for held, name in self._slots]
+        state = (x.dtype, x.shape[-1], *places)
+        bound = self._bound
+        if bound[0] != state:
+            self._bound = bound = (state, *self._pack(x))
+        return bound[1:]
+
+    def call(self, x: Tensor) -> Call:
+        """The arguments, as the plain functions take them."""
+        gain, bias = (self._held(name) for name in (self.norm.gain, self.norm.bias))
+        pairs = [_part(product) for product in self.products]
+        return Call(
+            x,
+            [weight for weight, _ in pairs],
+            [bias for _, bias in pairs],
+            self.norm.kind,
+            self.norm.eps,
+            gain,
+            self.norm.offset,
+            bias,
+            activation=self.activation,
+        )
+
+    def _held(self, name: str) -> Tensor | None:
+        return getattr(self.holder, name) if name else None
+
+    def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
+        call = self.call(x)
+        for parameter in self.parameters():
+            if type(parameter) not in (Tensor, nn.Parameter):
+                return b"", 0, f"a parameter is a {type(parameter).__name__}, not a plain tensor"
+            if parameter.dtype != x.dtype:
+                return b"", 0, f"x is {x.dtype}, a parameter is {parameter.dtype}"
+        try:
+            check(call)
+        except ValueError as error:
+            return b"", 0, str(error)
+        if reason := cpu.why_not(call):
+            return b"", 0, reason
+        return cpu.pack(call), cpu.most_rows(call) * x.shape[-1], ""
+
+
+def _part(product: Product) -> tuple[Tensor, Tensor | None]:
+    weight = getattr(product.module, product.weight)
+    bias = getattr(product.module, product.bias) if product.bias else None
+    if product.length == weight.shape[0]:
+        return weight, bias
+    rows = slice(product.start, product.start + product.length)
+    return weight[rows], None if bias is None else bias[rows]

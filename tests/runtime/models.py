@@ -1,0 +1,45 @@
+"""Tiny models whose gains and biases are random, so that no identity hides a mistake."""
+
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN3 = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16)
+NEOX = GPTNeoXConfig(**SIZES)
+
+
+def tiny(config=LLAMA, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter))
+            else:
+                parameter.mul_(4)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def ids(batch=1, length=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 256, (batch, length), generator=generator)
+
+
+def logits(model, tokens, **options):
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **options).logits
+
+
+def close(found, expected, dtype=torch.float32):
+    """Within λ √d (√n u): other roundings of the same sums, d products of width n."""
+    depth, width = 15, 160
+    bound = 4 * depth**0.5 * width**0.5 * float(torch.finfo(dtype).eps) / 2
+    return float((found - expected).abs().max() / expected.abs().max()) < bound
