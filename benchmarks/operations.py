@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import flashnorm
+from flashnorm.bench import machine
 from flashnorm.functional import Prepared
-from flashnorm.kernels import cpu, reference
+from flashnorm.kernels import reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.library import Library, load
 
@@ -44,27 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
     parser.add_argument("--isa", help="run the kernels of this instruction set")
-    parser.add_argument("--cache", type=int, default=cache_bytes(), help="bytes to exceed")
+    parser.add_argument("--cache", type=int, default=machine.cache_bytes(), help="bytes to exceed")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     return parser.parse_args()
-
-
-def cache_bytes() -> int:
-    """The largest cache of the first core, as Linux tells it; 64 MiB where it does not."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 2**10, "M": 2**20}
-    found = [path.read_text().strip() for path in sizes]
-    return max((int(size[:-1]) * units[size[-1]] for size in found), default=64 * 2**20)
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return (
-        f"{name}, {len(names)} cores, {torch.get_num_threads()} threads, {cpu.available()[1]}, "
-        f"torch {torch.__version__}, flashnorm {flashnorm.__version__}, {date.today()}"
-    )
 
 
 class Rotation:
@@ -157,7 +137,11 @@ def main() -> None:
         raise SystemExit(library)
     if args.isa:
         library.isa = args.isa
-    found: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "rows": {}}
+    found: dict[str, Any] = {
+        "machine": machine.line(machine.describe()),
+        "rounds": args.rounds,
+        "rows": {},
+    }
     lines = [f"Machine: {found['machine']}; medians of {args.rounds} interleaved rounds."]
     with torch.no_grad():
         for name in args.dtypes:

@@ -188,6 +188,48 @@ def verify_command(
     run(command, Options(as_json, debug))
 
 
+@app.command("bench")
+def bench_command(
+    model: Model,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bf16, fp32 or fp16; may be given several times.")
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(help="Of eager, compile, flashnorm, flashnorm+compile.")
+    ] = "eager,flashnorm",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; torch's own choice if left.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each thing is timed.")] = 7,
+    tokens: Annotated[int, typer.Option(help="Tokens that are decoded.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens before them.")] = 64,
+    prefill: Annotated[
+        str, typer.Option(help="Token counts to prefill.")
+    ] = "1,2,4,8,16,32,64,128,256,512,2048",
+    memory: Annotated[bool, typer.Option(help="Measure memory, in processes of their own.")] = True,
+    cache: Annotated[
+        int | None, typer.Option(help="Bytes that no cache holds; the largest cache if left.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.json, .md and .png.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Time a model as transformers runs it and as flashnorm does, after checking that it is right.
+
+    A bare config.json gets random weights. Leave the cores alone meanwhile.
+    """
+
+    def command() -> Result:
+        from flashnorm.cli.bench import Asked, run_bench
+
+        asked = Asked(model, dtype, variants, threads, rounds, tokens, context, prefill, memory)
+        return run_bench(asked, cache, out)
+
+    run(command, Options(as_json, debug))
+
+
 @app.command("demo")
 def demo_command(
     directory: Annotated[

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from flashnorm.cli.boundary import stderr_console
 
-Report = Callable[[int, int, str], None]
+Report = Callable[[int, int | None, str], None]
 
 
 @contextmanager
@@ -43,6 +43,13 @@ def waiting(words: str) -> Iterator[None]:
     """A spinner for work of unknown length."""
     with _bar(words, TimeElapsedColumn()):
         yield
+
+
+@contextmanager
+def named_steps(first: str) -> Iterator[Callable[[str], None]]:
+    """A spinner that names what is done now, where nobody knows how many steps there are."""
+    with _bar(first, TimeElapsedColumn()) as report:
+        yield lambda name: report(0, None, name)
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""llama.cpp as an engine, through llama-cpp-python, in an environment of its own.
+
+Decoding calls llama_decode for one token at a time and takes the largest logit with numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from benchmarks.engines.protocol import serve
+
+
+class LlamaCpp:
+    def __init__(self, model: str, threads: int, context: int) -> None:
+        self.model = llama_cpp.Llama(
+            model,
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_batch=context,  # one call for any prompt; n_ubatch stays 512, its own choice
+            verbose=False,
+        )
+        self.vocabulary = self.model.n_vocab()
+
+    def about(self) -> dict[str, Any]:
+        system = llama_cpp.llama_print_system_info().decode().strip()
+        return {"engine": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", "note": system}
+
+    def _best(self) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+
+    def decode(self, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+        self.model.reset()
+        self.model.eval(prompt)
+        written = [self._best()]
+        start = time.perf_counter()
+        for _ in range(tokens - 1):
+            self.model.eval(written[-1:])
+            written.append(self._best())
+        return (time.perf_counter() - start) / (tokens - 1), written
+
+    def prefill(self, ids: list[int]) -> float:
+        self.model.reset()
+        start = time.perf_counter()
+        self.model.eval(ids)
+        self._best()
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--dtype", required=True, help="that of the file, not used")
+    given = parser.parse_args()
+    serve(LlamaCpp(given.model, given.threads, given.context))

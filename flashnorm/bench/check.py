@@ -1,0 +1,85 @@
+"""Whether a variant computes what eager computes: tokens against tokens, errors against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.bench.nouns import Check
+from flashnorm.bench.variants import Variant
+from flashnorm.verification.inputs import run
+from flashnorm.verification.measure import deviation, first_difference
+from flashnorm.verification.precision import float64_truth, in_dtype
+
+MOST_POSITIONS = 96  # whose logits are compared in one pass
+SLACK = 2.0  # so many times eager's error is still rounding
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What eager says: `written` [S] greedy tokens, `logits` [S, V] before each, in its own dtype.
+
+    `exact` [K, V] are the last K logits of one float64 pass over `ids`, the prompt and all but the
+    last token written.
+    """
+
+    prompt: Tensor
+    written: Tensor
+    logits: Tensor
+    exact: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.cat([self.prompt, self.written[:-1]])
+
+
+def find_truth(eager: Variant, model: nn.Module, prompt: Tensor, tokens: int) -> Truth:
+    """What every variant is held against. The weights are held in float64 meanwhile."""
+    written = eager.generate(prompt, tokens)[1]
+    ids = torch.cat([prompt, written[:-1]])
+    kept = min(len(ids), max(MOST_POSITIONS, tokens))
+    with in_dtype(model, torch.float64), float64_truth():
+        if eager.keeps_logits:
+            exact = eager.model(ids[None], use_cache=False, logits_to_keep=kept).logits[0]
+        else:
+            exact = run(model, {"input_ids": ids[None]}).logits[0, -kept:]
+    return Truth(prompt, written, eager.forced(prompt, written), exact)
+
+
+def check(variant: Variant, truth: Truth) -> Check:
+    """Hold a variant against the truth."""
+    written = variant.generate(truth.prompt, len(truth.written))[1]
+    first = first_difference(truth.written, written)
+    margin = None if first is None else _margin(truth.logits[first])
+    steps = variant.forced(truth.prompt, truth.written)
+    whole = variant.logits(truth.ids, len(truth.exact))
+    return Check(
+        variant=variant.name,
+        equal=len(written) if first is None else first,
+        tokens=len(written),
+        first=first,
+        margin=margin,
+        pass_error=deviation([whole], [truth.exact]).rms,
+        decode_error=deviation([steps], [truth.exact[-len(steps) :]]).rms,
+    )
+
+
+def _margin(logits: Tensor) -> float:
+    """By how much the largest of `logits` [V] exceeds the second."""
+    best = logits.double().topk(2).values
+    return float(best[0] - best[1])
+
+
+def why_wrong(found: Check, eager: Check) -> str | None:
+    """Why a variant is not worth timing, or None: errors far beyond eager's are no rounding."""
+    pairs = (
+        ("one pass", found.pass_error, eager.pass_error),
+        ("decoding", found.decode_error, eager.decode_error),
+    )
+    for name, error, allowed in pairs:
+        if not error <= SLACK * allowed + FLOOR:  # also where the error is no number
+            return f"its logits of {name} err by {error:.1e}, eager's by {allowed:.1e}: not timed"
+    return None

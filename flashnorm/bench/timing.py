@@ -1,0 +1,67 @@
+"""Measuring several things in turn, so that what disturbs one disturbs all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+from flashnorm.bench.nouns import Timing
+
+Key = TypeVar("Key", bound=Hashable)
+
+BUDGET = 120.0  # seconds after which a group ends, once it has FEWEST rounds
+FEWEST = 3
+SHORT = 0.02  # what takes less is repeated within a round
+
+
+def interleaved(
+    runs: Mapping[Key, Callable[[], float]], rounds: int, budget: float = BUDGET
+) -> tuple[dict[Key, Timing], dict[Key, str]]:
+    """The timings of all `runs`, which return seconds, and why those that raised have none.
+
+    Every round calls each of them once, beginning with another one each time. A first round warms
+    up and is not counted. There are fewer than `rounds` where these would take over `budget`.
+    """
+    left, errors = dict(runs), dict[Key, str]()
+    seconds: dict[Key, list[float]] = {key: [] for key in runs}
+    start = time.perf_counter()
+    for number in range(rounds + 1):
+        for key in _turned(list(left), number):
+            try:
+                took = left[key]()
+            except Exception as error:
+                errors[key] = in_words(error)
+                del left[key]
+                continue
+            if number:
+                seconds[key].append(took)
+        if number >= FEWEST and time.perf_counter() - start > budget:
+            break
+    return {key: Timing(tuple(seconds[key])) for key in left}, errors
+
+
+def _turned(keys: list[Key], by: int) -> list[Key]:
+    by = by % len(keys) if keys else 0
+    return keys[by:] + keys[:by]
+
+
+def stopwatch(run: Callable[[], object]) -> Callable[[], float]:
+    """A function that returns the seconds of one `run`, the mean of several where it is short."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        calls = 0
+        while not calls or time.perf_counter() - start < SHORT:
+            run()
+            calls += 1
+        return (time.perf_counter() - start) / calls
+
+    return timed
+
+
+def in_words(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

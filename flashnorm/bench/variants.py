@@ -1,0 +1,149 @@
+"""One model in one of the ways to run it: as loaded, compiled, on our kernels, or both."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.bench.models import accelerated_copy, sharing_copy
+from flashnorm.bench.nouns import COMPILE, EAGER, OURS, OURS_COMPILED
+
+LIMIT = 64  # compiled forms of one forward: lengths, caches and variants share it
+
+
+class Clock:
+    """A streamer of `generate` that notes when each token came. The prompt is put first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def per_token(self) -> float:
+        """Seconds per token after the first, which the prefill brings."""
+        first, last = self.times[1], self.times[-1]
+        return (last - first) / (len(self.times) - 2)
+
+
+class Variant:
+    """How to run `model`: prefill, decode in a loop of forwards, decode by `generate`.
+
+    Compiled, decoding runs on a static cache with a prefill that is not compiled, as `generate`
+    does by itself on other devices; prefill alone is the compiled forward.
+    """
+
+    def __init__(self, name: str, model: nn.Module, compiled: bool) -> None:
+        self.name, self.compiled = name, compiled
+        self.model: Any = model
+        self.call: Any = torch.compile(model) if compiled else model
+        accepted = inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in accepted
+
+    def _kept(self, count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if self.keeps_logits else {}
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The logits [V] after `ids` [T], in one pass that fills a cache."""
+        result = self.call(ids[None], use_cache=True, **self._kept(1)).logits[0, -1]
+        assert isinstance(result, Tensor)
+        return result
+
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """The last `count` logits [count, V] of one pass without a cache."""
+        result = self.call(ids[None], use_cache=False, **self._kept(count)).logits[0, -count:]
+        assert isinstance(result, Tensor)
+        return result
+
+    def start(self, prompt: Tensor, room: int) -> tuple[Any, Tensor]:
+        """A cache after `prompt` [T], with room for `room` tokens more, and the logits [V]."""
+        from transformers import StaticCache
+
+        cache = None
+        if self.compiled:
+            cache = StaticCache(config=self.model.config, max_cache_len=len(prompt) + room)
+        found = self.model(prompt[None], past_key_values=cache, use_cache=True, **self._kept(1))
+        return found.past_key_values, found.logits[0, -1]
+
+    def step(self, token: Tensor, cache: Any) -> Tensor:
+        """The logits [V] after one more `token` []."""
+        result = self.call(token.view(1, 1), past_key_values=cache, use_cache=True).logits[0, -1]
+        assert isinstance(result, Tensor)
+        return result
+
+    def forced(self, prompt: Tensor, forced: Tensor) -> Tensor:
+        """The logits [S, V] that come before each of the S tokens `forced`, decoded one by one."""
+        cache, last = self.start(prompt, len(forced))
+        rows = [last.clone()]
+        for token in forced[:-1]:
+            rows.append(self.step(token, cache).clone())
+        return torch.stack(rows)
+
+    def loop(self, prompt: Tensor, tokens: int) -> float:
+        """Seconds per token of a greedy loop of `tokens` forwards; the prefill is not timed."""
+        cache, logits = self.start(prompt, tokens)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            logits = self.step(logits.argmax(), cache)
+        return (time.perf_counter() - start) / tokens
+
+    def generate(self, prompt: Tensor, tokens: int) -> tuple[float, Tensor]:
+        """Seconds per token after the first, and the `tokens` greedy tokens, by `generate`."""
+        clock = Clock()
+        written = self.model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            pad_token_id=0,
+            streamer=clock,
+            **self._static(),
+        )
+        return clock.per_token(), written[0, len(prompt) :]
+
+    def _static(self) -> dict[str, Any]:
+        """What makes `generate` compile its steps on a CPU as it does elsewhere by itself."""
+        if not self.compiled:
+            return {}
+        from transformers import CompileConfig
+
+        config = CompileConfig(mode="default", fullgraph=False)
+        config._compile_all_devices = True
+        return {"cache_implementation": "static", "compile_config": config}
+
+
+def build(name: str, model: nn.Module) -> Variant:
+    """The variant `name` of `model`, which is left as it is; weights are shared."""
+    if name == EAGER:
+        return Variant(name, model, False)
+    if name == COMPILE:
+        return Variant(name, sharing_copy(model), True)
+    assert name in (OURS, OURS_COMPILED), name
+    return Variant(name, accelerated_copy(model), name == OURS_COMPILED)
+
+
+@contextmanager
+def many_compilations() -> Iterator[None]:
+    """Room for every length and variant; where it does not do, an error and no silent fallback.
+
+    What was compiled is forgotten at the end, with the models that it holds.
+    """
+    from torch import _dynamo
+
+    with _dynamo.config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
+        try:
+            yield
+        finally:
+            _dynamo.reset()
