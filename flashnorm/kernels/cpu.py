@@ -29,11 +29,12 @@ ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
 # Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
 ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 ROWS_IN_TILES = 128
+ROWS_TOGETHER = 512  # in tiles, where several weights share the work on x, or are gated as they come
 TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
 MOST_WEIGHTS = 8
 
 _OP = [struct.Struct("8iq2d3qq" + "4q" * s).pack for s in range(MOST_WEIGHTS + 1)]
-_CALL = [struct.Struct("6q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+_CALL = [struct.Struct("7q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _GLU = struct.Struct("2i11q").pack
 
 
@@ -90,7 +91,9 @@ def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
     if any(weight.dtype != call.x.dtype for weight in call.weights):
         return 2**62
-    return ROWS_IN_TILES if in_tiles(call) else ROWS[call.x.dtype]
+    if not in_tiles(call):
+        return ROWS[call.x.dtype]
+    return ROWS_IN_TILES if len(call.weights) == 1 else ROWS_TOGETHER
 
 
 def in_tiles(call: Call) -> bool:
@@ -128,9 +131,13 @@ def pack(call: Call) -> bytes:
 
 
 def run_packed(
-    packed: bytes, x: Tensor, widths: Sequence[int], residual: Tensor | None
+    packed: bytes,
+    x: Tensor,
+    widths: Sequence[int],
+    residual: Tensor | None,
+    normalized: Tensor | None = None,
 ) -> list[Tensor]:
-    """The fused kernel on x [.., n], for results of these widths."""
+    """The fused kernel on x [.., n], for results of these widths; `normalized` takes norm(x)."""
     shape = x.shape
     n, lead, dtype = shape[-1], shape[:-1], x.dtype
     if x.is_contiguous():
@@ -150,7 +157,14 @@ def run_packed(
         places += (y.data_ptr(), width)
     threads = torch.get_num_threads()
     call = _CALL[len(places) // 2](
-        x.data_ptr(), added, rows, stride, added_stride, threads, *places
+        x.data_ptr(),
+        added,
+        0 if normalized is None else normalized.data_ptr(),
+        rows,
+        stride,
+        added_stride,
+        threads,
+        *places,
     )
     if _library().run(packed, call):
         raise MemoryError("no memory for the rows of x in float32")
@@ -173,7 +187,7 @@ def _many_rows(call: Call) -> list[Tensor]:
     """Norm, torch's matmul, gate and residual: the norm and the gate are one pass each."""
     x, biases = _rows(call.x), call.biases
     plain = call.norm == "none" and call.gain is None and call.norm_bias is None
-    z = x if plain else normalize_packed(pack(call), x)
+    z = x if plain else normalize_packed(pack(call), x, torch.empty(x.shape, dtype=x.dtype))
     found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
     if call.activation:
         found = [_gated(found[0], found[1], call.activation)]
@@ -182,13 +196,12 @@ def _many_rows(call: Call) -> list[Tensor]:
     return [y.view(*call.x.shape[:-1], y.shape[1]) for y in found]
 
 
-def normalize_packed(packed: bytes, x: Tensor) -> Tensor:
-    """norm(x) · gain + bias in the dtype of x, for x [.., n] with dense rows, one pass."""
-    z = torch.empty(x.shape, dtype=x.dtype)
+def normalize_packed(packed: bytes, x: Tensor, z: Tensor) -> Tensor:
+    """z = norm(x) · gain + bias in the dtype of x, for x [.., n] with dense rows, one pass."""
     n = x.shape[-1]
     stride = n if x.is_contiguous() else x.stride(0)
     threads = torch.get_num_threads()
-    call = _CALL[1](x.data_ptr(), 0, x.numel() // n, stride, 0, threads, z.data_ptr(), n)
+    call = _CALL[0](x.data_ptr(), 0, z.data_ptr(), x.numel() // n, stride, 0, threads)
     if _library().normalize(packed, call):
         raise MemoryError("no memory for a row of x in float32")
     return z

@@ -18,7 +18,7 @@ import torch
 from flashnorm.errors import FlashNormError
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
-ABI = 1  # FLASHNORM_ABI in csrc/api.h
+ABI = 2  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 
 _choosing = threading.RLock()
@@ -37,13 +37,14 @@ class Library:
         self.read = handle.flashnorm_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.set_prefetch = handle.flashnorm_set_prefetch
-        self.run, self.normalize, self.glu = (
+        self.run, self.normalize, self.glu, self.attend = (
             handle.flashnorm_run,
             handle.flashnorm_normalize,
             handle.flashnorm_glu,
+            handle.flashnorm_attend,
         )
         self.run.argtypes = self.normalize.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-        self.glu.argtypes = [ctypes.c_char_p]
+        self.glu.argtypes = self.attend.argtypes = [ctypes.c_char_p]
         self.threads = self._share_threads()
 
     def _share_threads(self) -> str:

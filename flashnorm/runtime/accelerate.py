@@ -16,6 +16,7 @@ from flashnorm.planner import make_plan
 from flashnorm.rewrite import fold_, unfold_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
+from flashnorm.runtime.pages import collapse
 
 RECORD = "_flashnorm_acceleration"
 
@@ -52,7 +53,9 @@ class _Undo:
     acceleration: Acceleration
 
 
-def accelerate_(model: Model, example_inputs: Any = None, *, fold: bool = False) -> Model:
+def accelerate_(
+    model: Model, example_inputs: Any = None, *, fold: bool = False, huge_pages: bool = True
+) -> Model:
     """Let a model run on fused norm + linear kernels, in place; returns the model.
 
         norm(x)·g Wᵀ = s ⊙ ((x ⊙ g) Wᵀ),   s = rsqrt(mean(x²) + ε)
@@ -63,7 +66,8 @@ def accelerate_(model: Model, example_inputs: Any = None, *, fold: bool = False)
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
     runs (`flashnorm.acceleration(model)` says where and why). With `fold` the gains are folded
-    first (`fold_`), which is needed for nothing but saves loading them.
+    first (`fold_`), which is needed for nothing but saves loading them. With `huge_pages` Linux
+    moves the weights into huge pages, where they are: a few seconds per GB, once.
 
     `example_inputs` is a dict or tuple for the model's forward, needed for modules that are not
     from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
@@ -74,8 +78,10 @@ def accelerate_(model: Model, example_inputs: Any = None, *, fold: bool = False)
     graph = record(model, example_inputs)
     plan = make_plan(graph)
     folded = {gain.parameter for gain in fold_(model, example_inputs).gains()} if fold else set()
-    builder = Builder(model, find_fusible(graph), frozenset(folded))
     available, kernels = cpu.available()
+    if huge_pages and available:
+        collapse(parameter for parameter in model.parameters() if parameter.is_cpu)
+    builder = Builder(model, find_fusible(graph), frozenset(folded))
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
     for module, forward in builder.forwards:
         module.__dict__["forward"] = forward

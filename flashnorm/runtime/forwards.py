@@ -110,12 +110,19 @@ class FusedGated(Fused):
         super().__init__(module, kernel)
         self.down, self.inner = down, tuple(inner)
 
-    def why_not(self, x: Any) -> str:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if reason := self._changed_inside():
+                dispatch.fell_back(reason)
+                return self.original(x, *args, **kwargs)
+            if (hidden := taken(x, self)) is not None:
+                return self.down(hidden)
+        return super().__call__(x, *args, **kwargs)
+
+    def _changed_inside(self) -> str:
         if self.module.training:
             return TRAINING
-        if not self._intact():
-            return HOOKED
-        return super().why_not(x)
+        return "" if self._intact() else HOOKED
 
     def _intact(self) -> bool:
         """Whether the modules inside are those that were recorded, and nobody listens to them."""
@@ -127,8 +134,6 @@ class FusedGated(Fused):
         return True
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        if (hidden := taken(x, self)) is not None:
-            return self.down(hidden)
         if x.numel() <= most:
             return self.down(cpu.run_packed(packed, x, self.kernel.widths, None)[0])
         rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
@@ -166,19 +171,27 @@ class FusedNorm(Fused):
         return super().why_not(x) or ("" if x.is_contiguous() else "x is not contiguous")
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        z = cpu.normalize_packed(packed, x)
+        z = torch.empty(x.shape, dtype=x.dtype)
         # Without a version nobody could tell that z was changed before its readers saw it; and
         # a reader's weights may want a gradient where the norm has none.
         if self.ahead and not z.is_inference() and not torch.is_grad_enabled():
-            found: dict[Fused, Tensor] = {}
-            for kernel, readers in self.ahead:
-                ready, most, reason = kernel.bind(x)
-                if x.numel() <= most and not reason:
-                    results = cpu.run_packed(ready, x, kernel.widths, None)
-                    found.update(zip(readers, results, strict=True))
+            found = self._ahead(x, z)
             if found:
                 z._flashnorm = (z._version, found)  # type: ignore[attr-defined]
+                return z
+        cpu.normalize_packed(packed, x, z)
         return z
+
+    def _ahead(self, x: Tensor, z: Tensor) -> dict[Fused, Tensor]:
+        """What the readers will ask for; where there is any, z has been filled as well."""
+        found: dict[Fused, Tensor] = {}
+        for kernel, readers in self.ahead:
+            packed, most, reason = kernel.bind(x)
+            if x.numel() <= most and not reason:
+                normalized = None if found else z
+                results = cpu.run_packed(packed, x, kernel.widths, None, normalized)
+                found.update(zip(readers, results, strict=True))
+        return found
 
 
 def taken(x: Any, reader: Fused) -> Tensor | None:

@@ -25,6 +25,7 @@ OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 70)
 def _tiles(monkeypatch):
     """No rows for the library: tiles take them all."""
     monkeypatch.setattr(cpu, "ROWS_IN_TILES", 10**9)
+    monkeypatch.setattr(cpu, "ROWS_TOGETHER", 10**9)
     with cpu.use_isa("amx"):
         yield
 

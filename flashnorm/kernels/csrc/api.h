@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 1
+#define FLASHNORM_ABI 2
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Norm : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2, NORM_DYT = 3 };
@@ -14,6 +14,7 @@ enum Act : int32_t {
   ACT_GELU = 4,
   ACT_GELU_TANH = 5,
 };
+constexpr int32_t BOOLEAN = 3;  // of a mask, beside the types above
 enum Status : int32_t { OK = 0, NO_MEMORY = 1 };
 
 // weight: [rows, n], its rows `stride` elements apart; bias: [rows] or null.
@@ -40,10 +41,12 @@ struct Output {
 };
 
 // x: [rows, n]; one y per segment, [rows, its rows]; with a GLU or a residual there is one y. All are
-// of x_type, strides in elements, last axis dense.
+// of x_type, strides in elements, last axis dense. z: [rows, n], dense, for the normalized rows, or
+// null where nobody wants them.
 struct Call {
   const void* x;
   const void* residual;
+  void* z;
   int64_t rows, x_stride, residual_stride, threads;
   Output out[1];  // as many as there are results
 };
@@ -55,4 +58,19 @@ struct Glu {
   void* y;  // may be gate or up
   const void* residual;
   int64_t rows, width, gate_stride, up_stride, y_stride, residual_stride, threads;
+};
+
+// Attention of one query per sequence. q: [batch, heads, width]; k: [batch, kv_heads, length, width];
+// v: [batch, kv_heads, length, value_width]; out: [batch, heads, value_width], dense. All are of
+// `type`, strides in elements, last axes dense. heads is a multiple of kv_heads.
+struct Attend {
+  int32_t type;
+  int32_t mask_type;  // BOOLEAN bytes, where 0 hides, or `type`, which is added to the scores
+  const void *q, *k, *v;
+  const void* mask;  // [batch, length], or null
+  void* out;
+  int64_t batch, heads, kv_heads, length, width, value_width;
+  int64_t q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_step;
+  double scale;
+  int64_t threads;
 };

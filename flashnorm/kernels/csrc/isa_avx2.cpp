@@ -1,6 +1,7 @@
 #include "vec_avx2.h"
+#include "attention.h"
 #include "rows.h"
 #include "table.h"
 
 extern const Table flashnorm_avx2;
-const Table flashnorm_avx2 = {run_part, normalize_part, glu_part, read_part};
+const Table flashnorm_avx2 = {run_part, normalize_part, glu_part, read_part, attend_part};

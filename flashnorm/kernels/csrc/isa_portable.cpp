@@ -1,6 +1,7 @@
 #include "vec_portable.h"
+#include "attention.h"
 #include "rows.h"
 #include "table.h"
 
 extern const Table flashnorm_portable;
-const Table flashnorm_portable = {run_part, normalize_part, glu_part, read_part};
+const Table flashnorm_portable = {run_part, normalize_part, glu_part, read_part, attend_part};

@@ -1,4 +1,4 @@
-// The C interface: which instruction set, which threads, and the four operations.
+// The C interface: which instruction set, which threads, and the operations.
 #include <atomic>
 #include <stdlib.h>
 #if defined(__x86_64__)
@@ -104,6 +104,7 @@ struct Job {
   const void *op, *call;
   int32_t (*part)(const Job&, int64_t part, int64_t parts);
   std::atomic<int32_t> status;
+  Supply* supply;
 };
 
 void work(void* data) {
@@ -121,20 +122,34 @@ int32_t parallel(Job& job, int64_t threads) {
 // Starting a thread costs about as much as reading this much.
 constexpr int64_t BYTES_PER_THREAD = 64 * 1024;
 
-int64_t weight_bytes(const Op& op) {
+// A piece of a thread's columns: some microseconds of reading.
+constexpr int64_t BYTES_PER_PIECE = 64 * 1024;
+
+int64_t all_rows(const Op& op) {
   int64_t rows = 0;
   for (int64_t i = 0; i < op.segments; ++i) rows += op.segment[i].rows;
-  return rows * op.n * (op.weight_type == FLOAT32 ? 4 : 2);
+  return rows;
+}
+
+int64_t row_bytes(const Op& op) { return op.n * (op.weight_type == FLOAT32 ? 4 : 2); }
+
+// Output columns in pieces that are multiples of `least`; `whole` gives each thread one piece.
+Supply supply_of(const Op& op, int64_t least, bool whole, int64_t threads) {
+  const int64_t total = op.act ? op.segment[0].rows : all_rows(op);
+  const int64_t bytes = row_bytes(op) * (op.act ? 2 : 1) * least;
+  const int64_t pieces = whole ? (total + threads - 1) / threads / least + 1
+                               : (BYTES_PER_PIECE + bytes - 1) / bytes;
+  return {total, pieces * least, threads};
 }
 
 // How far ahead of reading; the weight rows that are read side by side share the distance.
-std::atomic<int64_t> prefetch_bytes{4096};
+std::atomic<int64_t> prefetch_bytes{8192};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
-int32_t run_job(const Job& job, int64_t part, int64_t parts) {
+int32_t run_job(const Job& job, int64_t part, int64_t) {
   const How how{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
   return job.use.table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
-                            how, part, parts);
+                            how, *job.supply, part);
 }
 
 int32_t normalize_job(const Job& job, int64_t part, int64_t parts) {
@@ -166,7 +181,7 @@ int32_t pack_job(const Job& job, int64_t part, int64_t parts) {
   return job.use.tiles->pack(work.op, work.call, work.packed, part, parts);
 }
 
-int32_t tiled_job(const Job& job, int64_t part, int64_t parts) {
+int32_t tiled_job(const Job& job, int64_t part, int64_t) {
   const TiledWork& work = *static_cast<const TiledWork*>(job.call);
   const TileTable& tiles = *job.use.tiles;
   Packed packed = work.packed;
@@ -177,7 +192,7 @@ int32_t tiled_job(const Job& job, int64_t part, int64_t parts) {
     if (status != OK) return status;
   }
   const int64_t ahead = tile_prefetch.load(std::memory_order_relaxed);
-  return tiles.run(work.op, work.call, packed, ahead, part, parts);
+  return tiles.run(work.op, work.call, packed, ahead, *job.supply, part);
 }
 
 int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t threads) {
@@ -189,13 +204,26 @@ int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t thr
     if (work.packed.rows > FEW_ROWS) {
       work.packed.memory = flashnorm_arena(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
       if (!work.packed.memory) return NO_MEMORY;
-      Job pack{use, nullptr, &work, pack_job, {OK}};
+      Job pack{use, nullptr, &work, pack_job, {OK}, nullptr};
       if ((status = parallel(pack, threads)) != OK) break;
     }
-    Job run{use, nullptr, &work, tiled_job, {OK}};
+    Supply supply = supply_of(op, FEW_ROWS, false, threads);
+    Job run{use, nullptr, &work, tiled_job, {OK}, &supply};
     status = parallel(run, threads);
   }
   return status;
+}
+
+int32_t attend_job(const Job& job, int64_t part, int64_t parts) {
+  const int64_t ahead = prefetch_bytes.load(std::memory_order_relaxed);
+  return job.use.table->attend(*static_cast<const Attend*>(job.call), ahead, part, parts);
+}
+
+// A thread for each group of heads at most, where there is enough to read.
+int64_t attend_threads(const Attend& a) {
+  const int64_t groups = a.batch * a.kv_heads, size = a.type == FLOAT32 ? 4 : 2;
+  const int64_t bytes = groups * a.length * (a.width + a.value_width) * size;
+  return smaller(smaller(a.threads, groups), 1 + bytes / BYTES_PER_THREAD);
 }
 
 struct Read { const char* data; int64_t bytes; };
@@ -256,26 +284,43 @@ EXPORT int32_t flashnorm_chosen_isa() {
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
+// Few rows are normalized before a second thread has begun.
+int32_t normalize(const Op& op, const Call& call, void* z) {
+  const Call alone{call.x, nullptr, nullptr, call.rows, call.x_stride, 0, call.threads, {{z, op.n}}};
+  Job job{choice(), &op, &alone, normalize_job, {OK}, nullptr};
+  return parallel(job, smaller(call.threads, 1 + call.rows * op.n * 4 / BYTES_PER_THREAD));
+}
+
 EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   const Choice& use = choice();
-  const int64_t threads = smaller(call->threads, 1 + weight_bytes(*op) / BYTES_PER_THREAD);
+  if (call->z) {
+    const int32_t status = normalize(*op, *call, call->z);
+    if (status != OK) return status;
+  }
+  const int64_t bytes = all_rows(*op) * row_bytes(*op);
+  const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
   if (in_tiles(use, *op, *call)) return run_tiled(use, *op, *call, threads);
-  Job job{use, op, call, run_job, {OK}};
+  Supply supply = supply_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
+  Job job{use, op, call, run_job, {OK}, &supply};
   return parallel(job, threads);
 }
 
 EXPORT int32_t flashnorm_normalize(const Op* op, const Call* call) {
-  Job job{choice(), op, call, normalize_job, {OK}};
-  return parallel(job, call->threads);
+  return normalize(*op, *call, call->z);
 }
 
 EXPORT int32_t flashnorm_glu(const Glu* glu) {
-  Job job{choice(), nullptr, glu, glu_job, {OK}};
+  Job job{choice(), nullptr, glu, glu_job, {OK}, nullptr};
   return parallel(job, glu->threads);
+}
+
+EXPORT int32_t flashnorm_attend(const Attend* attend) {
+  Job job{choice(), nullptr, attend, attend_job, {OK}, nullptr};
+  return parallel(job, attend_threads(*attend));
 }
 
 EXPORT int32_t flashnorm_read(const char* data, int64_t bytes, int64_t threads) {
   const Read read{data, bytes};
-  Job job{choice(), nullptr, &read, read_job, {OK}};
+  Job job{choice(), nullptr, &read, read_job, {OK}, nullptr};
   return parallel(job, threads);
 }

@@ -18,15 +18,6 @@ struct Block {
   float scale[MAX_ROWS];      // what each row still has to be multiplied by
 };
 
-struct Range { int64_t begin, end; };
-
-// Part `part` of `parts` of 0..total, cut at multiples of `unit`.
-inline Range share(int64_t total, int64_t unit, int64_t part, int64_t parts) {
-  const int64_t units = (total + unit - 1) / unit;
-  return {smaller(units * part / parts * unit, total),
-          smaller(units * (part + 1) / parts * unit, total)};
-}
-
 inline int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 
 inline const char* offset(const void* p, int32_t type, int64_t elements) {
@@ -133,21 +124,33 @@ inline void fetch_first(const Op& op, Range range, int64_t ahead) {
       prefetch(offset(s.weight, op.weight_type, row * s.stride) + byte);
 }
 
-inline int32_t run_part(const Op& op, const Call& call, const How& how, int64_t part, int64_t parts) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) total += op.segment[i].rows;
-  const Range range = share(total, COLUMNS, part, parts);
-  if (range.begin == range.end) return OK;
+inline void run_columns(const Block& b, Range range) {
+  if (b.op.act) run_glu(b, range);
+  else run_linear(b, range);
+}
+
+// What is left of the columns, piece by piece, for part `part`.
+inline int32_t run_part(const Op& op, const Call& call, const How& how, Supply& supply,
+                        int64_t part) {
+  Range range;
+  if (!supply.take(part, range)) return OK;
   fetch_first(op, range, how.ahead);
   float* space = arena(space_for(op, smaller(call.rows, MAX_ROWS)));
   if (!space) return NO_MEMORY;
   const Affine gains = affine(op, space);
-  for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
-    Block block{op, call, how, first, smaller(call.rows - first, MAX_ROWS), nullptr, nullptr, {}};
-    prepare(block, gains, space + 2 * padded(op.n));
-    if (op.act) run_glu(block, range);
-    else run_linear(block, range);
-  }
+  Block block{op, call, how, 0, 0, nullptr, nullptr, {}};
+  bool ready = false;
+  do {
+    for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
+      if (!ready) {
+        block.first = first;
+        block.rows = smaller(call.rows - first, MAX_ROWS);
+        prepare(block, gains, space + 2 * padded(op.n));
+      }
+      ready = call.rows <= MAX_ROWS;  // one block stays prepared for the next piece
+      run_columns(block, range);
+    }
+  } while (supply.take(part, range));
   return OK;
 }
 

@@ -71,7 +71,7 @@ int32_t pack_part(const Op& op, const Call& call, const Packed& packed, int64_t 
   return OK;
 }
 
-// What the products of one part work on. `spare` holds a tile of weights, for the last rows.
+// What the products of one part work on. `spare` holds two pairs of tiles of weights.
 struct Tiled {
   const Op& op;
   const Call& call;
@@ -80,110 +80,144 @@ struct Tiled {
   int64_t ahead;
 };
 
-// Fewer than 16 rows of weights, with zeros behind them.
-inline const Bf16* whole_tile(const Tiled& t, const Bf16* weight, int64_t stride, int64_t rows) {
-  for (int64_t row = 0; row < TILE; ++row) {
-    Bf16* to = t.spare + row * t.op.n;
-    const size_t bytes = static_cast<size_t>(t.op.n) * sizeof(Bf16);
-    if (row < rows) memcpy(static_cast<void*>(to), weight + row * stride, bytes);
-    else memset(static_cast<void*>(to), 0, bytes);
-  }
-  return t.spare;
+// Tile column c of rows at.. of a segment as [n / 32][16][32] in `to`; rows that are missing are zero.
+inline void copy_tiles(const Segment& s, int64_t at, int64_t rows, int64_t n, Bf16* to) {
+  const Bf16* from = static_cast<const Bf16*>(s.weight) + at * s.stride;
+  for (int64_t row = 0; row < TILE; ++row)
+    for (int64_t i = 0; i < n; i += DEPTH) {
+      Bf16* place = to + (i * TILE + row * DEPTH);
+      const __m512i line = row < rows ? _mm512_loadu_si512(from + row * s.stride + i)
+                                      : _mm512_setzero_si512();
+      _mm512_store_si512(static_cast<void*>(place), line);
+    }
 }
 
-// The tiles of rows at..at + count of a segment, count <= 32; a short one is copied.
-inline Pair weights_of(const Tiled& t, const Segment& s, int64_t at, int64_t count) {
+// The tiles of rows at..at + count of a segment, count <= 32, as they lie; a short one in `spare`.
+inline Pair weights_of(const Tiled& t, const Segment& s, int64_t at, int64_t count, Bf16* spare) {
   Pair w{};
   for (int c = 0; c * TILE < count; ++c) {
-    const int64_t left = count - c * TILE;
-    w.weight[c] = static_cast<const Bf16*>(s.weight) + (at + c * TILE) * s.stride;
-    w.stride[c] = s.stride;
-    if (left < TILE) {
-      w.weight[c] = whole_tile(t, w.weight[c], s.stride, left);
-      w.stride[c] = t.op.n;
+    const int64_t first = at + c * TILE, left = smaller(TILE, count - c * TILE);
+    if (left == TILE) {
+      w.weight[c] = static_cast<const Bf16*>(s.weight) + first * s.stride;
+      w.stride[c] = s.stride;
+      w.step[c] = 1;
+    } else {
+      Bf16* to = spare + c * TILE * t.op.n;
+      copy_tiles(s, first, left, t.op.n, to);
+      w.weight[c] = to;
+      w.stride[c] = DEPTH;
+      w.step[c] = TILE;
     }
   }
   return w;
 }
 
-// out[rows][CHUNK] for `count` columns and the rows of x from `first` on, scaled, with their bias.
-inline void tiled_chunk(const Tiled& t, const Segment& s, const Pair& w, int64_t at, int64_t count,
-                        int64_t first, int64_t rows, float* out) {
-  const Bf16* x = pairs_of(t.x) + first * t.op.n;
-  const int64_t ahead = first == 0 && count == SIDE ? t.ahead : 0;
-  const int64_t next = SIDE * s.stride, n = t.op.n;
-  const bool wide = count > TILE, tall = rows > TILE;
-  if (wide && tall) tile_block<2, 2>(w, x, n, ahead, next, out);
-  else if (wide) tile_block<2, 1>(w, x, n, ahead, next, out);
-  else if (tall) tile_block<1, 2>(w, x, n, ahead, next, out);
-  else tile_block<1, 1>(w, x, n, ahead, next, out);
-  float bias[SIDE];
-  if (s.bias)
-    for (int64_t c = 0; c < count; ++c) bias[c] = number(s.bias, t.op.bias_type, at + c);
-  for (int64_t m = 0; m < rows; ++m)
-    scale_bias(out + m * CHUNK, factors(t.x)[first + m], s.bias ? bias : nullptr, count);
+// Rows `first`..first + rows of x by columns at..at + count of a segment, at most SIDE of each.
+struct Part {
+  const Segment& s;
+  const Pair& w;
+  int64_t at, count, first, rows;
+};
+
+inline __mmask16 columns_in(const Part& p, int c) {
+  const int64_t left = p.count - c * TILE;
+  return static_cast<__mmask16>(left >= TILE ? 0xffff : (1 << left) - 1);
 }
 
-inline void tiled_store(const Tiled& t, const Output& y, const float* out, int64_t at, int64_t count,
-                        int64_t first, int64_t rows) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t row = t.x.first + first + m;
-    store(t.op.x_type, out + m * CHUNK, y.y, row * y.stride + at, t.call.residual,
-          row * t.call.residual_stride + at, count);
+// sink(c, m, v) gets tile c of row m of the part's products, scaled, with their bias.
+template <class Sink> inline void tiled_products(const Tiled& t, const Part& p, const Sink& sink) {
+  alignas(64) float bias[SIDE] = {};
+  if (p.s.bias)
+    for (int64_t c = 0; c < p.count; ++c) bias[c] = number(p.s.bias, t.op.bias_type, p.at + c);
+  const float* factor = factors(t.x) + p.first;
+  const auto finish = [&](int c, int r, const float* sums) {
+    __m512 v[TILE];
+    turned(sums, TILE, v);
+    const __m512 add = _mm512_load_ps(bias + c * TILE);
+    const int64_t rows = smaller(TILE, p.rows - r * TILE);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t row = r * TILE + m;
+      sink(c, row, _mm512_fmadd_ps(v[m], _mm512_set1_ps(factor[row]), add));
+    }
+  };
+  const Bf16* x = pairs_of(t.x) + p.first * t.op.n;
+  const bool streams = p.first == 0 && p.count == SIDE;
+  const int64_t ahead = streams ? t.ahead : 0;
+  const int64_t next = SIDE * p.s.stride, n = t.op.n;
+  const bool wide = p.count > TILE, tall = p.rows > TILE;
+  if (wide && tall) tile_block<2, 2>(p.w, x, n, ahead, next, finish);
+  else if (wide) tile_block<2, 1>(p.w, x, n, ahead, next, finish);
+  else if (tall) tile_block<1, 2>(p.w, x, n, ahead, next, finish);
+  else tile_block<1, 1>(p.w, x, n, ahead, next, finish);
+}
+
+// y = v (+ residual) in bf16: tile c of row m of a part.
+inline void put(const Tiled& t, const Output& out, const Part& p, int c, int64_t m, __m512 v) {
+  const int64_t row = t.x.first + p.first + m, at = p.at + c * TILE;
+  const __mmask16 which = columns_in(p, c);
+  if (t.call.residual) {
+    const Bf16* add = static_cast<const Bf16*>(t.call.residual) + row * t.call.residual_stride + at;
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, add));
+    v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
   }
+  store_bf16(v, which, static_cast<Bf16*>(out.y) + row * out.stride + at);
 }
 
 inline void tiled_linear(const Tiled& t, Range range) {
-  alignas(64) float out[SIDE * CHUNK];
   int64_t begin = 0;
   for (int64_t i = 0; i < t.op.segments; begin += t.op.segment[i].rows, ++i) {
     const Segment& s = t.op.segment[i];
+    const Output& y = t.call.out[i];
     const int64_t end = smaller(range.end - begin, s.rows);
     for (int64_t at = range.begin > begin ? range.begin - begin : 0; at < end; at += SIDE) {
       const int64_t count = smaller(SIDE, end - at);
-      const Pair w = weights_of(t, s, at, count);
+      const Pair w = weights_of(t, s, at, count, t.spare);
       for (int64_t m = 0; m < t.x.rows; m += SIDE) {
-        const int64_t rows = smaller(SIDE, t.x.rows - m);
-        tiled_chunk(t, s, w, at, count, m, rows, out);
-        tiled_store(t, t.call.out[i], out, at, count, m, rows);
+        const Part p{s, w, at, count, m, smaller(SIDE, t.x.rows - m)};
+        tiled_products(t, p, [&](int c, int64_t row, __m512 v) { put(t, y, p, c, row, v); });
       }
     }
   }
 }
 
-inline void tiled_glu(Tiled t, Range range) {
-  alignas(64) float gate[SIDE * CHUNK], up[SIDE * CHUNK];
-  const Segment &first = t.op.segment[0], &second = t.op.segment[1];
-  Tiled other = t;
-  other.spare += TILE * t.op.n;
+inline void tiled_glu(const Tiled& t, Range range) {
+  alignas(64) float gate[SIDE * SIDE], up[SIDE * SIDE];
+  const auto keep = [](float* to) {
+    return [to](int c, int64_t row, __m512 v) { _mm512_store_ps(to + row * SIDE + c * TILE, v); };
+  };
+  const Segment* s = t.op.segment;
   for (int64_t at = range.begin; at < range.end; at += SIDE) {
     const int64_t count = smaller(SIDE, range.end - at);
-    const Pair a = weights_of(t, first, at, count), b = weights_of(other, second, at, count);
+    const Pair a = weights_of(t, s[0], at, count, t.spare);
+    const Pair b = weights_of(t, s[1], at, count, t.spare + SIDE * t.op.n);
     for (int64_t m = 0; m < t.x.rows; m += SIDE) {
       const int64_t rows = smaller(SIDE, t.x.rows - m);
-      tiled_chunk(t, first, a, at, count, m, rows, gate);
-      tiled_chunk(t, second, b, at, count, m, rows, up);
-      for (int64_t r = 0; r < rows; ++r)
-        glu_row(t.op.act, gate + r * CHUNK, up + r * CHUNK, count);
-      tiled_store(t, t.call.out[0], gate, at, count, m, rows);
+      const Part p{s[0], a, at, count, m, rows}, q{s[1], b, at, count, m, rows};
+      tiled_products(t, p, keep(gate));
+      tiled_products(t, q, keep(up));
+      for (int64_t r = 0; r < rows; ++r) {
+        glu_row(t.op.act, gate + r * SIDE, up + r * SIDE, count);
+        for (int c = 0; c * TILE < count; ++c)
+          put(t, t.call.out[0], p, c, r, _mm512_load_ps(gate + r * SIDE + c * TILE));
+      }
     }
   }
 }
 
-// Part `part` of `parts` of the output columns; `packed` is what pack_part made of x.
+// What is left of the output columns, piece by piece; `packed` is what pack_part made of x.
 int32_t tiled_part(const Op& op, const Call& call, const Packed& packed, int64_t ahead,
-                   int64_t part, int64_t parts) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) total += op.segment[i].rows;
-  const Range range = share(total, TILE, part, parts);
-  if (range.begin == range.end) return OK;
-  float* spare = arena(TILE * op.n);  // two tiles of bf16
+                   Supply& supply, int64_t part) {
+  Range range;
+  if (!supply.take(part, range)) return OK;
+  float* spare = arena(SIDE * op.n);  // two pairs of tiles of bf16
   if (!spare) return NO_MEMORY;
   const Tiles on;
   const Tiled t{op, call, packed, reinterpret_cast<Bf16*>(spare),
                 smaller(ahead / 2 / DEPTH * DEPTH, op.n)};
-  if (op.act) tiled_glu(t, range);
-  else tiled_linear(t, range);
+  do {
+    if (op.act) tiled_glu(t, range);
+    else tiled_linear(t, range);
+  } while (supply.take(part, range));
   return OK;
 }
 

@@ -56,12 +56,11 @@ class Tiles {
   Config before_;
 };
 
-// to[c][r] = from[r][c] for 16 x 16 numbers of 32 bits; strides in numbers.
-inline void turn(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+// The columns of 16 x 16 numbers of 32 bits whose rows are `stride` apart, each as one register.
+inline void turned(const void* from, int64_t stride, __m512* out) {
   const float* in = static_cast<const float*>(from);
-  float* out = static_cast<float*>(to);
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * from_stride);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * stride);
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -78,26 +77,51 @@ inline void turn(const void* from, int64_t from_stride, void* to, int64_t to_str
       b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
     }
   for (int j = 0; j < 8; ++j) {
-    _mm512_storeu_ps(out + j * to_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
-    _mm512_storeu_ps(out + (j + 8) * to_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+    out[j] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88);
+    out[j + 8] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd);
   }
 }
 
-// One or two tiles of weights, each with its rows `stride` elements apart.
+// to[c][r] = from[r][c] for 16 x 16 numbers of 32 bits; strides in numbers.
+inline void turn(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  __m512 column[16];
+  turned(from, from_stride, column);
+  for (int c = 0; c < 16; ++c)
+    _mm512_storeu_ps(static_cast<float*>(to) + c * to_stride, column[c]);
+}
+
+// Rounds to bf16. The instruction for it takes subnormal numbers for zero.
+inline void store_bf16(__m512 v, __mmask16 which, Bf16* to) {
+  constexpr int subnormal = 0x20;
+  alignas(32) Bf16 slow[16];
+  __m256i rounded;
+  if (__builtin_expect(_mm512_mask_fpclass_ps_mask(which, v, subnormal), 0)) {
+    Vec{v}.store(slow);
+    memcpy(&rounded, slow, sizeof rounded);
+  } else {
+    const __m256bh pairs = _mm512_cvtneps_pbh(v);
+    memcpy(&rounded, &pairs, sizeof rounded);
+  }
+  _mm256_mask_storeu_epi16(to, which, rounded);
+}
+
+// One or two columns of tiles of weights: rows `stride` elements apart, and from each 32 elements to
+// the next 32 `step` times as many.
 struct Pair {
   const Bf16* weight[2];
-  int64_t stride[2];
+  int64_t stride[2], step[2];
 };
 
 inline void fetch(const Bf16* weight, int64_t stride) {
   for (int64_t row = 0; row < TILE; ++row) __builtin_prefetch(weight + row * stride, 0, 3);
 }
 
-// out[m][c] for C tiles of weights and R tiles of x; x: [R][n / 2][16] pairs of elements. While it
-// reads, it fetches `ahead` elements further, or the first ones of the rows that come `next` after.
-template <int C, int R>
+// C tiles of weights by R tiles of x: [R][n / 2][16] pairs of elements. `finish(c, r, sums)` gets
+// every product, [16 rows of weights][16 rows of x]. While it reads, it fetches `ahead` elements
+// further, or the first ones of the rows that come `next` after.
+template <int C, int R, class Finish>
 inline void tile_block(const Pair& w, const Bf16* x, int64_t n, int64_t ahead, int64_t next,
-                       float* out) {
+                       const Finish& finish) {
   written(x);
   _tile_zero(0);
   if constexpr (R == 2) _tile_zero(1);
@@ -108,38 +132,29 @@ inline void tile_block(const Pair& w, const Bf16* x, int64_t n, int64_t ahead, i
       const int64_t at = i + ahead < n ? i + ahead : i + ahead - n + next;
       for (int c = 0; c < C; ++c) fetch(w.weight[c] + at, w.stride[c]);
     }
-    seen(w.weight[0] + i, w.stride[0] * 2);
-    _tile_loadd(4, w.weight[0] + i, w.stride[0] * 2);
-    seen(x + i * TILE, 64);
+    for (int c = 0; c < C; ++c) seen(w.weight[c] + i * w.step[c], w.stride[c] * 2);
+    for (int r = 0; r < R; ++r) seen(x + (r * n + i) * TILE, 64);
+    _tile_loadd(4, w.weight[0] + i * w.step[0], w.stride[0] * 2);
     _tile_loadd(6, x + i * TILE, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (R == 2) {
-      seen(x + (n + i) * TILE, 64);
       _tile_loadd(7, x + (n + i) * TILE, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (C == 2) {
-      seen(w.weight[1] + i, w.stride[1] * 2);
-      _tile_loadd(5, w.weight[1] + i, w.stride[1] * 2);
+      _tile_loadd(5, w.weight[1] + i * w.step[1], w.stride[1] * 2);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  alignas(64) float sums[TILE * TILE];
-  _tile_stored(0, sums, 64);
-  turn(sums, TILE, out, CHUNK);
-  if constexpr (R == 2) {
-    _tile_stored(1, sums, 64);
-    turn(sums, TILE, out + TILE * CHUNK, CHUNK);
-  }
-  if constexpr (C == 2) {
-    _tile_stored(2, sums, 64);
-    turn(sums, TILE, out + TILE, CHUNK);
-    if constexpr (R == 2) {
-      _tile_stored(3, sums, 64);
-      turn(sums, TILE, out + TILE * CHUNK + TILE, CHUNK);
-    }
-  }
+  // All are stored before the first is read again.
+  alignas(64) float sums[2 * C][TILE * TILE];
+  _tile_stored(0, sums[0], 64);
+  if constexpr (R == 2) _tile_stored(1, sums[1], 64);
+  if constexpr (C == 2) _tile_stored(2, sums[2], 64);
+  if constexpr (C == 2 && R == 2) _tile_stored(3, sums[3], 64);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) finish(c, r, sums[2 * c + r]);
 }
 
 }  // namespace

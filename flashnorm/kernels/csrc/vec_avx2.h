@@ -42,6 +42,11 @@ struct Vec {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  static inline void sums(const Vec (&v)[4], float* out) {
+    const __m256 low = _mm256_hadd_ps(v[0].v, v[1].v), high = _mm256_hadd_ps(v[2].v, v[3].v);
+    const __m256 s = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
 
  private:
   static inline __m128i bits(const void* p) {

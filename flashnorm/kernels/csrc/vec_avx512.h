@@ -38,8 +38,17 @@ struct Vec {
   friend inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   inline float sum() const { return _mm512_reduce_add_ps(v); }
+  static inline void sums(const Vec (&v)[4], float* out) {
+    const __m256 low = _mm256_hadd_ps(half_sum(v[0]), half_sum(v[1]));
+    const __m256 high = _mm256_hadd_ps(half_sum(v[2]), half_sum(v[3]));
+    const __m256 s = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
 
  private:
+  static inline __m256 half_sum(Vec a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  }
   static inline __m256i bits(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }

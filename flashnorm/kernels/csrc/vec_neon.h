@@ -34,6 +34,9 @@ struct Vec {
   friend inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
   friend inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   inline float sum() const { return vaddvq_f32(v); }
+  static inline void sums(const Vec (&v)[4], float* out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
+  }
 };
 
 }  // namespace

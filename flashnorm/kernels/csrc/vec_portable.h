@@ -19,6 +19,10 @@ struct Vec {
   friend inline Vec operator*(Vec a, Vec b) { EACH a.v[i] *= b.v[i]; return a; }
   friend inline Vec fma(Vec a, Vec b, Vec c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 #undef EACH
+  // out[i] = the sum over v[i]
+  static inline void sums(const Vec (&v)[4], float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = v[i].sum();
+  }
   inline float sum() const {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }

@@ -1,0 +1,114 @@
+"""Attention of one new token per sequence, on the CPU: the step of generation.
+
+    out[b, h] = Σ_t softmax_t(scale · q[b, h]·k[b, g(h), t] + mask[b, t]) v[b, g(h), t]
+
+g(h) = h // (H / Hkv): heads in groups share their keys and values, each of which is read once. All
+of it is in float32; out is rounded once. Positions that a mask hides before the first and behind
+the last visible one are not read; where it hides all of them, out is zero, as torch has it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels.cpu import DTYPES
+from flashnorm.kernels.library import Library, load
+
+BOOLEAN = 3  # of a mask, beside the numbers of DTYPES
+
+_ATTEND = struct.Struct("2i21qdq").pack
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """Why the kernel cannot take these arguments of `attend`, or None where it can."""
+    if isinstance(library := load(), str):
+        return library
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not (q.is_cpu and k.is_cpu and v.is_cpu):
+        return "q, k and v are not [B, heads, length, width] on the CPU"
+    dtype = q.dtype
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
+        return f"q, k and v are not of one of the kernel's dtypes: {dtype}, {k.dtype}, {v.dtype}"
+    batch, heads, queries, width = q.shape
+    _, groups, length, value_width = v.shape
+    if queries != 1:
+        return f"q has {queries} tokens; the kernel takes one"
+    if k.shape != (batch, groups, length, width) or v.shape[0] != batch:
+        return f"q, k and v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+    if not (batch and heads and groups and length and width and value_width) or heads % groups:
+        return f"there is nothing to attend to, or {heads} heads are no multiple of {groups}"
+    if not (_dense(q) and _dense(k) and _dense(v)):
+        return "a row of q, k or v is not dense; .contiguous() has dense ones"
+    return None if mask is None else _why_not_mask(mask, dtype, batch, length)
+
+
+def _why_not_mask(mask: Tensor, dtype: torch.dtype, batch: int, length: int) -> str | None:
+    shape = mask.shape
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != (1, 1, length):
+        return f"the mask is {list(shape)}; the kernel takes [{batch} or 1, 1, 1, {length}]"
+    if mask.dtype not in (torch.bool, dtype) or not mask.is_cpu:
+        return f"the mask is {mask.dtype} on {mask.device}, not bool or {dtype} on the CPU"
+    return None
+
+
+def _dense(x: Tensor) -> bool:
+    return x.stride()[3] == 1 or x.shape[3] == 1
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """The equation above, for arguments that `why_not` has nothing against.
+
+    q: [B, H, 1, D], k: [B, Hkv, T, D], v: [B, Hkv, T, Dv], of one dtype, with any strides but dense
+    rows; mask: [B or 1, 1, 1, T], bool (False hides) or of that dtype (added to the scores).
+    Returns [B, 1, H, Dv], contiguous. Raises MemoryError where there is none for the scores.
+    """
+    batch, heads, _, width = q.shape
+    _, groups, length, value_width = v.shape
+    dtype = q.dtype
+    out = torch.empty(batch, 1, heads, value_width, dtype=dtype)
+    number = hiding = DTYPES[dtype]
+    place = mask_batch = mask_step = 0
+    if mask is not None:
+        place = mask.data_ptr()
+        mask_batch, _, _, mask_step = mask.stride()
+        if mask.shape[0] == 1:
+            mask_batch = 0
+        if mask.dtype == torch.bool:
+            hiding = BOOLEAN
+    q_batch, q_head, _, _ = q.stride()
+    k_batch, k_head, k_row, _ = k.stride()
+    v_batch, v_head, v_row, _ = v.stride()
+    packed = _ATTEND(
+        number,
+        hiding,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        place,
+        out.data_ptr(),
+        batch,
+        heads,
+        groups,
+        length,
+        width,
+        value_width,
+        q_batch,
+        q_head,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        mask_batch,
+        mask_step,
+        scale,
+        torch.get_num_threads(),
+    )
+    library = load()
+    assert isinstance(library, Library)
+    if library.attend(packed):
+        raise MemoryError("no memory for the scores of a group of heads")
+    return out

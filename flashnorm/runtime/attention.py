@@ -1,0 +1,181 @@
+"""Attention of one new token through the interface of transformers; all other attention is sdpa's.
+
+transformers looks an implementation up by the name in a config, and takes any name with "flash" in
+it for one of its own flash attentions: hence NAME. With "sdpa" in it, transformers itself checks
+that a model supports sdpa.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.kernels import attention as kernel
+from flashnorm.kernels import cpu, dispatch
+
+NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
+
+# What models hand on that says nothing about one new token: a window is in the mask already.
+WITHOUT_MEANING = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window"})
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling · q kᵀ + mask) v, as transformers' sdpa, which runs wherever no kernel does.
+
+    query: [B, H, L, D], key and value: [B, Hkv, T, D], attention_mask: [B or 1, 1, L, T] or None;
+    returns ([B, L, H, D], None). The kernel takes L = 1 on the CPU without gradients.
+    """
+    one = not torch.compiler.is_compiling() and query.shape[2] == 1
+    if one and dropout == 0.0 and not module.training:
+        mask = () if attention_mask is None else (attention_mask,)
+        given = (query, key, value, *mask)
+        if _plain(given) and _known(module, given, kwargs):
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            return kernel.attend(query, key, value, scale, attention_mask), None
+    more = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    return _sdpa()(module, query, key, value, attention_mask, **more)
+
+
+def _plain(given: tuple[Tensor, ...]) -> bool:
+    """Whether nothing but the values of these tensors matters."""
+    if dispatch.watched(*given) or dispatch.transformed():
+        return False
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given)
+
+
+def _known(module: nn.Module, given: tuple[Tensor, ...], options: dict[str, Any]) -> bool:
+    """Whether the kernel computes what sdpa would for these tensors and options."""
+    for name, option in options.items():
+        if option is not None and option is not False and name not in WITHOUT_MEANING:
+            return False
+    heads, groups = given[0].shape[1], given[1].shape[1]
+    # sdpa repeats keys and values as often as the module says, not as their shapes do.
+    repeats: int | None = module.__dict__.get("num_key_value_groups")
+    if repeats is None:
+        repeats = 1 if heads == groups else getattr(module, "num_key_value_groups", 1)
+    return repeats * groups == heads and kernel.why_not(*given) is None
+
+
+def _sdpa() -> Callable[..., tuple[Tensor, None]]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[BEFORE]
+
+
+class UsedAttention:
+    """What `restore_attention_` needs. Unpickled, it lets transformers know the name again."""
+
+    def __init__(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+
+    def __reduce__(self) -> tuple[type[UsedAttention], tuple[()]]:
+        return UsedAttention, ()
+
+
+def use_attention_(model: nn.Module) -> UsedAttention | str:
+    """Let a model from transformers attend by the kernel where it can, in place; or say why not.
+
+    The name of its attention implementation changes, in its config and those inside, by
+    `set_attn_implementation`; nothing else does, and no file keeps the name. Models that share a
+    config object share its attention, which makes no difference but of speed. Continuous batching
+    (`generate_batch`) knows transformers' own names only: `restore_attention_` first.
+    """
+    if reason := why_not(model):
+        return reason
+    used = UsedAttention()
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    return used
+
+
+def restore_attention_(model: nn.Module, used: UsedAttention) -> None:
+    """Undo `use_attention_`, unless the model was given another implementation meanwhile."""
+    if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
+        model.set_attn_implementation(BEFORE)  # type: ignore[operator]
+
+
+def why_not(model: nn.Module) -> str:
+    """Why a model has to keep its attention; empty where it may attend by the kernel."""
+    if not (transformers := sys.modules.get("transformers")):
+        return "the model is not one from transformers"
+    if not isinstance(model, transformers.PreTrainedModel):
+        return "the model is not one from transformers"
+    available, reason = cpu.available()
+    if not available:
+        return reason
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel) and (reason := _fixed(part)):
+            return reason
+    for config in _configs(model.config):
+        if (name := config._attn_implementation) not in (BEFORE, NAME):
+            return f"{type(config).__name__} asks for {name!r} attention, not for {BEFORE!r}"
+    for module in sorted({c.__module__ for m in model.modules() for c in type(m).__mro__}):
+        if _distinguishes(module):
+            return f"{module} may do something else where attention is not named {BEFORE!r}"
+    return ""
+
+
+def _fixed(part: Any) -> str:
+    name = type(part).__name__
+    declared = part._supports_sdpa and part._supports_attention_backend
+    if not (declared and part._can_set_attn_implementation()):
+        return f"{name} has no attention that can be replaced"
+    if (found := part.config._attn_implementation) not in (BEFORE, NAME):
+        return f"{name} runs on {found!r} attention, not on {BEFORE!r}"
+    return ""
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            yield from _configs(inner)
+
+
+@cache
+def _distinguishes(module: str) -> bool:
+    """Whether the code of a model knows sdpa by its name, other than as the default of an argument.
+
+    What is shared by all models was read: it asks for "flash", "flex" and "eager" only.
+    """
+    root, _, rest = module.partition(".")
+    if root in ("torch", "builtins", "flashnorm", "typing", "collections", "abc"):
+        return False
+    if root == "transformers" and not rest.startswith("models."):
+        return False
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return True
+    nodes = list(ast.walk(tree))
+    defaults = [
+        default
+        for node in nodes
+        if isinstance(node, ast.arguments)
+        for default in (*node.defaults, *node.kw_defaults)
+    ]
+    return len(_names(nodes)) > len(_names(defaults))
+
+
+def _names(nodes: Sequence[ast.AST | None]) -> list[ast.AST]:
+    return [node for node in nodes if isinstance(node, ast.Constant) and node.value == BEFORE]
