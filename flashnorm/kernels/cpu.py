@@ -29,7 +29,7 @@ ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
 # Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
 ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 ROWS_IN_TILES = 128
-ROWS_TOGETHER = 512  # in tiles, where several weights share the work on x, or are gated as they come
+ROWS_TOGETHER = 512  # in tiles, where several weights share the work on x
 TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
 MOST_WEIGHTS = 8
 
@@ -91,15 +91,25 @@ def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
     if any(weight.dtype != call.x.dtype for weight in call.weights):
         return 2**62
-    if not in_tiles(call):
-        return ROWS[call.x.dtype]
-    return ROWS_IN_TILES if len(call.weights) == 1 else ROWS_TOGETHER
+    return rows_for(call.x.dtype, call.x.shape[-1], len(call.weights))
+
+
+def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
+    """The same, by what it depends on: dtype and features of x, and how many weights there are."""
+    if not _fits_tiles(dtype, n):
+        return ROWS.get(dtype, 0)
+    return ROWS_IN_TILES if weights == 1 else ROWS_TOGETHER
 
 
 def in_tiles(call: Call) -> bool:
     """Whether several rows of x are multiplied in tiles."""
-    x = call.x
-    return x.dtype == torch.bfloat16 and x.shape[-1] % TILE_DEPTH == 0 and _library().isa == "amx"
+    return _fits_tiles(call.x.dtype, call.x.shape[-1])
+
+
+def _fits_tiles(dtype: torch.dtype, n: int) -> bool:
+    library = load()
+    amx = isinstance(library, Library) and library.isa == "amx"
+    return amx and dtype == torch.bfloat16 and n % TILE_DEPTH == 0
 
 
 def pack(call: Call) -> bytes:

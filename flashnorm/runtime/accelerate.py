@@ -14,6 +14,7 @@ from flashnorm.inspection import record
 from flashnorm.kernels import cpu
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import fold_, unfold_
+from flashnorm.runtime.attention import UsedAttention, restore_attention_, use_attention_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.pages import collapse
@@ -26,10 +27,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate_` did with every norm and linear layer of a model."""
+    """What `accelerate_` did with every norm and linear layer of a model, and with its attention.
+
+    `attention` says why the attention of single tokens is the model's own; empty where it is not.
+    """
 
     parts: tuple[Part, ...]
     kernels: str
+    attention: str
     folded: bool
 
     @property
@@ -41,6 +46,7 @@ class Acceleration:
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} of {len(self.parts)} modules on {self.kernels}"]
+        lines.append(f"attention of single tokens: {self.attention or 'fused'}")
         for part in self.parts:
             ahead = f", with {', '.join(part.ahead)}" if part.ahead else ""
             lines.append(f"{part.path or '(root)'}: {part.kind}: {part.reason or 'fused'}{ahead}")
@@ -50,6 +56,7 @@ class Acceleration:
 @dataclass
 class _Undo:
     modules: list[nn.Module]
+    attention: UsedAttention | str
     acceleration: Acceleration
 
 
@@ -61,8 +68,9 @@ def accelerate_(
         norm(x)·g Wᵀ = s ⊙ ((x ⊙ g) Wᵀ),   s = rsqrt(mean(x²) + ε)
 
     Every norm that is a module of its own computes its linear readers in the same call (q, k and v;
-    gate, up and activation), every linear layer reads its weight at the speed of memory. No forward
-    of a model is rewritten and no weight is copied or changed: modules get another `forward`,
+    gate, up and activation), every linear layer reads its weight at the speed of memory, and a new
+    token attends by a kernel, through transformers' attention interface, where that is sdpa. No
+    forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
     runs (`flashnorm.acceleration(model)` says where and why). With `fold` the gains are folded
@@ -85,8 +93,11 @@ def accelerate_(
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
     for module, forward in builder.forwards:
         module.__dict__["forward"] = forward
-    found = Acceleration(tuple(parts), kernels, fold)
-    model.__dict__[RECORD] = _Undo([module for module, _ in builder.forwards], found)
+    attention = use_attention_(model)
+    reason = attention if isinstance(attention, str) else ""
+    found = Acceleration(tuple(parts), kernels, reason, fold)
+    modules = [module for module, _ in builder.forwards]
+    model.__dict__[RECORD] = _Undo(modules, attention, found)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
 
@@ -103,6 +114,8 @@ def restore_(model: Model) -> Model:
         raise FlashNormError("this model was not accelerated by accelerate_: nothing to restore")
     for module in undo.modules:
         del module.__dict__["forward"]
+    if not isinstance(undo.attention, str):
+        restore_attention_(model, undo.attention)
     if undo.acceleration.folded:
         unfold_(model)
     return model

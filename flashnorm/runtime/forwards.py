@@ -54,6 +54,13 @@ class Fused:
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.original(x, *args, **kwargs)
 
+    def for_kernels(self, x: Tensor) -> bool:
+        """Whether a compiled graph should call the kernel: no gradient, few rows, if known."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in self.kernel.rows:
+            return False
+        rows = x.numel() // x.shape[-1]
+        return not isinstance(rows, int) or rows <= self.kernel.rows[x.dtype]
+
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
         if reason := dispatch.not_plain(x):
@@ -89,7 +96,7 @@ class FusedLinear(Fused):
         return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not for_kernels(x):
+        if args or kwargs or not self.for_kernels(x):
             return self.original(x, *args, **kwargs)
         return fused.run(self.kernel.call(x))[0]
 
@@ -145,7 +152,7 @@ class FusedGated(Fused):
         return cpu.run(self.kernel.call(x))[0]
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or self.module.training or not for_kernels(x):
+        if args or kwargs or self.module.training or not self.for_kernels(x):
             return self.original(x, *args, **kwargs)
         return self.down(fused.run(self.kernel.call(x))[0])
 
@@ -201,11 +208,3 @@ def taken(x: Any, reader: Fused) -> Tensor | None:
         return None
     version, found = ahead
     return found.pop(reader, None) if x._version == version else None
-
-
-def for_kernels(x: Tensor) -> bool:
-    """Whether a compiled graph should call the kernels: no gradient, few rows as far as known."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in cpu.ROWS:
-        return False
-    rows = x.numel() // x.shape[-1]
-    return not isinstance(rows, int) or rows <= cpu.ROWS[x.dtype]
