@@ -1,8 +1,9 @@
 """How fast norm + linear is on this CPU, against the memory and against torch, shape by shape.
 
-For every shape, dtype and number of rows: our operation, `F.rms_norm` + `F.linear`, and F.linear
-alone (what a norm that costs nothing would leave), interleaved in one run, on copies of the weights
-that together exceed the caches; medians. The read bandwidth is measured in the same rounds, by a
+For every shape, dtype and number of rows: our operation, `F.rms_norm` + `F.linear`, a weighted norm
+in one pass + F.linear, both under torch.compile, and F.linear alone (what a norm that costs nothing
+would leave), interleaved in one run, on copies of the weights that together exceed the caches;
+medians. The read bandwidth is measured in the same rounds, by a
 loop of our own that prefetches and does nothing else. Each row is checked against the float64
 reference before it is timed. Writes JSON and Markdown beside each other. Leave the cores alone.
 
@@ -24,14 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashnorm.bench import machine
-from flashnorm.functional import Prepared
-from flashnorm.kernels import reference
+from flashnorm.kernels import cpu, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.library import Library, load
 
 SHAPES = ((576, 960), (576, 3072), (2048, 3072), (2048, 16384), (4096, 6144), (4096, 28672))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 EPS = 1e-5
+CONTROLS = ("eager", "fused", "compiled")
 
 
 def arguments() -> argparse.Namespace:
@@ -67,6 +68,20 @@ def worst_error(x: Tensor, weight: Tensor, gain: Tensor, found: Tensor) -> float
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@torch.compile(dynamic=True)
+def compiled(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.rms_norm(x, x.shape[-1:], gain, EPS), weight)
+
+
+def prepared(calls: list[Call]) -> Callable[[int], list[Tensor]]:
+    """The operation on the i-th weight, packed once, as an accelerated module calls it."""
+    x, width = calls[0].x, [calls[0].weights[0].shape[0]]
+    if x.shape[0] > cpu.most_rows(calls[0]):
+        return lambda i: cpu.run(calls[i])
+    packed = [cpu.pack(call) for call in calls]
+    return lambda i: cpu.run_packed(packed[i], x, width, None)
+
+
 def timed(run: Callable[[], Any], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -75,12 +90,13 @@ def timed(run: Callable[[], Any], calls: int) -> float:
 
 
 def measure(
-    library: Library, n: int, k: int, rows: int, dtype: torch.dtype, args: argparse.Namespace
+    library: Library, turn: Rotation, rows: int, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    turn = Rotation(n, k, dtype, args.cache)
+    k, n = turn.copies[0].shape
     gain, x = torch.rand(n, dtype=dtype) + 0.5, torch.randn(rows, n, dtype=dtype)
-    ours = [Prepared((w,), norm="rms", eps=EPS, gain=gain) for w in turn.copies]
-    error = worst_error(x, turn.copies[0], gain, ours[0](x)[0])
+    bound = [Call(x, (w,), norm="rms", eps=EPS, gain=gain) for w in turn.copies]
+    ours = prepared(bound)
+    error = worst_error(x, turn.copies[0], gain, ours(0)[0])
     eager = F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[0])
     eager_error = worst_error(x, turn.copies[0], gain, eager)
     assert error <= 1.1 * eager_error + 1e-6, f"{n}x{k}, {rows} rows: {error} against {eager_error}"
@@ -89,15 +105,19 @@ def measure(
     def read() -> None:
         library.read(turn.copies[turn.next()].data_ptr(), turn.bytes, torch.get_num_threads())
 
+    alone = cpu.pack(Call(x, (), norm="rms", eps=EPS, gain=gain))
+    z = torch.empty_like(x)
     runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours[turn.next()](x),
+        "ours": lambda: ours(turn.next()),
         "eager": lambda: F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[turn.next()]),
+        "fused": lambda: F.linear(cpu.normalize_packed(alone, x, z), turn.copies[turn.next()]),
+        "compiled": lambda: compiled(x, gain, turn.copies[turn.next()]),
         "linear": lambda: F.linear(normed, turn.copies[turn.next()]),
         "read": read,
     }
     calls = max(1, min(len(turn.copies), 50_000_000 // (turn.bytes * max(1, rows // 4))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(args.rounds + 1):
+    for round_ in range(rounds + 1):
         for name, run in runs.items():
             took = timed(run, calls)
             if round_:  # the first one warms up
@@ -110,6 +130,7 @@ def measure(
         "microseconds": {name: value * 1e6 for name, value in median.items()},
         "gigabytes_per_second": {name: turn.bytes / value / 1e9 for name, value in median.items()},
         "speedup": median["eager"] / median["ours"],
+        "speedup_over_best": min(median[name] for name in CONTROLS) / median["ours"],
         "of_read_bandwidth": median["read"] / median["ours"],
         "error": error,
         "eager_error": eager_error,
@@ -117,13 +138,17 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]], dtype: str) -> list[str]:
-    names = "n→k, rows, ours µs, rms_norm + linear µs, linear µs, speedup, ours GB/s, read GB/s"
-    lines = [f"\n{dtype}\n", f"| {names.replace(', ', ' | ')} |", "|---" * 8 + "|"]
+    names = (
+        "n→k, rows, ours µs, rms_norm + linear µs, fused norm + linear µs, compiled µs, linear µs, "
+        "speedup, over the best, ours GB/s, read GB/s"
+    )
+    lines = [f"\n{dtype}\n", f"| {names.replace(', ', ' | ')} |", "|---" * 11 + "|"]
     for row in rows:
         us, speed = row["microseconds"], row["gigabytes_per_second"]
         lines.append(
             f"| {row['n']}→{row['k']} | {row['rows']} | {us['ours']:.1f} | {us['eager']:.1f} "
-            f"| {us['linear']:.1f} | {row['speedup']:.2f} | {speed['ours']:.1f} "
+            f"| {us['fused']:.1f} | {us['compiled']:.1f} | {us['linear']:.1f} "
+            f"| {row['speedup']:.2f} | {row['speedup_over_best']:.2f} | {speed['ours']:.1f} "
             f"| {speed['read']:.1f} |"
         )
     return lines
@@ -145,12 +170,12 @@ def main() -> None:
     lines = [f"Machine: {found['machine']}; medians of {args.rounds} interleaved rounds."]
     with torch.no_grad():
         for name in args.dtypes:
-            shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-            found["rows"][name] = [
-                measure(library, n, k, rows, DTYPES[name], args)
-                for n, k in shapes
-                for rows in args.rows
-            ]
+            found["rows"][name] = []
+            for n, k in (map(int, shape.split("x")) for shape in args.shapes):
+                turn = Rotation(n, k, DTYPES[name], args.cache)
+                found["rows"][name] += [
+                    measure(library, turn, rows, DTYPES[name], args.rounds) for rows in args.rows
+                ]
             lines += table(found["rows"][name], name)
     print("\n".join(lines))
     if args.out:

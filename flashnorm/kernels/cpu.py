@@ -29,7 +29,8 @@ ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
 # Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
 ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 ROWS_IN_TILES = 128
-ROWS_TOGETHER = 512  # in tiles, where several weights share the work on x
+# In tiles, where several weights share the work on x: as long as x stays in the second cache.
+ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20
 TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
 MOST_WEIGHTS = 8
 
@@ -98,7 +99,9 @@ def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
     """The same, by what it depends on: dtype and features of x, and how many weights there are."""
     if not _fits_tiles(dtype, n):
         return ROWS.get(dtype, 0)
-    return ROWS_IN_TILES if weights == 1 else ROWS_TOGETHER
+    if weights <= 1:
+        return ROWS_IN_TILES
+    return max(ROWS_IN_TILES, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
 
 
 def in_tiles(call: Call) -> bool:

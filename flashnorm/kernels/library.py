@@ -46,6 +46,7 @@ class Library:
         self.run.argtypes = self.normalize.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
         self.glu.argtypes = self.attend.argtypes = [ctypes.c_char_p]
         self.threads = self._share_threads()
+        self._isa = self.isas[handle.flashnorm_chosen_isa()]
 
     def _share_threads(self) -> str:
         """Run on the OpenMP runtime that torch has loaded: a second one would fight for the cores.
@@ -80,7 +81,7 @@ class Library:
 
     @property
     def isa(self) -> str:
-        return self.isas[self._handle.flashnorm_chosen_isa()]
+        return self._isa
 
     @isa.setter
     def isa(self, name: str) -> None:
@@ -88,6 +89,7 @@ class Library:
             known = ", ".join(self.supported())
             raise FlashNormError(f"no {name!r} kernels in this build or CPU; it has {known}")
         self._handle.flashnorm_choose_isa(self.isas.index(name))
+        self._isa = name
 
 
 @cache

@@ -7,6 +7,7 @@ normalized values, so nothing depends on who they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from flashnorm.kernels import cpu, dispatch
 from flashnorm.runtime.kernel import Kernel
 
 TRAINING = "the module is in training mode"
+# In float32 a compiled graph's own matrix times vector is as fast, and calling ours takes longer.
+COMPILED = (torch.bfloat16, torch.float16)
 MORE = "the module was given more than one argument"
 OTHER = "the module returns another dtype than it is given"
 HOOKED = "a module inside has hooks, or is another one than it was"
@@ -56,10 +59,10 @@ class Fused:
 
     def for_kernels(self, x: Tensor) -> bool:
         """Whether a compiled graph should call the kernel: no gradient, few rows, if known."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in self.kernel.rows:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in COMPILED:
             return False
-        rows = x.numel() // x.shape[-1]
-        return not isinstance(rows, int) or rows <= self.kernel.rows[x.dtype]
+        size = x.numel()
+        return not isinstance(size, int) or size <= self.kernel.most[x.dtype]
 
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
@@ -86,13 +89,14 @@ class FusedLinear(Fused):
     """`x Wᵀ + c`, taken from x where a norm has computed it ahead."""
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and (ready := taken(x, self)) is not None:
-            return ready
+        if not torch.compiler.is_compiling():
+            if (ready := taken(x, self)) is not None:
+                return ready
+            if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
+                return self.original(x, *args, **kwargs)  # the library is faster
         return super().__call__(x, *args, **kwargs)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        if x.numel() > most:
-            return self.original(x)
         return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

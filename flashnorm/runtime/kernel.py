@@ -61,9 +61,10 @@ class Kernel:
         self._slots: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name) for module, name in self._names()
         ]
-        # How many rows of x are worth the kernel, while a graph is compiled.
+        # How many elements of x are worth the kernel; with more of them a library is faster.
         n = getattr(products[0].module, products[0].weight).shape[1] if products else 0
-        self.rows = {dtype: cpu.rows_for(dtype, n, len(self.products)) for dtype in cpu.DTYPES}
+        count = len(self.products)
+        self.most = {dtype: n * cpu.rows_for(dtype, n, count) for dtype in cpu.DTYPES}
         self._bound: tuple[tuple[Any, ...], bytes, int, str] = ((), b"", 0, "")
 
     def _names(self) -> list[tuple[nn.Module, str]]:

@@ -1,0 +1,240 @@
+"""Which modules count as linear, gated, or readers of a norm: by what they do, to the letter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import flashnorm
+from flashnorm.graph.fusible import Gated, Linear, Rows, find_fusible
+from flashnorm.inspection import record
+from flashnorm.kernels import cpu
+from flashnorm.nn import FlashRMSNorm
+
+N, M = 24, 40
+
+
+class Norm(FlashRMSNorm):
+    def __init__(self):
+        super().__init__(N, weight=nn.Parameter(torch.randn(N)), offset=1.0)
+
+
+class Glu(nn.Module):
+    """down(silu(gate(x)) ⊙ up(x))"""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.gate, self.up = nn.Linear(N, M, bias=bias), nn.Linear(N, M, bias=bias)
+        self.down = nn.Linear(M, N, bias=bias)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class UpFirst(Glu):
+    def forward(self, x):
+        return self.down(self.up(x) * F.gelu(self.gate(x), approximate="tanh"))
+
+
+class OneWeight(nn.Module):
+    """Gate and up as halves of one weight, up before gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(N, 2 * M), nn.Linear(M, N, bias=False)
+
+    def forward(self, x):
+        up, gate = self.both(x).chunk(2, dim=-1)
+        return self.down(up * F.relu(gate))
+
+
+class Sliced(OneWeight):
+    def forward(self, x):
+        both = self.both(x)
+        return self.down(F.gelu(both[..., :M]) * both[..., M:])
+
+
+class Scaled(Glu):
+    def forward(self, x):
+        return self.down(F.silu(2 * self.gate(x)) * self.up(x))
+
+
+class TwoInputs(Glu):
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x + 1))
+
+
+class AddsItself(Glu):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Tanh(Glu):
+    def forward(self, x):
+        return self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+class Thrice(Glu):
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x) * self.up(x))
+
+
+class InOut(nn.Module):
+    """x W for a square W: the shapes are those of x Wᵀ."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, N))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * N, N))
+
+    def forward(self, x):
+        return F.linear(x, self.weight[:N])
+
+
+class More(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Within(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - 1)
+
+
+class Before(nn.Module):
+    """A module behind a norm."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.norm, self.inner = Norm(), inner
+
+    def forward(self, x):
+        return self.inner(self.norm(x))
+
+
+def random_(module):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return module.eval()
+
+
+def check(module):
+    """It runs accelerated as it did, in the second call and in the third."""
+    random_(module)
+    if not cpu.available()[0]:
+        pytest.skip("no compiled kernels here")
+    model, x = copy.deepcopy(module), torch.randn(2, 3, N)
+    flashnorm.accelerate_(model, {"x": x})
+    with torch.no_grad():
+        expected = module(x)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    return {part.path: part for part in flashnorm.acceleration(model).parts}
+
+
+def fusible(module):
+    return find_fusible(record(random_(module), {"x": torch.randn(2, 3, N)}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer(bias):
+    name = "inner.bias" if bias else ""
+    found = fusible(Before(nn.Linear(N, N, bias=bias)))
+    assert found.linears == {"inner": Linear("inner", "inner.weight", name)}
+    assert found.readers["norm"] == ("inner",)
+    assert check(Before(nn.Linear(N, N, bias=bias)))["norm"].ahead == ("inner",)
+
+
+@pytest.mark.parametrize("kind", [InOut, Half, lambda: More(N, N), lambda: Within(N, N)])
+def test_what_only_looks_like_one(kind):
+    assert not fusible(Before(kind())).linears
+    assert check(Before(kind()))["inner"].reason
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_module(bias):
+    gate, up = Rows("inner.gate", 0, M), Rows("inner.up", 0, M)
+    found = fusible(Before(Glu(bias)))
+    assert found.gated == {"inner": Gated("inner", gate, up, "inner.down", "silu")}
+    assert found.readers["norm"] == ("inner",)
+    assert check(Before(Glu(bias)))["norm"].ahead == ("inner",)
+
+
+def test_the_order_of_gate_and_up_does_not_matter():
+    found = fusible(Before(UpFirst())).gated["inner"]
+    assert (found.gate.path, found.up.path, found.activation) == (
+        "inner.gate",
+        "inner.up",
+        "gelu_tanh",
+    )
+    check(Before(UpFirst()))
+
+
+def test_halves_of_one_weight():
+    found = fusible(Before(OneWeight())).gated["inner"]
+    assert (found.gate, found.up) == (Rows("inner.both", M, M), Rows("inner.both", 0, M))
+    check(Before(OneWeight()))
+    found = fusible(Before(Sliced())).gated["inner"]
+    assert (found.gate, found.up, found.activation) == (
+        Rows("inner.both", 0, M),
+        Rows("inner.both", M, M),
+        "gelu",
+    )
+    check(Before(Sliced()))
+
+
+@pytest.mark.parametrize("kind", [Scaled, TwoInputs, AddsItself, Tanh, Thrice])
+def test_what_only_looks_gated(kind):
+    assert "inner" not in fusible(Before(kind())).gated
+    check(Before(kind()))
+
+
+class Changed(nn.Module):
+    """The norm's output is changed in place before the linear layer sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = Norm(), nn.Linear(N, N)
+
+    def forward(self, x):
+        return self.linear(self.norm(x).mul_(2))
+
+
+class Sometimes(nn.Module):
+    """The second call of the norm is read by another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.one, self.other = Norm(), nn.Linear(N, N), nn.Linear(N, N)
+
+    def forward(self, x):
+        return self.one(self.norm(x)) + self.other(self.norm(x + 1))
+
+
+class Last(nn.Module):
+    """Only a part of the norm's output is read, as a head reads the last position."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = Norm(), nn.Linear(N, N)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)[:, -1:])
+
+
+@pytest.mark.parametrize("kind", [Changed, Sometimes, Last])
+def test_who_does_not_always_read_the_very_output_is_no_reader(kind):
+    assert "norm" not in fusible(kind()).readers
+    assert check(kind())["norm"].ahead == ()
