@@ -118,7 +118,8 @@ class Builder:
         linear, module = self.fusible.linears[rows.path], self.model.get_submodule(rows.path)
         weight = self._held(module, linear.weight)
         bias = self._held(module, linear.bias) if linear.bias else ""
-        return Product(module, rows.start, rows.length, weight, bias)
+        total = self.model.get_parameter(linear.weight).shape[0]
+        return Product(module, rows.start, rows.length, total, weight, bias)
 
     def _held(self, module: nn.Module, parameter: str) -> str:
         """What the module itself calls a parameter."""

@@ -208,7 +208,7 @@ class FusedNorm(Fused):
 def taken(x: Any, reader: Fused) -> Tensor | None:
     """What a norm computed ahead for this reader of its output, once."""
     ahead = getattr(x, "_flashnorm", None)
-    if ahead is None:
+    if ahead is None or torch.is_grad_enabled():
         return None
     version, found = ahead
     return found.pop(reader, None) if x._version == version else None

@@ -28,16 +28,21 @@ class Norm:
 
 @dataclass(frozen=True)
 class Product:
-    """Rows `start : start + length` of a linear module's weight, and of its bias if it has one."""
+    """Rows `start : start + length` of a linear module's weight, and of its bias if it has one.
+
+    `total` is how many rows the weight has in all.
+    """
 
     module: nn.Module
     start: int
     length: int
+    total: int
     weight: str = "weight"
     bias: str = ""
 
 
 NONE = Norm("none", 0.0)
+GONE = "a parameter is no longer held by its module: it is computed, or was removed"
 
 
 class Kernel:
@@ -76,11 +81,14 @@ class Kernel:
         return found
 
     def parameters(self) -> list[Tensor]:
-        return [held[name] for held, name in self._slots]
+        return [held[name] for held, name in self._slots if held.get(name) is not None]
 
     def bind(self, x: Tensor) -> tuple[bytes, int, str]:
         """The packed call, how many elements of x it may take, and why there is none ("" if so)."""
-        places = [held[name].data_ptr() for held, name in self._slots]
+        try:
+            places = [held[name].data_ptr() for held, name in self._slots]
+        except (AttributeError, KeyError):
+            return b"", 0, GONE
         state = (x.dtype, x.shape[-1], *places)
         bound = self._bound
         if bound[0] != state:
@@ -107,6 +115,10 @@ class Kernel:
         return getattr(self.holder, name) if name else None
 
     def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
+        for product in self.products:
+            rows = getattr(product.module, product.weight).shape[0]
+            if rows != product.total:
+                return b"", 0, f"a weight had {product.total} rows and has {rows} now"
         call = self.call(x)
         for parameter in self.parameters():
             if type(parameter) not in (Tensor, nn.Parameter):

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import flashnorm
 from flashnorm.kernels import cpu, dispatch
@@ -160,6 +161,27 @@ def test_new_weights_are_noticed():
     model.load_state_dict(third.state_dict(), assign=True)
     model.tie_weights()
     assert close(logits(model, ids()), logits(third, ids()))
+
+
+def test_a_weight_that_is_computed_or_grows_is_used():
+    original, model = accelerated()
+    for m in (original, model):
+        parametrizations.weight_norm(m.model.layers[0].self_attn.q_proj)
+        prune.l1_unstructured(m.model.layers[0].mlp.up_proj, "weight", amount=0.5)
+        layer = m.model.layers[1].mlp
+        torch.manual_seed(5)
+        layer.down_proj.weight = nn.Parameter(torch.randn(64, 200))
+        for linear in (layer.gate_proj, layer.up_proj):
+            linear.weight = nn.Parameter(torch.randn(200, 64))
+    assert close(logits(model, ids()), logits(original, ids()))
+
+
+def test_a_reader_that_wants_a_gradient_where_the_norm_had_none():
+    _, model = accelerated()
+    layer, x = model.model.layers[0], torch.randn(1, 1, 64)
+    with torch.no_grad():
+        z = layer.input_layernorm(x)
+    assert layer.self_attn.q_proj(z).requires_grad
 
 
 def test_another_dtype_is_noticed():
