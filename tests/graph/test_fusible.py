@@ -92,6 +92,26 @@ class InOut(nn.Module):
         return x @ self.weight
 
 
+class Flipped(InOut):
+    def forward(self, x):
+        return x @ self.weight.flip(0)
+
+
+class NotAlways(nn.Module):
+    """Its part is `x Wᵀ` for two rows and something else for one."""
+
+    class Part(InOut):
+        def forward(self, x):
+            return F.linear(x, self.weight) if len(x) > 1 else F.linear(x, self.weight) + 1
+
+    def __init__(self):
+        super().__init__()
+        self.part = self.Part()
+
+    def forward(self, x):
+        return self.part(x) + self.part(x[:1])
+
+
 class Half(nn.Module):
     def __init__(self):
         super().__init__()
@@ -157,10 +177,15 @@ def test_a_linear_layer(bias):
     assert check(Before(nn.Linear(N, N, bias=bias)))["norm"].ahead == ("inner",)
 
 
-@pytest.mark.parametrize("kind", [InOut, Half, lambda: More(N, N), lambda: Within(N, N)])
+@pytest.mark.parametrize("kind", [InOut, Flipped, Half, lambda: More(N, N), lambda: Within(N, N)])
 def test_what_only_looks_like_one(kind):
     assert not fusible(Before(kind())).linears
     assert check(Before(kind()))["inner"].reason
+
+
+def test_what_is_not_always_one():
+    assert "inner.part" not in fusible(Before(NotAlways())).linears
+    assert check(Before(NotAlways()))["inner.part"].reason
 
 
 @pytest.mark.parametrize("bias", [False, True])

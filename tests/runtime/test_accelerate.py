@@ -195,6 +195,13 @@ def test_another_dtype_is_noticed():
     assert close(logits(model, ids()), logits(original, ids()), torch.bfloat16)
 
 
+def test_a_dtype_that_the_original_refuses_is_refused():
+    _, model = accelerated()
+    linear = model.model.layers[0].self_attn.o_proj
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
+        linear(torch.randn(1, 1, 64, dtype=torch.bfloat16))
+
+
 def test_gradients_are_those_of_the_original():
     original, model = accelerated()
     for m in (original, model):
