@@ -18,7 +18,16 @@ from torch.nn import functional as F
 from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
 from flashnorm.kernels.library import Library, load, use_isa
 
-__all__ = ["available", "normalize_packed", "pack", "run", "run_packed", "use_isa", "why_not"]
+__all__ = [
+    "available",
+    "gate_",
+    "normalize_packed",
+    "pack",
+    "run",
+    "run_packed",
+    "use_isa",
+    "why_not",
+]
 
 # The numbers of csrc/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -203,7 +212,7 @@ def _many_rows(call: Call) -> list[Tensor]:
     z = x if plain else normalize_packed(pack(call), x, torch.empty(x.shape, dtype=x.dtype))
     found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
     if call.activation:
-        found = [_gated(found[0], found[1], call.activation)]
+        found = [gate_(found[0], found[1], call.activation)]
     if call.residual is not None:
         found[0] += _rows(call.residual)
     return [y.view(*call.x.shape[:-1], y.shape[1]) for y in found]
@@ -220,7 +229,7 @@ def normalize_packed(packed: bytes, x: Tensor, z: Tensor) -> Tensor:
     return z
 
 
-def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gate_(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) ⊙ up, written over gate: [rows, width]."""
     rows, width = gate.shape
     place, stride = gate.data_ptr(), gate.stride(0)

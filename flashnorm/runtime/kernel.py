@@ -98,7 +98,7 @@ class Kernel:
     def call(self, x: Tensor) -> Call:
         """The arguments, as the plain functions take them."""
         gain, bias = (self._held(name) for name in (self.norm.gain, self.norm.bias))
-        pairs = [_part(product) for product in self.products]
+        pairs = [part(product) for product in self.products]
         return Call(
             x,
             [weight for weight, _ in pairs],
@@ -134,7 +134,8 @@ class Kernel:
         return cpu.pack(call), cpu.most_rows(call) * x.shape[-1], ""
 
 
-def _part(product: Product) -> tuple[Tensor, Tensor | None]:
+def part(product: Product) -> tuple[Tensor, Tensor | None]:
+    """Its rows of the weight and of the bias, as they are now."""
     weight = getattr(product.module, product.weight)
     bias = getattr(product.module, product.bias) if product.bias else None
     if product.length == weight.shape[0]:

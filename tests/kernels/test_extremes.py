@@ -122,7 +122,7 @@ def test_activations_over_every_exponent(isa, activation):
     call = call._replace(weights=[torch.ones(1, 1), torch.zeros(1, 1)])
     call = call._replace(biases=[torch.zeros(1), torch.ones(1)])
     with cpu.use_isa(isa):
-        got = cpu._gated(a.clone(), torch.ones_like(a), activation).double()
+        got = cpu.gate_(a.clone(), torch.ones_like(a), activation).double()
     expected = reference.ACTIVATIONS[activation](wide(call).x)
     special = ~expected.isfinite()
     assert torch.equal(got[special].isnan(), expected[special].isnan())

@@ -22,4 +22,4 @@ def test_accelerated_it_is_the_same(name):
     # Where rounding alone moves a model further (a router's choice), nothing is known.
     assert outcome.error <= max(outcome.bound, 10 * outcome.noise)
     assert outcome.restored
-    assert outcome.acceleration.parts
+    assert outcome.acceleration.parts or not ROWS[name].sites
