@@ -36,7 +36,7 @@ ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
 
 
 # Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
-ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
+ROWS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
 ROWS_IN_TILES = 128
 # In tiles, where several weights share the work on x: as long as x stays in the second cache.
 ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20

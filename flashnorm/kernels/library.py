@@ -18,7 +18,7 @@ import torch
 from flashnorm.errors import FlashNormError
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
-ABI = 2  # FLASHNORM_ABI in csrc/api.h
+ABI = 3  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 
 _choosing = threading.RLock()
@@ -34,9 +34,14 @@ class Library:
             raise OSError(f"{path.name} was built from other sources (ABI {found}, not {ABI})")
         handle.flashnorm_isa.restype = ctypes.c_char_p
         handle.flashnorm_set_prefetch.argtypes = [ctypes.c_int64]
+        handle.flashnorm_tune_crew.argtypes = [ctypes.c_int64] * 3
+        handle.flashnorm_crew_calls.restype = ctypes.c_int64
         self.read = handle.flashnorm_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.set_prefetch = handle.flashnorm_set_prefetch
+        # Rows of x up to which calls read ahead for the next one, bytes, rest (csrc/crew.h).
+        self.tune_crew = handle.flashnorm_tune_crew
+        self.crew_calls = handle.flashnorm_crew_calls
         self.run, self.normalize, self.glu, self.attend = (
             handle.flashnorm_run,
             handle.flashnorm_normalize,
@@ -62,7 +67,7 @@ class Library:
                 ]
             except (OSError, AttributeError):
                 continue
-            self._handle.flashnorm_use_openmp(*found)
+            self._handle.flashnorm_use_openmp(*found, _pause(torch_cpu))
             return "torch's OpenMP threads"
         return "one thread: torch has no OpenMP runtime with GOMP_parallel"
 
@@ -90,6 +95,14 @@ class Library:
             raise FlashNormError(f"no {name!r} kernels in this build or CPU; it has {known}")
         self._handle.flashnorm_choose_isa(self.isas.index(name))
         self._isa = name
+
+
+def _pause(runtime: ctypes.CDLL) -> ctypes.c_void_p | None:
+    """What gives OpenMP threads back, where the runtime is GNU's: others spin next to our own."""
+    if hasattr(runtime, "__kmpc_fork_call"):
+        return None
+    pause = getattr(runtime, "omp_pause_resource_all", None)
+    return pause and ctypes.cast(pause, ctypes.c_void_p)
 
 
 @cache

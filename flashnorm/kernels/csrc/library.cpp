@@ -10,6 +10,7 @@
 #endif
 
 #include "arena.h"
+#include "crew.h"
 #include "table.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -94,9 +95,8 @@ const Choice& choice() {
 }
 
 // The OpenMP runtime that torch runs on, so that both share one set of threads.
-using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 using Number = int (*)();
-Parallel omp_parallel = nullptr;
+OmpParallel omp_parallel = nullptr;
 Number omp_thread = nullptr, omp_threads = nullptr;
 
 struct Job {
@@ -107,15 +107,26 @@ struct Job {
   Supply* supply;
 };
 
-void work(void* data) {
+void work(void* data, int64_t part, int64_t parts) {
   Job& job = *static_cast<Job*>(data);
-  const int32_t status = job.part(job, omp_thread(), omp_threads());
+  const int32_t status = job.part(job, part, parts);
   if (status != OK) job.status.store(status, std::memory_order_relaxed);
 }
 
-int32_t parallel(Job& job, int64_t threads) {
+// Calls with so many rows or fewer run on threads of our own, which read ahead for the next one. More
+// rows come with loops of torch's own that are shared between OpenMP's threads: two sets of threads
+// would get in each other's way.
+std::atomic<int64_t> crew_rows{1};
+std::atomic<int64_t> crew_calls{0};
+
+int32_t parallel(Job& job, int64_t threads, int64_t rows, const Reads* reads = nullptr) {
   if (threads <= 1 || !omp_parallel) return job.part(job, 0, 1);
-  omp_parallel(work, &job, static_cast<unsigned>(threads), 0);
+  if (rows <= crew_rows.load(std::memory_order_relaxed) &&
+      flashnorm_crew_run({work, &job, threads, reads}))
+    crew_calls.fetch_add(1, std::memory_order_relaxed);
+  else
+    omp_parallel([](void* data) { work(data, omp_thread(), omp_threads()); }, &job,
+                 static_cast<unsigned>(threads), 0);
   return job.status.load(std::memory_order_relaxed);
 }
 
@@ -132,6 +143,18 @@ int64_t all_rows(const Op& op) {
 }
 
 int64_t row_bytes(const Op& op) { return op.n * (op.weight_type == FLOAT32 ? 4 : 2); }
+
+Reads reads_of(const Op& op) {
+  Reads reads;
+  reads.segments = smaller(op.segments, Reads::MOST);
+  reads.together = op.act != ACT_NONE;
+  const int64_t bytes = row_bytes(op), size = bytes / op.n;
+  for (int64_t i = 0; i < reads.segments; ++i) {
+    const Segment& s = op.segment[i];
+    reads.segment[i] = {static_cast<const char*>(s.weight), s.rows, bytes, s.stride * size};
+  }
+  return reads;
+}
 
 // Output columns in pieces that are multiples of `least`; `whole` gives each thread one piece.
 Supply supply_of(const Op& op, int64_t least, bool whole, int64_t threads) {
@@ -205,11 +228,11 @@ int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t thr
       work.packed.memory = flashnorm_arena(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
       if (!work.packed.memory) return NO_MEMORY;
       Job pack{use, nullptr, &work, pack_job, {OK}, nullptr};
-      if ((status = parallel(pack, threads)) != OK) break;
+      if ((status = parallel(pack, threads, call.rows)) != OK) break;
     }
     Supply supply = supply_of(op, FEW_ROWS, false, threads);
     Job run{use, nullptr, &work, tiled_job, {OK}, &supply};
-    status = parallel(run, threads);
+    status = parallel(run, threads, call.rows);
   }
   return status;
 }
@@ -225,6 +248,8 @@ int64_t attend_threads(const Attend& a) {
   const int64_t bytes = groups * a.length * (a.width + a.value_width) * size;
   return smaller(smaller(a.threads, groups), 1 + bytes / BYTES_PER_THREAD);
 }
+
+constexpr int64_t MANY_ROWS = INT64_MAX;
 
 struct Read { const char* data; int64_t bytes; };
 float read_sink;  // keeps the reads from being removed
@@ -266,7 +291,8 @@ float* flashnorm_arena(ArenaUse use, int64_t floats) {
 
 EXPORT int32_t flashnorm_abi() { return FLASHNORM_ABI; }
 
-EXPORT void flashnorm_use_openmp(Parallel start, Number thread, Number threads) {
+EXPORT void flashnorm_use_openmp(OmpParallel start, Number thread, Number threads, OmpPause pause) {
+  flashnorm_crew_use(start, pause);
   omp_parallel = start;
   omp_thread = thread;
   omp_threads = threads;
@@ -284,11 +310,19 @@ EXPORT int32_t flashnorm_chosen_isa() {
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
+// Up to how many rows the crew is asked, and how (crew.h).
+EXPORT void flashnorm_tune_crew(int64_t rows, int64_t bytes_ahead, int64_t rest) {
+  crew_rows.store(rows);
+  flashnorm_crew_tune(bytes_ahead, rest);
+}
+EXPORT int64_t flashnorm_crew_calls() { return crew_calls.load(); }
+
 // Few rows are normalized before a second thread has begun.
 int32_t normalize(const Op& op, const Call& call, void* z) {
   const Call alone{call.x, nullptr, nullptr, call.rows, call.x_stride, 0, call.threads, {{z, op.n}}};
   Job job{choice(), &op, &alone, normalize_job, {OK}, nullptr};
-  return parallel(job, smaller(call.threads, 1 + call.rows * op.n * 4 / BYTES_PER_THREAD));
+  const int64_t threads = smaller(call.threads, 1 + call.rows * op.n * 4 / BYTES_PER_THREAD);
+  return parallel(job, threads, call.rows);
 }
 
 EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
@@ -301,8 +335,9 @@ EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
   if (in_tiles(use, *op, *call)) return run_tiled(use, *op, *call, threads);
   Supply supply = supply_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
+  const Reads reads = reads_of(*op);
   Job job{use, op, call, run_job, {OK}, &supply};
-  return parallel(job, threads);
+  return parallel(job, threads, call->rows, &reads);
 }
 
 EXPORT int32_t flashnorm_normalize(const Op* op, const Call* call) {
@@ -311,16 +346,16 @@ EXPORT int32_t flashnorm_normalize(const Op* op, const Call* call) {
 
 EXPORT int32_t flashnorm_glu(const Glu* glu) {
   Job job{choice(), nullptr, glu, glu_job, {OK}, nullptr};
-  return parallel(job, glu->threads);
+  return parallel(job, glu->threads, glu->rows);
 }
 
 EXPORT int32_t flashnorm_attend(const Attend* attend) {
   Job job{choice(), nullptr, attend, attend_job, {OK}, nullptr};
-  return parallel(job, attend_threads(*attend));
+  return parallel(job, attend_threads(*attend), attend->batch);
 }
 
 EXPORT int32_t flashnorm_read(const char* data, int64_t bytes, int64_t threads) {
   const Read read{data, bytes};
   Job job{choice(), nullptr, &read, read_job, {OK}, nullptr};
-  return parallel(job, threads);
+  return parallel(job, threads, MANY_ROWS);
 }

@@ -1,0 +1,274 @@
+#include "crew.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <new>
+
+namespace {
+
+constexpr int64_t MOST_THREADS = 64;
+constexpr int64_t AWAKE_US = 500;    // longer than what lies between two calls of a layer
+constexpr int64_t STAY_US = 50000;   // longer than what lies between two tokens
+constexpr int SPINS = 64;           // between two looks at the clock; others may run then
+
+std::atomic<OmpParallel> omp_parallel{nullptr};
+std::atomic<OmpPause> omp_pause{nullptr};
+std::atomic<int64_t> bytes_ahead{-1}, rest_calls{-1};
+
+int64_t room() {
+  const int64_t asked = bytes_ahead.load(std::memory_order_relaxed);
+  if (asked >= 0) return asked;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t cache = 0;
+#endif
+  return (cache > 0 ? cache : 1 << 20) / 8 * 5;
+}
+
+int64_t now_us() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<int64_t>(t.tv_sec) * 1000000 + t.tv_nsec / 1000;
+}
+
+// A point in the time that conditions wait by.
+timespec later(int64_t us) {
+  timespec t;
+  clock_gettime(CLOCK_REALTIME, &t);
+  t.tv_nsec += us % 1000000 * 1000;
+  t.tv_sec += us / 1000000 + t.tv_nsec / 1000000000;
+  t.tv_nsec %= 1000000000;
+  return t;
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Whether others want the crew's cores: torch's own loops, or another program. Waking them next to a
+// thread that spins takes longer than reading ahead saves, so that the crew leaves for a while.
+class Peace {
+ public:
+  // Whether this call should go to OpenMP's threads.
+  bool resting() {
+    if (rest_ > 0) return --rest_, true;
+    if (++calls_ < WATCHED) return false;
+    calls_ = 0;
+    const int64_t rest = rest_calls.load(std::memory_order_relaxed);
+    if (disturbed_.exchange(0, std::memory_order_relaxed) > TOLERATED)
+      rest_ = rest < 0 ? USUAL_REST : rest;
+    return false;
+  }
+
+  // A member could not run from `then` until `now`, although it was ready.
+  void ready(int64_t then, int64_t now) {
+    if (now - then > LONG_US) disturbed_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int WATCHED = 128, TOLERATED = 12, USUAL_REST = 8192;  // calls
+  static constexpr int64_t LONG_US = 20;
+  int calls_ = 0;
+  int64_t rest_ = 0;
+  std::atomic<int> disturbed_{0};
+};
+
+// A job as the members see it.
+struct Task {
+  const CrewJob& job;
+  const Sequel& sequel;
+  int place;  // in the sequel, or NONE
+};
+
+// One thread of the crew, and the task that it has been offered.
+class alignas(128) Member {
+ public:
+  // False where the system gives no more threads.
+  bool start(int64_t part, Peace& peace) {
+    part_ = part;
+    peace_ = &peace;
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, live, this)) return false;
+    pthread_detach(thread);
+    return true;
+  }
+
+  void offer(const Task& task) {
+    done_.store(false, std::memory_order_relaxed);
+    offered_.store(&task);
+    if (!asleep_.load()) return;
+    pthread_mutex_lock(&lock_);
+    pthread_cond_signal(&wake_);
+    pthread_mutex_unlock(&lock_);
+  }
+
+  // Whether the offer could be taken back: the thread had not begun.
+  bool withdraw() { return offered_.exchange(nullptr) != nullptr; }
+
+  void wait_done() const {
+    while (!done_.load(std::memory_order_acquire))
+      for (int i = 0; i < SPINS && !done_.load(std::memory_order_relaxed); ++i) relax();
+  }
+
+ private:
+  static void* live(void* self) {
+    Member& me = *static_cast<Member*>(self);
+    for (me.crowd(true);;) {
+      if (!me.await_call()) me.sleep();
+      if (const Task* task = me.offered_.exchange(nullptr)) me.serve(*task);
+    }
+  }
+
+  void serve(const Task& task) {
+    const int64_t parts = task.job.parts;
+    task.job.part(task.job.data, part_, parts);
+    ahead_.count = 0;
+    if (task.place != Sequel::NONE) task.sequel.after(task.place, part_, parts, room(), ahead_);
+    parts_ = parts;
+    done_.store(true, std::memory_order_release);  // the task is gone from here on
+    fetch();
+  }
+
+  bool called() const { return offered_.load(std::memory_order_relaxed) != nullptr; }
+
+  void fetch() const {
+    for (int i = 0; i < ahead_.count; ++i) {
+      const Stream& s = ahead_.streams[i];
+      for (int64_t row = 0; row < s.rows; ++row) {
+        if (called()) return;
+        const char* bytes = s.first + row * s.stride;
+        for (int64_t at = 0; at < s.row_bytes; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+      }
+    }
+  }
+
+  // Waits for an offer, ready; false when none came for a while. Other threads may have the core.
+  bool await_call() {
+    const int64_t begin = now_us();
+    for (int64_t then = begin, now; then - begin < AWAKE_US; then = now) {
+      for (int i = 0; i < SPINS; ++i) {
+        if (called()) return true;
+        relax();
+      }
+      sched_yield();
+      peace_->ready(then, now = now_us());
+    }
+    return called();
+  }
+
+  void sleep() {
+    if (!doze(STAY_US)) {
+      crowd(false);
+      doze(FOREVER);
+      crowd(true);
+    }
+  }
+
+  // Sleeps until there is an offer; false when none came in time.
+  bool doze(int64_t us) {
+    const timespec end = later(us == FOREVER ? 0 : us);
+    int late = 0;
+    pthread_mutex_lock(&lock_);
+    asleep_.store(true);
+    while (!offered_.load() && !late)
+      late = us == FOREVER ? pthread_cond_wait(&wake_, &lock_)
+                           : pthread_cond_timedwait(&wake_, &lock_, &end);
+    asleep_.store(false);
+    pthread_mutex_unlock(&lock_);
+    return !late;
+  }
+
+  // The first member makes OpenMP see more threads than cores, or no longer.
+  void crowd(bool more) {
+    const OmpParallel parallel = omp_parallel.load();
+    const OmpPause pause = omp_pause.load();
+    if (part_ != 1 || !parallel || !pause) return;
+    constexpr int soft = 1;
+    if (more) parallel([](void*) {}, nullptr, static_cast<unsigned>(parts_), 0);
+    else pause(soft);
+  }
+
+  static constexpr int64_t FOREVER = -1;
+
+  int64_t part_ = 0, parts_ = 2;
+  Peace* peace_ = nullptr;
+  Ahead ahead_;
+  std::atomic<const Task*> offered_{nullptr};
+  std::atomic<bool> done_{true}, asleep_{false};
+  pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
+};
+
+class Crew {
+ public:
+  bool run(const CrewJob& job) {
+    if (job.parts > MOST_THREADS || busy_.exchange(true, std::memory_order_acquire)) return false;
+    const bool ours = !peace_.resting() && grow(job.parts - 1);
+    if (ours) share(job);
+    busy_.store(false, std::memory_order_release);
+    return ours;
+  }
+
+ private:
+  bool grow(int64_t members) {
+    while (members_ < members && member_[members_].start(members_ + 1, peace_)) ++members_;
+    return members_ >= members;
+  }
+
+  void share(const CrewJob& job) {
+    const Task task{job, sequel_, job.reads ? sequel_.note(*job.reads) : Sequel::NONE};
+    for (int64_t i = 1; i < job.parts; ++i) member_[i - 1].offer(task);
+    job.part(job.data, 0, job.parts);
+    for (int64_t i = 1; i < job.parts; ++i) {
+      if (member_[i - 1].withdraw()) job.part(job.data, i, job.parts);
+      else member_[i - 1].wait_done();
+    }
+  }
+
+  std::atomic<bool> busy_{false};
+  int64_t members_ = 0;
+  Peace peace_;
+  Sequel sequel_;
+  Member member_[MOST_THREADS - 1];
+};
+
+// Never freed: its threads may outlive everything else. A forked process has none of them, and makes
+// a crew of its own.
+std::atomic<Crew*> crew{nullptr};
+
+Crew* the_crew() {
+  static const int forked = pthread_atfork(nullptr, nullptr, [] { crew.store(nullptr); });
+  if (forked || !omp_pause.load(std::memory_order_relaxed)) return nullptr;
+  Crew* found = crew.load(std::memory_order_acquire);
+  if (found) return found;
+  Crew* made = new (std::nothrow) Crew;
+  if (!made || crew.compare_exchange_strong(found, made)) return made;
+  delete made;
+  return found;
+}
+
+}  // namespace
+
+bool flashnorm_crew_run(const CrewJob& job) {
+  Crew* mine = the_crew();
+  return mine && mine->run(job);
+}
+
+void flashnorm_crew_use(OmpParallel parallel, OmpPause pause) {
+  omp_parallel.store(parallel);
+  omp_pause.store(pause);
+}
+
+void flashnorm_crew_tune(int64_t ahead, int64_t rest) {
+  bytes_ahead.store(ahead);
+  rest_calls.store(rest);
+}

@@ -1,0 +1,29 @@
+// Threads of the library's own, for calls with so few rows that reading weights is all they do.
+//
+// Between two calls they read ahead: the weights of the calls that followed this one the last time
+// go into a core's second cache while the caller does something else. Then they wait a while, ready,
+// and sleep. A thread that has not begun when the work is done is not waited for.
+#pragma once
+#include "sequel.h"
+
+struct CrewJob {
+  void (*part)(void* data, int64_t part, int64_t parts);
+  void* data;
+  int64_t parts;
+  const Reads* reads;  // what the job reads, all parts together; or null
+};
+
+// Runs all parts, the first one on this thread. False, with nothing done, where the crew serves
+// another thread, or there is none.
+bool flashnorm_crew_run(const CrewJob& job);
+
+// OpenMP's threads spin on the crew's cores after each of torch's own loops, unless the runtime knows
+// of more threads than cores: while the crew is awake, one of it has OpenMP threads of its own, which
+// do nothing. `pause` gives them back. Without these two there is no crew.
+using OmpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+using OmpPause = int (*)(int kind);
+void flashnorm_crew_use(OmpParallel parallel, OmpPause pause);
+
+// For tests and measurements: how many bytes each thread reads ahead, and for how many calls a crew
+// that is disturbed leaves them to OpenMP's threads. Negative: what is used otherwise.
+void flashnorm_crew_tune(int64_t bytes_ahead, int64_t rest);

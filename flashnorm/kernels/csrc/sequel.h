@@ -1,0 +1,94 @@
+// Which call comes after which: models make the same ones in the same order, token after token.
+#pragma once
+#include <stdint.h>
+
+// Rows of bytes in memory: `rows` times `row_bytes`, `stride` apart.
+struct Stream {
+  const char* first;
+  int64_t rows, row_bytes, stride;
+};
+
+// What all parts of a call read: segments one after another, or side by side (gate and up), which
+// are then equally long.
+struct Reads {
+  static constexpr int MOST = 8;
+  int64_t segments = 0;
+  bool together = false;
+  Stream segment[MOST];
+
+  int64_t rows() const {
+    int64_t all = 0;
+    for (int64_t i = 0; i < segments; ++i) all += segment[i].rows;
+    return together ? segment[0].rows : all;
+  }
+};
+
+// What one thread will read next. Nothing depends on it, and fetching it can do no harm: it may even
+// name memory that is gone.
+struct Ahead {
+  static constexpr int MOST = 16;
+  int count = 0;
+  Stream streams[MOST];
+
+  // Of rows begin..end of what a call reads, as much as fits into `room` bytes, which it takes.
+  void add(const Reads& reads, int64_t begin, int64_t end, int64_t& room) {
+    const int64_t share = reads.together ? room / reads.segments : room;
+    int64_t used = 0, first = 0;
+    for (int64_t i = 0; i < reads.segments && count < MOST; ++i) {
+      const Stream& s = reads.segment[i];
+      const int64_t from = begin > first ? begin - first : 0;
+      const int64_t to = end - first < s.rows ? end - first : s.rows;
+      const int64_t fit = (reads.together ? share : room - used) / (s.row_bytes + 1);
+      const int64_t rows = to - from < fit ? to - from : fit;
+      if (rows > 0) {
+        streams[count++] = {s.first + from * s.stride, rows, s.row_bytes, s.stride};
+        used += rows * s.row_bytes;
+      }
+      if (!reads.together) first += s.rows;
+    }
+    room -= used;
+  }
+};
+
+class Sequel {
+ public:
+  static constexpr int NONE = -1;
+
+  // Remembers that this call came after the one before it. Returns the place of this call.
+  int note(const Reads& reads) {
+    const int place = place_of(reads.segment[0].first);
+    Entry& entry = entries_[place];
+    if (entry.reads.segment[0].first != reads.segment[0].first) entry.next = NONE;
+    entry.reads = reads;
+    if (last_ != NONE) entries_[last_].next = place;
+    return last_ = place;
+  }
+
+  // What part `part` of `parts` will read in the calls after that one, `room` bytes at most.
+  void after(int place, int64_t part, int64_t parts, int64_t room, Ahead& ahead) const {
+    ahead.count = 0;
+    for (int calls = 0; calls < CALLS; ++calls) {
+      place = entries_[place].next;
+      if (place == NONE || room <= 0) return;
+      const Reads& reads = entries_[place].reads;
+      const int64_t rows = reads.rows();
+      ahead.add(reads, rows * part / parts, rows * (part + 1) / parts, room);
+    }
+  }
+
+ private:
+  static constexpr int BITS = 11, CALLS = 4;
+  struct Entry {
+    int next = NONE;
+    Reads reads;
+  };
+
+  // By the address of the first weight; of two calls with the same place the later one has it.
+  static int place_of(const void* key) {
+    const uint64_t mixed = reinterpret_cast<uintptr_t>(key) * UINT64_C(0x9E3779B97F4A7C15);
+    return static_cast<int>(mixed >> (64 - BITS));
+  }
+
+  Entry entries_[1 << BITS];
+  int last_ = NONE;
+};
