@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashnorm.bench import machine
+from flashnorm.bench.timing import interleaved
 from flashnorm.kernels import cpu, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.library import Library, load
@@ -82,11 +82,14 @@ def prepared(calls: list[Call]) -> Callable[[int], list[Tensor]]:
     return lambda i: cpu.run_packed(packed[i], x, width, None)
 
 
-def timed(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+def timed(run: Callable[[], Any], calls: int) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    return seconds
 
 
 def measure(
@@ -116,13 +119,9 @@ def measure(
         "read": read,
     }
     calls = max(1, min(len(turn.copies), 50_000_000 // (turn.bytes * max(1, rows // 4))))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            took = timed(run, calls)
-            if round_:  # the first one warms up
-                seconds[name].append(took)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    timings, errors = interleaved({name: timed(run, calls) for name, run in runs.items()}, rounds)
+    assert not errors, errors
+    median = {name: timing.median for name, timing in timings.items()}
     return {
         "n": n,
         "k": k,

@@ -12,6 +12,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 BUDGET = 120.0  # seconds after which a group ends, once it has FEWEST rounds
 FEWEST = 3
+SETTLE = 0.02  # seconds after which the threads of the run before no longer spin on the cores
 SHORT = 0.02  # what takes less is repeated within a round
 
 
@@ -28,6 +29,7 @@ def interleaved(
     start = time.perf_counter()
     for number in range(rounds + 1):
         for key in _turned(list(left), number):
+            time.sleep(SETTLE)
             try:
                 took = left[key]()
             except Exception as error:

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t MOST_THREADS = 64;
 constexpr int64_t AWAKE_US = 500;    // longer than what lies between two calls of a layer
-constexpr int64_t STAY_US = 50000;   // longer than what lies between two tokens
+constexpr int64_t STAY_US = 3000;    // longer than what lies between two tokens
 constexpr int SPINS = 64;           // between two looks at the clock; others may run then
 
 std::atomic<OmpParallel> omp_parallel{nullptr};
