@@ -10,8 +10,9 @@ through the formulas themselves, whose statistics are then computed anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ class Norm(Function):
         return (None, *gradient.backward(ctx.form, saved, t, wanted))
 
 
-class Remake(NamedTuple):
+@dataclass(frozen=True)
+class Remake:
     """Makes z again from the fields of `Saved`, which are what a `Norm` returns and was given."""
 
     form: Form
