@@ -42,9 +42,20 @@ def attach(result: Tensor, make: Callable[..., Tensor], *sources: Tensor | None)
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """How x can be made again, unless it was changed since or nobody knows."""
+    """How the rows of x can be made again, unless it was changed since or nobody knows."""
     recipe: Recipe | None = getattr(x, "_flashnorm_recipe", None)
+    if recipe is None and x._base is not None and _same_rows(x, x._base):
+        recipe = getattr(x._base, "_flashnorm_recipe", None)
     return recipe if recipe is not None and recipe.version == x._version else None
+
+
+def _same_rows(view: Tensor, base: Tensor) -> bool:
+    """Whether a view has all rows of its base in their order: `z.view(-1, n)`, `z[:, 0:]`."""
+    if view.numel() != base.numel() or view.shape[-1:] != base.shape[-1:]:
+        return False
+    if view.dtype != base.dtype or view.storage_offset() != base.storage_offset():
+        return False
+    return view.dim() > 0 and view.is_contiguous() and base.is_contiguous()
 
 
 class Step:
