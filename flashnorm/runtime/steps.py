@@ -110,7 +110,8 @@ class Step:
     @torch.no_grad()
     def _agrees(self, x: Tensor) -> bool:
         """Same shape and dtype, and values within the roundings of a few operations."""
-        with _disable_current_modes(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        apart = torch.random.fork_rng([x.device] if x.is_cuda else [])
+        with _disable_current_modes(), apart, dispatch.forbid_fallback(False):
             before = _random_state(x)
             expected = type(self.module).forward(self.module, x)
             if not torch.equal(before, _random_state(x)):
@@ -160,7 +161,18 @@ class NormStep(Step):
     def run(self, x: Tensor) -> Tensor:
         parameters = self.parameters()
         z, scale, mean = autograd.Norm.apply(self.form, x, *parameters)
-        return attach(z, autograd.Remake(self.form), x, scale, mean, *parameters)
+        kept = [_own(parameter) for parameter in parameters]
+        return attach(z, autograd.Remake(self.form), x, scale, mean, *kept)
+
+
+def _own(parameter: Tensor | None) -> Tensor | None:
+    """A copy of n numbers where `fully_shard` may have freed the parameter of a module by itself.
+
+    It gives memory back between a module's forward and its backward, and the gradient of a reader
+    is computed before that of its norm. torch does not say which parameters it does that to.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return parameter.clone() if several and parameter is not None else parameter
 
 
 class LinearStep(Step):
