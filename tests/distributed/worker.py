@@ -211,7 +211,7 @@ def tensor_parallel(rank: int, folder: Path) -> list[dict[str, Any]]:
         whole.save_pretrained(folder / "model")
     dist.barrier()
     load = lambda: by_transformers(folder / "model")  # noqa: E731
-    # transformers spreads over GPUs where torch was built for them; this is about two CPU processes.
+    # Where torch was built for GPUs transformers spreads over them; this is about two CPUs.
     loaded = {
         "transformers": load,
         "transformers, then accelerated": lambda: accelerated(load()),
