@@ -58,6 +58,7 @@ def plain() -> nn.Module:
             num_key_value_heads=GROUPS,
             vocab_size=BYTES,
             max_position_embeddings=LENGTH,
+            initializer_range=WIDTH**-0.5,
             use_cache=False,
         )
     )
@@ -106,12 +107,25 @@ class Weightless(nn.Module):
 
 
 def weightless() -> nn.Module:
-    """Begins as transformers' models do: normal numbers with a deviation of 0.02."""
-    torch.manual_seed(0)
-    model = Weightless()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return model
+    """Begins with the weights of the plain model, whose gains begin at one."""
+    ours, theirs = Weightless(), plain()
+    pairs = [(ours.table, theirs.model.embed_tokens), (ours.head, theirs.lm_head)]
+    found = [(mine.weight, other.weight) for mine, other in pairs]
+    for mine, other in zip(ours.layers, theirs.model.layers, strict=True):
+        attention, mlp = other.self_attn, other.mlp
+        found += [
+            (mine.qkv.weight_0, attention.q_proj.weight),
+            (mine.qkv.weight_1, attention.k_proj.weight),
+            (mine.qkv.weight_2, attention.v_proj.weight),
+            (mine.out.weight, attention.o_proj.weight),
+            (mine.glu.gate_weight, mlp.gate_proj.weight),
+            (mine.glu.up_weight, mlp.up_proj.weight),
+            (mine.down.weight, mlp.down_proj.weight),
+        ]
+    with torch.no_grad():
+        for parameter, value in found:
+            parameter.copy_(value)
+    return ours
 
 
 WAYS: dict[str, Callable[[], nn.Module]] = {

@@ -219,7 +219,7 @@ def test_dropout_is_the_models_own():
 
 
 class Gated(nn.Module):
-    """Drops out what no module in it would tell of."""
+    """Drops out what no module in it would tell of, or, at a rate of almost zero, its values."""
 
     def __init__(self, dropped):
         super().__init__()
@@ -248,7 +248,7 @@ def test_a_view_of_all_rows_has_the_recipe_and_no_other():
     assert steps.recipe_of(z) is None
 
 
-@pytest.mark.parametrize(("dropped", "fused"), [(0.0, True), (0.3, False)])
+@pytest.mark.parametrize(("dropped", "fused"), [(0.0, True), (0.3, False), (1e-9, False)])
 def test_a_gated_module_that_drops_out_runs_as_it_is(dropped, fused):
     torch.manual_seed(0)
     first = nn.Sequential(nn.RMSNorm(8), Gated(dropped))

@@ -52,25 +52,9 @@ def test_a_way_that_does_not_exist_is_refused(example, monkeypatch, capsys):
 
 
 def test_the_weightless_model_is_a_llama_whose_gains_are_one(example):
-    whole, ours = example.plain().double(), example.Weightless().double()
-    layers = zip(ours.layers, whole.model.layers, strict=True)
-    pairs = [(ours.table.weight, whole.model.embed_tokens.weight)]
-    pairs += [(ours.head.weight, whole.lm_head.weight)]
-    for mine, theirs in layers:
-        attention, mlp = theirs.self_attn, theirs.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        pairs += [(getattr(mine.qkv, f"weight_{i}"), p.weight) for i, p in enumerate(projections)]
-        pairs += [(mine.glu.gate_weight, mlp.gate_proj.weight)]
-        pairs += [(mine.glu.up_weight, mlp.up_proj.weight)]
-        pairs += [
-            (mine.out.weight, attention.o_proj.weight),
-            (mine.down.weight, mlp.down_proj.weight),
-        ]
+    whole, ours = example.plain().double(), example.weightless().double()
+    ids = example.batches(example.text(), 1)[0, :2, :20]
     with torch.no_grad():
-        for mine, theirs in pairs:
-            theirs.mul_(5)  # away from where every token gets the same logits
-            mine.copy_(theirs)
-        ids = example.batches(example.text(), 1)[0, :2, :20]
         found, expected = ours(ids), whole(ids).logits
     # The model of transformers computes norms and rotations in float32 whatever its dtype is.
     bound = output_bound(Size(example.FFN, 6 * example.LAYERS, DTYPE), DTYPE)
