@@ -33,6 +33,7 @@ FULL = {"gain": True, "gain_offset": 1.0, "norm_bias": True, "bias": True}
 
 def build(kind: str, norm: str = "rms", dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """No parameter is left as it begins."""
+    options = {"gain": True, **options}
     module = KINDS[kind](norm=norm, eps=1e-3, dtype=dtype, **options)
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
@@ -378,7 +379,7 @@ def test_begins_as_nn_linear_behind_a_norm_that_only_scales():
     torch.manual_seed(3)
     linear = nn.Linear(N, 7)
     torch.manual_seed(3)
-    module = NormLinear(N, 7, bias=True, gain_offset=1.0, norm_bias=True)
+    module = NormLinear(N, 7, bias=True, gain=True, gain_offset=1.0, norm_bias=True)
     assert torch.equal(module.weight, linear.weight)
     assert torch.equal(module.bias, linear.bias)
     assert not module.gain.any()
@@ -388,6 +389,14 @@ def test_begins_as_nn_linear_behind_a_norm_that_only_scales():
     torch.testing.assert_close(module(x), expected)
     assert NormLinear(N, 7, norm="dyt", alpha=0.3).alpha.tolist() == [pytest.approx(0.3)]
     assert {p.device.type for p in NormGLU(N, 7, device="meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_being_asked_the_norm_has_no_parameters(kind):
+    module = KINDS[kind]()
+    assert module.gain is None
+    assert module.norm_bias is None
+    assert all(p.dim() == 2 for p in module.parameters())
 
 
 def test_says_what_it_is():

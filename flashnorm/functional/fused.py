@@ -7,13 +7,16 @@ in the dtype of x. Without a gain the norm has none (a folded one has moved into
 `gain_offset=1` is for models that store g − 1.
 
 float32, bfloat16 and float16 on a CPU run on compiled kernels: sums and all that stands around them
-in float32, one rounding. Anything else, and anything that needs a gradient, runs on torch's own
-operations; `flashnorm.kernels.dispatch` says so and can forbid it. Shapes that do not fit raise
-ValueError with the name of the argument. Source: FlashNorm, arXiv 2407.09577.
+in float32, one rounding. Anything else runs on torch's own operations, which
+`flashnorm.kernels.dispatch` says and can forbid. Gradients (`kernels/autograd.py`) need x, one or
+two numbers per row, and for a GLU its two products; nothing else is saved. Under autocast,
+torch.func and forward-mode derivatives, and for DTensors, all is torch's own. Shapes that do not
+fit raise ValueError with the name of the argument. Source: FlashNorm, arXiv 2407.09577.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -26,13 +29,26 @@ from flashnorm.kernels.call import Call
 def run(call: Call) -> list[Tensor]:
     """Any call: directly in eager mode, as a registered operation where something watches."""
     if torch.compiler.is_compiling():
-        plain = call.needs_gradient() or torch.is_autocast_enabled("cpu")
-        return reference.norm_linear(call) if plain else ops.run(call)
-    if not dispatch.watched(call.x, *call.weights):
+        return reference.norm_linear(call) if _transformed(call) else ops.run(call)
+    gradient = call.needs_gradient()
+    if not gradient and not dispatch.watched(call.x, *call.weights):
         return dispatch.norm_linear(call)
     # torch.jit cannot write down a list of weights.
-    plain = call.needs_gradient() or dispatch.transformed() or torch.jit.is_tracing()
+    plain = dispatch.transformed() or torch.jit.is_tracing() or _sharded(call)
     return reference.norm_linear(call) if plain else ops.run(call)
+
+
+def _transformed(call: Call) -> bool:
+    """Whether a compiled graph needs torch's own operations."""
+    inside = torch._C._functorch.maybe_current_level() is not None
+    return inside or torch.is_autocast_enabled("cpu") or _sharded(call)
+
+
+def _sharded(call: Call) -> bool:
+    """Whether a tensor is spread over processes (DTensor): torch knows how to run its own then."""
+    if (distributed := sys.modules.get("torch.distributed.tensor")) is None:
+        return False
+    return any(isinstance(tensor, distributed.DTensor) for tensor in call.tensors())
 
 
 def norm_linear(

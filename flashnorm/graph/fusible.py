@@ -18,7 +18,10 @@ SPLITS = frozenset({"split", "split_with_sizes"})
 
 @dataclass(frozen=True)
 class Linear:
-    """A module that returns `x Wᵀ (+ c)` of its one argument: the names of its parameters."""
+    """A module that returns `x Wᵀ (+ c)` of its one argument: the names of its parameters.
+
+    Where it is one of `Fusible.turned` it holds Wᵀ: [in, out].
+    """
 
     path: str
     weight: str
@@ -50,6 +53,7 @@ class Fusible:
     """`readers` maps a module to the linear and gated modules that are always given its output."""
 
     linears: dict[str, Linear] = field(default_factory=dict)
+    turned: dict[str, Linear] = field(default_factory=dict)
     gated: dict[str, Gated] = field(default_factory=dict)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -62,8 +66,9 @@ def find_fusible(graph: Graph) -> Fusible:
     found = Fusible()
     for path, numbers in calls.items():
         kinds = {_linear(graph, number) for number in numbers}
-        if len(kinds) == 1 and (linear := kinds.pop()):
-            found.linears[path] = linear
+        if len(kinds) == 1 and (made := kinds.pop()):
+            linear, turned = made
+            (found.turned if turned else found.linears)[path] = linear
     makers = _Makers(graph, found)
     for path, numbers in calls.items():
         gates = {_gated(makers, number) for number in numbers}
@@ -73,23 +78,26 @@ def find_fusible(graph: Graph) -> Fusible:
     return found
 
 
-def _linear(graph: Graph, number: int) -> Linear | None:
+def _linear(graph: Graph, number: int) -> tuple[Linear, bool] | None:
+    """The layer that a call is, and whether its weight is held as [in, out]."""
     call = graph.calls[number]
     if not _is_simple(call):
         return None
     node = graph.producer(same_as(graph, call.returned[0]))
     if node is None or node.call != number or (operands := _product(graph, node)) is None:
         return None
-    x, weight, bias = operands
-    return Linear(call.path, weight, bias) if x == same_as(graph, call.received[0]) else None
+    x, weight, bias, turned = operands
+    if x != same_as(graph, call.received[0]):
+        return None
+    return Linear(call.path, weight, bias), turned
 
 
 def _is_simple(call: Call) -> bool:
     return len(call.received) == len(call.returned) == call.arguments == 1
 
 
-def _product(graph: Graph, node: Node) -> tuple[int, str, str] | None:
-    """(x, weight, bias) of `x Wᵀ (+ c)` with a whole parameter W [k, n], and c [k] or no name."""
+def _product(graph: Graph, node: Node) -> tuple[int, str, str, bool] | None:
+    """(x, weight, bias, turned) of `x Wᵀ (+ c)` with a whole parameter W, and c [k] or no name."""
     named = node.bound
     if node.op == "mm":
         x, right, added = named["self"], named["mat2"], None
@@ -97,18 +105,17 @@ def _product(graph: Graph, node: Node) -> tuple[int, str, str] | None:
         x, right, added = named["mat1"], named["mat2"], named["self"]
     else:
         return None
-    turned = graph.producer(right.value)
-    if turned is None or turned.op not in TRANSPOSES:
-        return None
-    weight = graph.values[turned.inputs[0]]
+    transpose = graph.producer(right.value)
+    turned = transpose is None or transpose.op not in TRANSPOSES
+    weight = graph.values[right.value if transpose is None or turned else transpose.inputs[0]]
     bias = None if added is None else graph.values[added.value]
     if weight.origin != "parameter" or len(weight.shape) != 2:
         return None
     if bias is None:
-        return same_as(graph, x.value), weight.parameter, ""
-    if bias.origin != "parameter" or bias.shape != weight.shape[:1]:
+        return same_as(graph, x.value), weight.parameter, "", turned
+    if bias.origin != "parameter" or bias.shape != (weight.shape[1 if turned else 0],):
         return None
-    return same_as(graph, x.value), weight.parameter, bias.parameter
+    return same_as(graph, x.value), weight.parameter, bias.parameter, turned
 
 
 class _Makers:

@@ -32,11 +32,13 @@ class Call(NamedTuple):
     residual: Tensor | None = None
 
     def needs_gradient(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Those of the arguments that are given."""
         x, weights, biases, _, _, gain, _, norm_bias, alpha, _, residual = self
         given = (x, *weights, *(biases or ()), gain, norm_bias, alpha, residual)
-        return any(tensor is not None and tensor.requires_grad for tensor in given)
+        return [tensor for tensor in given if tensor is not None]
 
 
 def check(call: Call) -> None:

@@ -49,9 +49,9 @@ def norm_linear(call: Call) -> list[Tensor]:
 
 
 def explain(call: Call) -> Choice:
-    """What `norm_linear` would run for these arguments, without running it."""
+    """What would run for these arguments, without running it; with a gradient, its forward."""
     check(call)
-    reason = _why_not(call)
+    reason = TRANSFORM if transformed() else cpu.why_not(call)
     return Choice("cpu", cpu.available()[1]) if reason is None else Choice("reference", reason)
 
 

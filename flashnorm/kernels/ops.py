@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import autograd, dispatch
 from flashnorm.kernels.call import Call, check
 
 NAME = "flashnorm::norm_linear"
@@ -30,22 +31,33 @@ def _fake(*args: Any) -> list[Tensor]:
     return [call.x.new_empty((*call.x.shape[:-1], w.shape[0])) for w in made]
 
 
-def _no_backward(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError(
-        f"{NAME} has no backward; call flashnorm.functional, which runs on differentiable "
-        "operations where a gradient is wanted"
-    )
+def _differentiate(keyset: Any, *args: Any) -> list[Tensor]:
+    """The kernel of the Autograd key. (register_autograd cannot take `Tensor?[]` with a None.)"""
+    call, below = Call(*args), partial(_below_autograd, keyset)
+    return autograd.run(call, below) if call.needs_gradient() else below(call)
+
+
+def _below_autograd(keyset: Any, call: Call) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        rest = keyset & torch._C._after_autograd_keyset
+        return operator.redispatch(rest, *_arguments(call))
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    x, weights, biases, *rest = call
+    biases = [None] * len(weights) if biases is None else list(biases)
+    return (x, list(weights), biases, *rest)
 
 
 torch.library.define(NAME, SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl(NAME, "CompositeExplicitAutograd", _run)
 torch.library.register_fake(NAME, _fake)
-torch.library.register_autograd(NAME, _no_backward)
+_library = torch.library.Library("flashnorm", "FRAGMENT")
+_library.impl("norm_linear", _differentiate, "Autograd", with_keyset=True)
 
 operator = torch.ops.flashnorm.norm_linear.default
 
 
 def run(call: Call) -> list[Tensor]:
-    """The call through torch's dispatcher."""
-    x, weights, biases, *rest = call
-    return operator(x, weights, [None] * len(weights) if biases is None else biases, *rest)
+    """The call through torch's dispatcher: with its gradient, and seen by whoever watches."""
+    return operator(*_arguments(call))

@@ -2,10 +2,11 @@
 
     z = norm(x) · (gain_offset + gain) + norm_bias
 
-with norm "rms", "layer", "dyt" or "none". x: [.., n] in any floating dtype, which is that of the
-results (under autocast, autocast decides). Without a gradient it runs on the kernels of
-`flashnorm.functional`, with one on torch's own operations. Shapes that do not fit raise ValueError.
-Source: FlashNorm, arXiv 2407.09577.
+with norm "rms", "layer", "dyt" or "none". A new model needs no gain and no norm_bias, which are
+left out unless asked for: the weight behind the norm learns what they would (E1, E2). x: [.., n] in
+any floating dtype, which is that of the results (under autocast, autocast decides). A gradient
+saves x and one number per row (LayerNorm: two), and no normalized rows: `flashnorm.functional`.
+Shapes that do not fit raise ValueError. Source: FlashNorm, arXiv 2407.09577.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class NormReaders(nn.Module):
         *,
         norm: str = "rms",
         eps: float = 1e-6,
-        gain: bool = True,
+        gain: bool = False,
         gain_offset: float = 0.0,
         norm_bias: bool = False,
         alpha: float = 0.5,

@@ -18,6 +18,8 @@ from flashnorm.runtime.attention import UsedAttention, restore_attention_, use_a
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.pages import collapse
+from flashnorm.runtime.steps import Trained
+from flashnorm.runtime.training import Trainer
 
 RECORD = "_flashnorm_acceleration"
 
@@ -30,12 +32,15 @@ class Acceleration:
     """What `accelerate_` did with every norm and linear layer of a model, and with its attention.
 
     `attention` says why the attention of single tokens is the model's own; empty where it is not.
+    `training` are the modules that save less for a gradient, and those that cannot; empty where
+    that was not asked for.
     """
 
     parts: tuple[Part, ...]
     kernels: str
     attention: str
     folded: bool
+    training: tuple[Part, ...] = ()
 
     @property
     def fused(self) -> tuple[Part, ...]:
@@ -50,6 +55,9 @@ class Acceleration:
         for part in self.parts:
             ahead = f", with {', '.join(part.ahead)}" if part.ahead else ""
             lines.append(f"{part.path or '(root)'}: {part.kind}: {part.reason or 'fused'}{ahead}")
+        for part in self.training:
+            said = part.reason or "saves what its result is made of"
+            lines.append(f"{part.path or '(root)'}: {part.kind} in training: {said}")
         return "\n".join(lines)
 
 
@@ -61,7 +69,12 @@ class _Undo:
 
 
 def accelerate_(
-    model: Model, example_inputs: Any = None, *, fold: bool = False, huge_pages: bool = True
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    fold: bool = False,
+    training: bool = False,
+    huge_pages: bool = True,
 ) -> Model:
     """Let a model run on fused norm + linear kernels, in place; returns the model.
 
@@ -77,6 +90,11 @@ def accelerate_(
     first (`fold_`), which is needed for nothing but saves loading them. With `huge_pages` Linux
     moves the weights into huge pages, where they are: a few seconds per GB, once.
 
+    With `training` a gradient saves less, in every floating dtype and on every device: of a norm x
+    and one number per row (LayerNorm: two), of a gated pair the two products; z = norm(x) and
+    act(a) ⊙ b are made again where a weight's gradient needs them. Every parameter gets the
+    gradient it would have got. Do it before the model is wrapped or sharded (DDP, `fully_shard`).
+
     `example_inputs` is a dict or tuple for the model's forward, needed for modules that are not
     from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
     is accelerated already. Source: FlashNorm, arXiv 2407.09577.
@@ -91,13 +109,17 @@ def accelerate_(
         collapse(parameter for parameter in model.parameters() if parameter.is_cpu)
     builder = Builder(model, find_fusible(graph), frozenset(folded))
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
-    for module, forward in builder.forwards:
+    forwards: dict[nn.Module, Any] = dict(builder.forwards)
+    trainer = Trainer(builder)
+    trained = trainer.build(plan.sites) if training else []
+    for step in trainer.steps.values():
+        forwards[step.module] = Trained(step, forwards.get(step.module))
+    for module, forward in forwards.items():
         module.__dict__["forward"] = forward
     attention = use_attention_(model)
     reason = attention if isinstance(attention, str) else ""
-    found = Acceleration(tuple(parts), kernels, reason, fold)
-    modules = [module for module, _ in builder.forwards]
-    model.__dict__[RECORD] = _Undo(modules, attention, found)
+    found = Acceleration(tuple(parts), kernels, reason, fold, tuple(trained))
+    model.__dict__[RECORD] = _Undo(list(forwards), attention, found)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
 

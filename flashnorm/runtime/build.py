@@ -94,7 +94,7 @@ class Builder:
             raise Refused(NOT_LINEAR)
         linear = self.fusible.linears[path]
         module = self.model.get_submodule(path)
-        weight = module._parameters.get(self._held(module, linear.weight))
+        weight = module._parameters.get(self.held(module, linear.weight))
         assert weight is not None
         product = self._product(Rows(path, 0, weight.shape[0]))
         return FusedLinear(module, Kernel(products=(product,)))
@@ -102,26 +102,30 @@ class Builder:
     def _gated(self, path: str) -> Fused:
         gated, module = self.fusible.gated[path], self.model.get_submodule(path)
         pair = self._pair(gated)
-        inner = [
+        down = self.model.get_submodule(gated.down)
+        kernel = Kernel(products=pair, activation=gated.activation)
+        return FusedGated(module, kernel, down, self.inner(module))
+
+    def inner(self, module: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+        """(the modules of an owner, name, module) of all modules inside of one."""
+        return [
             (owner._modules, name, child)
             for owner in module.modules()
             for name, child in owner._modules.items()
             if child is not None
         ]
-        down = self.model.get_submodule(gated.down)
-        return FusedGated(module, Kernel(products=pair, activation=gated.activation), down, inner)
 
     def _pair(self, gated: Gated) -> tuple[Product, Product]:
         return self._product(gated.gate), self._product(gated.up)
 
     def _product(self, rows: Rows) -> Product:
         linear, module = self.fusible.linears[rows.path], self.model.get_submodule(rows.path)
-        weight = self._held(module, linear.weight)
-        bias = self._held(module, linear.bias) if linear.bias else ""
+        weight = self.held(module, linear.weight)
+        bias = self.held(module, linear.bias) if linear.bias else ""
         total = self.model.get_parameter(linear.weight).shape[0]
         return Product(module, rows.start, rows.length, total, weight, bias)
 
-    def _held(self, module: nn.Module, parameter: str) -> str:
+    def held(self, module: nn.Module, parameter: str) -> str:
         """What the module itself calls a parameter."""
         target = self.model.get_parameter(parameter)
         for name, held in module._parameters.items():
@@ -135,17 +139,17 @@ class Builder:
             raise Refused(NOT_ALONE)
         if site.kind == "dyt":
             raise Refused(NOT_KIND.format(site.kind))
-        norm = self._affine(site, module)
+        norm = self.affine(site, module)
         ahead = [
             (Kernel(norm, module, products, activation), readers)
             for products, activation, readers in self._ahead(path)
         ]
         return FusedNorm(module, Kernel(norm, module), ahead)
 
-    def _affine(self, site: Site, module: nn.Module) -> Norm:
+    def affine(self, site: Site, module: nn.Module) -> Norm:
         """The norm with the gain and bias that its module holds, if it holds nothing else."""
-        gain = self._held(module, site.weight.parameter) if site.weight else ""
-        bias = self._held(module, site.shift) if site.shift else ""
+        gain = self.held(module, site.weight.parameter) if site.weight else ""
+        bias = self.held(module, site.shift) if site.shift else ""
         held = {name for name, parameter in module.named_parameters()}
         if held != {name for name in (gain, bias) if name}:
             raise Refused(NOT_OWN)

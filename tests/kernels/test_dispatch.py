@@ -30,7 +30,6 @@ def test_an_ordinary_call_runs_on_the_kernels():
 REFUSED = {
     "float64": (wide(CALL), "x is torch.float64"),
     "meta": (CALL._replace(x=CALL.x.to("meta")), "x is on meta"),
-    "gradient": (CALL._replace(x=CALL.x.clone().requires_grad_()), "a gradient is wanted"),
     "weight": (CALL._replace(weights=[torch.randn(16, 5).T]), "rows are not dense"),
     "quantized": (CALL._replace(weights=[torch.ones(5, 16, dtype=torch.int8)]), "torch.int8"),
     "residual": (CALL._replace(residual=torch.ones(2, 3, 5).bfloat16()), "residual is not like x"),
@@ -99,12 +98,21 @@ def test_arguments_that_do_not_fit(call, message):
         dispatch.norm_linear(call)
 
 
-def test_a_gradient_flows_through_the_reference():
+def test_a_gradient_flows_and_is_explained_as_its_forward():
     x = CALL.x.clone().requires_grad_()
+    assert dispatch.explain(CALL._replace(x=x)) == dispatch.explain(CALL)
     functional.norm_linear(x, CALL.weights[0], gain=CALL.gain).sum().backward()
     y = CALL.x.clone().requires_grad_()
     F.linear(F.rms_norm(y, (16,), CALL.gain, 1e-6), CALL.weights[0]).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_whoever_asks_for_a_backend_with_a_gradient_gets_the_reference():
+    """`functional` and the operation take the gradient upon themselves; backends have none."""
+    call = CALL._replace(x=CALL.x.clone().requires_grad_())
+    assert torch.equal(dispatch.norm_linear(call)[0], reference.norm_linear(call)[0])
+    with dispatch.forbid_fallback(), pytest.raises(FlashNormError, match="a gradient is wanted"):
+        dispatch.norm_linear(call)
 
 
 def test_the_functions_are_the_operation():

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashnorm import functional
 from flashnorm.functional import Prepared
-from flashnorm.kernels import dispatch, ops
+from flashnorm.kernels import dispatch, ops, reference
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, make
 
@@ -83,11 +83,14 @@ def test_gradients_under_compile():
     torch.testing.assert_close(*grads)
 
 
-def test_the_operation_itself_says_that_it_has_no_backward():
+def test_the_operation_itself_has_a_gradient():
     call = CALLS["rms"]
-    y = ops.run(call._replace(x=call.x.clone().requires_grad_()))[0]
-    with pytest.raises(NotImplementedError, match=r"no backward; call flashnorm\.functional"):
-        y.sum().backward()
+    grads = []
+    for function in (ops.run, reference.norm_linear):
+        x = call.x.clone().requires_grad_()
+        function(call._replace(x=x))[0].square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
 
 
 class Recorder(TorchDispatchMode):

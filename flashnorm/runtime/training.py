@@ -1,0 +1,90 @@
+"""Which module gets which step: norms, linear layers and gated modules that are to be trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from flashnorm.graph.fusible import Rows
+from flashnorm.plan import Site
+from flashnorm.runtime.build import NOT_ALONE, NOT_OWN, REPLACED, Builder, Part, Refused
+from flashnorm.runtime.kernel import Norm
+from flashnorm.runtime.steps import GatedStep, Half, LinearStep, NormStep, Step
+
+
+@dataclass
+class Trainer:
+    """Makes the steps of one model, from what its builder knows."""
+
+    builder: Builder
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def build(self, sites: Sequence[Site]) -> list[Part]:
+        fusible = self.builder.fusible
+        parts = [self._try(path, "linear", self._linear) for path in fusible.linears]
+        parts += [self._try(path, "linear", self._turned) for path in fusible.turned]
+        parts += [self._try(path, "gated", self._gated) for path in fusible.gated]
+        at: dict[str, list[Site]] = defaultdict(list)
+        for site in sites:
+            at[site.path].append(site)
+        norms = [
+            self._try(path, "norm", partial(self._norm, sites=found)) for path, found in at.items()
+        ]
+        return parts + norms
+
+    def _try(self, path: str, kind: str, make: Callable[[str], Step]) -> Part:
+        try:
+            if "forward" in self.builder.model.get_submodule(path).__dict__:
+                raise Refused(REPLACED)
+            self.steps[path] = make(path)
+        except Refused as refusal:
+            return Part(path, kind, str(refusal))
+        return Part(path, kind)
+
+    def _module(self, path: str) -> nn.Module:
+        return self.builder.model.get_submodule(path)
+
+    def _linear(self, path: str, turned: bool = False) -> Step:
+        fusible, module = self.builder.fusible, self._module(path)
+        linear = (fusible.turned if turned else fusible.linears)[path]
+        weight = self.builder.held(module, linear.weight)
+        bias = self.builder.held(module, linear.bias) if linear.bias else ""
+        return LinearStep(module, weight, bias, turned)
+
+    def _turned(self, path: str) -> Step:
+        return self._linear(path, turned=True)
+
+    def _gated(self, path: str) -> Step:
+        gated, module = self.builder.fusible.gated[path], self._module(path)
+        halves = self._half(gated.gate), self._half(gated.up)
+        down, inner = self._module(gated.down), self.builder.inner(module)
+        return GatedStep(module, halves, gated.activation, down, inner)
+
+    def _half(self, rows: Rows) -> Half:
+        weight = self.builder.fusible.linears[rows.path].weight
+        total = self.builder.model.get_parameter(weight).shape[0]
+        return Half(self._module(rows.path), rows.start, rows.length, total)
+
+    def _norm(self, path: str, sites: Sequence[Site]) -> Step:
+        site, module = sites[0], self._module(path)
+        dynamic = site.kind == "dyt"
+        if len(sites) > 1 or not site.replaceable or (site.eps is None and not dynamic):
+            raise Refused(NOT_ALONE)
+        if not dynamic:
+            return NormStep(module, self.builder.affine(site, module))
+        return self._dynamic(site, module)
+
+    def _dynamic(self, site: Site, module: nn.Module) -> Step:
+        """DyT's third parameter, one number, is its α; the first call shows whether that is so."""
+        gain = self.builder.held(module, site.weight.parameter) if site.weight else ""
+        bias = self.builder.held(module, site.shift) if site.shift else ""
+        others = {name: p for name, p in module.named_parameters() if name not in (gain, bias)}
+        numbers = [name for name, p in others.items() if p.numel() == 1 and "." not in name]
+        if len(others) != 1 or len(numbers) != 1:
+            raise Refused(NOT_OWN)
+        offset = site.weight.offset if site.weight else 0.0
+        return NormStep(module, Norm("dyt", 0.0, gain, offset, bias), numbers[0])
