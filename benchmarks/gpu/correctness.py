@@ -1,0 +1,153 @@
+"""Every kernel against the float64 reference, within the bounds that the tests derive.
+
+What fails is listed, is not timed, and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import ours
+from benchmarks.gpu.nouns import DTYPES, Run
+from flashnorm.bench.timing import in_words
+from flashnorm.kernels.call import Call
+from flashnorm.verification.bounds import unit_roundoff
+from tests.kernels.bounds import bound
+from tests.kernels.cases import EVERY_ACTIVATION, EVERY_NORM, make
+
+STAGE = "correctness"
+# (rows, n, widths): those of the models first, then what no block size divides.
+SHAPES = (
+    (1, 576, (960,)),
+    (16, 2048, (2560,)),
+    (64, 2048, (2048, 512, 512)),
+    (256, 576, (960,)),
+    (1024, 2048, (2560,)),
+    (1, 100, (97,)),
+    (3, 130, (33, 65)),
+    (17, 577, (960,)),
+    (65, 576, (961,)),
+    (130, 1000, (1001,)),
+)
+DRY_SHAPES = ((1, 32, (48,)), (3, 30, (33, 17)))
+OPTIONS: tuple[dict[str, bool], ...] = (
+    {},
+    {"gain": True},
+    {"gain": True, "shift": True, "bias": True, "residual": True},
+)
+
+
+def correctness(run: Run) -> None:
+    """Way by way; a row for each set of arguments, in which `wrong` is empty or says why."""
+    for arguments in cases(run.settings.dry):
+        for way in ours.ways(run.settings.device):
+            key = {"way": way, **named(arguments)}
+            if run.store.find(STAGE, **key):
+                continue
+            run.budget.check(1.0)
+            with torch.no_grad():
+                run.store.put(STAGE, key, _checked(run, arguments, way))
+    failed = failures(run)
+    run.say(f"{len(run.store.rows(STAGE))} checks, {len(failed)} failed")
+    for row in failed:
+        run.say(f"WRONG {row}")
+
+
+def failures(run: Run) -> list[dict[str, Any]]:
+    return [row for row in run.store.rows(STAGE) if row["wrong"]]
+
+
+def cases(dry: bool) -> Iterator[dict[str, Any]]:
+    """Arguments of `tests.kernels.cases.make`: norms × dtypes × shapes, then activations."""
+    dtypes = ("bf16",) if dry else tuple(DTYPES)
+    shapes = DRY_SHAPES if dry else SHAPES
+    for dtype, (at, shape), norm in product(dtypes, enumerate(shapes), EVERY_NORM):
+        options = dict(OPTIONS[at % len(OPTIONS)])
+        if len(shape[2]) > 1:
+            options.pop("residual", None)
+        yield _case(dtype, shape, norm, **options)
+    for dtype, activation, (rows, n, _) in product(dtypes, EVERY_ACTIVATION, shapes[:5]):
+        yield _case(dtype, (rows, n, (96, 96)), "rms", gain=True, activation=activation)
+
+
+def _case(dtype: str, shape: tuple[int, int, tuple[int, ...]], norm: str, **options: Any) -> Any:
+    rows, n, widths = shape
+    return {"dtype": dtype, "rows": rows, "n": n, "widths": widths, "norm": norm, **options}
+
+
+def named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same as JSON keeps it, to be found again."""
+    return {**arguments, "widths": list(arguments["widths"])}
+
+
+def _checked(run: Run, arguments: dict[str, Any], way: str) -> dict[str, Any]:
+    options = dict(arguments)
+    rows, n, widths = (options.pop(name) for name in ("rows", "n", "widths"))
+    dtype, norm = DTYPES[options.pop("dtype")], options.pop("norm")
+    call = moved(make((rows, n), widths, dtype, norm, **options), run.settings.device)
+    try:
+        with poisoned(run.settings.device):
+            found = ours.run(call, way)
+        share = Expected(call, way).share(found)
+    except Exception as error:
+        return {"share": None, "wrong": in_words(error)}
+    return {"share": share, "wrong": _words(share)}
+
+
+def moved(call: Call, device: str) -> Call:
+    """The same call with its tensors on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return [move(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return Call(*[move(value) for value in call])
+
+
+@contextmanager
+def poisoned(device: str) -> Iterator[None]:
+    """New memory is full of NaN, so that an element which no kernel writes is seen."""
+    if device == "cpu":
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Expected:
+    """The float64 results of a call, and how far from them rounding may lead."""
+
+    def __init__(self, call: Call, way: str) -> None:
+        with torch.device(call.x.device):
+            self.values, self.limits = bound(call, fused=way in ("skinny", "gemm"))
+        self.unit = unit_roundoff(call.x.dtype)
+
+    def share(self, found: list[Tensor], roundings: int = 0) -> float:
+        """The largest error in parts of its bound; NaN counts as infinite.
+
+        `roundings` are those of a result to the dtype of x that the bound does not hold.
+        """
+        worst = 0.0
+        for y, value, limit in zip(found, self.values, self.limits, strict=True):
+            allowed = limit + roundings * self.unit * value.abs()
+            shares = ((y.double() - value).abs() / allowed).nan_to_num(nan=torch.inf)
+            worst = max(worst, float(shares.max()))
+        return worst
+
+    def wrong(self, found: list[Tensor], roundings: int = 0) -> str:
+        """Why results are not those of the call, or nothing."""
+        return _words(self.share(found, roundings))
+
+
+def _words(share: float) -> str:
+    return "" if share <= 1 else f"the error is {share:.3g} times what rounding explains"

@@ -1,0 +1,4 @@
+from benchmarks.gpu.nouns import Run
+
+
+def tune(run: Run) -> None: ...

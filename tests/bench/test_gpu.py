@@ -1,0 +1,173 @@
+"""The GPU benchmark on a CPU: its stages, its files, its exit codes and what it does when cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import correctness, models, operations, ours
+from benchmarks.gpu.budget import Budget, OutOfTime
+from benchmarks.gpu.nouns import Run, Settings, Shape
+from benchmarks.gpu.store import Store
+from flashnorm.bench.nouns import COMPILE, EAGER, OURS_COMPILED, Timing
+from tests.kernels.cases import make
+
+CEILING = {"bytes": 4e12, "operations": 8e14}
+
+
+def dry(out, *more):
+    return gpu.main(["--dry-run", "--out", str(out), *more])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text("utf-8"))
+
+
+def test_a_dry_run_writes_everything_and_a_resumed_one_measures_nothing_again(tmp_path, capsys):
+    assert dry(tmp_path) == 0
+    first = results(tmp_path)
+    assert set(first["stages"]) >= {"correctness", "operations", "decode", "prefill", "memory"}
+    assert not any(row["wrong"] for row in first["stages"]["correctness"])
+    text = (tmp_path / "tables.md").read_text("utf-8")
+    assert "A dry run on a CPU" in text
+    assert "| 32→64 GLU | 16 |" in text
+    assert "32 of 32" in text
+    assert (tmp_path / "operations.csv").read_text("utf-8").count("\n") == 1 + 4
+    with pytest.raises(SystemExit, match="give --resume to go on"):
+        dry(tmp_path)
+    assert dry(tmp_path, "--resume") == 0
+    assert results(tmp_path)["stages"] == first["stages"]
+    assert "exit code 0" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_listed_and_not_timed(tmp_path, monkeypatch):
+    right = ours.run
+
+    def wrong(call, way=ours.CHOSEN):
+        return [y * 1.1 if call.activation and len(call.x) == 16 else y for y in right(call, way)]
+
+    monkeypatch.setattr(ours, "run", wrong)
+    assert dry(tmp_path, "--stages", "operations") == gpu.WRONG
+    rows = results(tmp_path)["stages"]["operations"]
+    bad = [row for row in rows if row["excluded"]]
+    assert [(row["shape"], row["rows"]) for row in bad] == [("32→64 GLU", 16)]
+    assert "times what rounding explains" in bad[0]["excluded"]
+    assert "times what rounding explains" in (tmp_path / "tables.md").read_text("utf-8")
+
+
+def test_a_wrong_check_makes_the_exit_code(tmp_path, monkeypatch):
+    right = ours.run
+    monkeypatch.setattr(ours, "run", lambda call, way: [y + 1 for y in right(call, way)])
+    assert dry(tmp_path, "--stages", "correctness") == gpu.WRONG
+    assert "WRONG: way=chosen" in (tmp_path / "tables.md").read_text("utf-8")
+
+
+def test_a_run_without_time_says_what_is_missing(tmp_path):
+    assert dry(tmp_path, "--minutes", "0.001", "--stages", "operations") == gpu.CUT
+    assert "out of time" in results(tmp_path)["incomplete"]["operations"]
+    assert "| operations |  | out of time" in (tmp_path / "tables.md").read_text("utf-8")
+
+
+def test_sigterm_ends_a_run_with_what_it_has(tmp_path, monkeypatch):
+    right, seen = ours.run, []
+
+    def killed(call, way):
+        seen.append(way)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(call, way)
+
+    monkeypatch.setattr(ours, "run", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert dry(tmp_path, "--stages", "correctness", "operations") == gpu.CUT
+    found = results(tmp_path)
+    assert len(found["stages"]["correctness"]) == 2
+    assert found["incomplete"] == {"correctness": "interrupted"}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stage_has_its_own_time_and_never_more_than_the_run():
+    budget = Budget(100)
+    with budget.stage(10):
+        assert 9 < budget.left() <= 10
+        with pytest.raises(OutOfTime, match="11 s were needed"):
+            budget.check(11)
+    with budget.stage(1000):
+        assert 90 < budget.left() <= 100
+
+
+def test_results_of_another_card_are_not_continued(tmp_path):
+    Store(tmp_path, False).begin({"card": "one"})
+    with pytest.raises(SystemExit, match="holds results of one, and this is two"):
+        Store(tmp_path, True).begin({"card": "two"})
+
+
+def test_roofline_counts_each_byte_and_operation_once():
+    """By hand: 4096→6144 reads 48 MiB of weights; at 4096 rows it is 206 GFLOP."""
+    one, limit = operations.roofline(Shape(4096, 6144), 1, CEILING)
+    assert limit == "memory"
+    assert one == pytest.approx((4096 * 6144 + 4096 + 6144) * 2 / 4e12)
+    many, limit = operations.roofline(Shape(4096, 6144), 4096, CEILING)
+    assert limit == "arithmetic"
+    assert many == pytest.approx(2 * 4096 * 4096 * 6144 / 8e14)
+    gated, _ = operations.roofline(Shape(4096, 6144, True), 1, CEILING)
+    assert gated == pytest.approx((4096 * 6144 + 4096 + 3072) * 2 / 4e12)
+
+
+def test_the_speedup_is_over_the_best_other_side():
+    times = {"ours": 2e-6, "torch norm + matmul": 5e-6, "torch.compile": 3e-6, "matmul alone": 1e-6}
+    timings = {name: Timing((value, value, 9.0)) for name, value in times.items()}
+    found = operations.weighed(Shape(64, 64), 1, timings, CEILING)
+    assert found["best"] == "torch.compile"
+    assert found["speedup"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("change", "least"), [(float("nan"), 1e300), (0.5, 1.0)])
+def test_errors_are_weighed_in_parts_of_their_bound(change, least):
+    call = make((3, 64), (32,), torch.bfloat16)
+    found = ours.run(call)
+    expected = correctness.Expected(call, "matmul")
+    assert expected.share(found) <= 1
+    found[0][1, 5] += change
+    assert expected.share(found) > least
+
+
+def test_compiled_variants_are_measured_beside_the_others(tmp_path, monkeypatch):
+    """On a CPU, with a torch.compile that does nothing: all stages of a model in one go."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    monkeypatch.setattr(models, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(models, "ROUNDS", 1)
+    run = Run(Settings(tmp_path, "cpu", models=("tiny",)), Store(tmp_path, False), Budget(100))
+    run.ceiling = CEILING
+    models.model(run, "tiny")
+    (row,) = run.store.rows("decode")
+    assert set(row["milliseconds"]) == {EAGER, "flashnorm", COMPILE, OURS_COMPILED}
+    assert row["failed"] == {}
+    assert row["checks"][OURS_COMPILED]["equal"] == 32
+    assert set(run.store.find("prefill", tokens=128)["milliseconds"]) == set(row["milliseconds"])
+    assert run.store.find("compiled", model="tiny", complete=True)
+
+
+INTERPRETED = """
+import torch
+from benchmarks.gpu.baseline_kernels import rms_norm, silu_mul
+from torch.nn import functional as F
+
+x, gain = torch.randn(3, 200), torch.rand(200) + 0.5
+torch.testing.assert_close(rms_norm(x, gain, 1e-5), F.rms_norm(x, (200,), gain, 1e-5))
+gate, up = x.chunk(2, -1)
+torch.testing.assert_close(silu_mul(x), F.silu(gate) * up)
+"""
+
+
+def test_the_kernels_of_the_other_side_are_right():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True, timeout=120)
