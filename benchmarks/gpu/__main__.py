@@ -11,6 +11,7 @@ code is 0, 1 where a kernel is wrong (it is listed and not timed), 3 where the r
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from datetime import date
@@ -128,6 +129,9 @@ def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     settings = settings_of(args)
     run = Run(settings, Store(settings.out, args.resume), Budget(settings.minutes * 60))
+    measured = settings.out / tune.FILE
+    if settings.tune or measured.exists():
+        os.environ["FLASHNORM_GPU_CACHE"] = str(measured)
     with interruptible(run.budget):
         code = execute(run)
     print(tables.markdown(run.store))

@@ -46,7 +46,7 @@ OPTIONS: tuple[dict[str, bool], ...] = (
 def correctness(run: Run) -> None:
     """Way by way; a row for each set of arguments, in which `wrong` is empty or says why."""
     for arguments in cases(run.settings.dry):
-        for way in ours.ways(run.settings.device):
+        for way in ours.ways(arguments["rows"], run.settings.device):
             key = {"way": way, **named(arguments)}
             if run.store.find(STAGE, **key):
                 continue
@@ -129,7 +129,7 @@ class Expected:
 
     def __init__(self, call: Call, way: str) -> None:
         with torch.device(call.x.device):
-            self.values, self.limits = bound(call, fused=way in ("skinny", "gemm"))
+            self.values, self.limits = bound(call, fused=ours.is_fused(call, way))
         self.unit = unit_roundoff(call.x.dtype)
 
     def share(self, found: list[Tensor], roundings: int = 0) -> float:

@@ -54,7 +54,7 @@ def operations(run: Run) -> None:
         run.budget.check(SECONDS)
         if weights[0] != shape:
             weights = (None, [])  # first free what was there
-            weights = (shape, _copies(shape, run.settings.device))
+            weights = (shape, copies(shape, run.settings.device))
         mode = _mode(run, len(left) - at)
         with torch.no_grad(), many_compilations():
             row = _measure(run, shape, _inputs(shape, count, weights[1]), mode)
@@ -76,7 +76,7 @@ def _summary(row: dict[str, Any]) -> str:
     return f"{row['microseconds'][OURS]:.1f} µs, {row['speedup']:.2f}x over {row['best']}"
 
 
-def _copies(shape: Shape, device: str) -> list[Tensor]:
+def copies(shape: Shape, device: str) -> list[Tensor]:
     """As many as exceed twice the second-level cache, all random."""
     size = 2 * shape.n * shape.k
     count = max(LEAST_COPIES, -(-2 * l2_bytes(device) // size))

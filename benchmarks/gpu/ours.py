@@ -24,21 +24,54 @@ def kernels() -> Any | None:
     return gpu
 
 
-def ways(device: str) -> tuple[str, ...]:
-    """All ways that can be asked for on this device, the chosen one first."""
-    return (CHOSEN, *WAYS) if device != "cpu" and kernels() else (CHOSEN,)
+def ways(rows: int, device: str) -> tuple[str, ...]:
+    """What can be asked for with so many rows, the chosen way first."""
+    if device == "cpu" or kernels() is None:
+        return (CHOSEN,)
+    from flashnorm.kernels.gpu.launch import MOST_ROWS
+
+    return (CHOSEN, *(way for way in WAYS if way != "skinny" or rows <= MOST_ROWS))
 
 
-def run(call: Call, way: str = CHOSEN) -> list[Tensor]:
+def run(call: Call, way: str = CHOSEN, tile: Any = None) -> list[Tensor]:
+    """The results in one of the ways; with a tile of our own where one is given."""
     if way == CHOSEN:
         return fused.run(call)
     gpu = kernels()
     assert gpu is not None
-    found: list[Tensor] = gpu.run(call, way=way)
-    return found
+    if tile is None:
+        found: list[Tensor] = gpu.run(call, way=way)
+        return found
+    outputs = _outputs(call)
+    from flashnorm.kernels.gpu.step import execute
+
+    execute(steps(call, way, tile, outputs))
+    return outputs
+
+
+def steps(call: Call, way: str, tile: Any, outputs: list[Tensor] | None = None) -> Any:
+    """The launches of a call with rows that are dense."""
+    from flashnorm.kernels.gpu import gemm, launch, skinny
+
+    make = skinny.steps if way == "skinny" else gemm.steps
+    found = _outputs(call) if outputs is None else outputs
+    return make(call, found, launch.device_of(call.x), tile)
+
+
+def _outputs(call: Call) -> list[Tensor]:
+    weights = call.weights[:1] if call.activation else call.weights
+    return [call.x.new_empty(call.x.shape[0], weight.shape[0]) for weight in weights]
 
 
 def explain(call: Call) -> str:
     """Which way dispatch takes, and why."""
     choice = dispatch.explain(call)
     return f"{choice.backend}: {choice.reason}"
+
+
+def is_fused(call: Call, way: str) -> bool:
+    """Whether a kernel of ours computes the products, and not the library's."""
+    if way == CHOSEN:
+        found = dispatch.explain(call)
+        way = found.reason.partition(":")[0] if found.backend == "gpu" else found.backend
+    return way in ("skinny", "gemm")

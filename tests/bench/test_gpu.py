@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import correctness, models, operations, ours
+from benchmarks.gpu import correctness, models, operations, ours, tune
 from benchmarks.gpu.budget import Budget, OutOfTime
 from benchmarks.gpu.nouns import Run, Settings, Shape
 from benchmarks.gpu.store import Store
@@ -153,6 +155,51 @@ def test_compiled_variants_are_measured_beside_the_others(tmp_path, monkeypatch)
     assert row["checks"][OURS_COMPILED]["equal"] == 32
     assert set(run.store.find("prefill", tokens=128)["milliseconds"]) == set(row["milliseconds"])
     assert run.store.find("compiled", model="tiny", complete=True)
+
+
+@dataclass(frozen=True)
+class Tile:
+    columns: int = 8
+    depth: int = 128
+    warps: int = 4
+    stages: int = 3
+    splits: int = 1
+
+
+def test_tuning_walks_to_the_fastest_tile_and_compiles_it_before():
+    compiled = {Tile()}
+
+    def timer(tile):
+        assert tile in compiled
+        return 1 + abs(tile.columns - 32) + abs(tile.stages - 4) + 10 * (tile.splits - 1)
+
+    found, seconds = tune.search(Tile(), timer, lambda: True, compiled.update)
+    assert (found, seconds) == (Tile(columns=32, stages=4), 1)
+
+
+def test_tuning_keeps_what_it_has_when_its_time_is_over():
+    calls = []
+
+    def timer(tile):
+        calls.append(tile)
+        return 1 / len(calls)
+
+    found, seconds = tune.search(Tile(), timer, lambda: len(calls) < 3)
+    assert (found, seconds) == (calls[2], 1 / 3)
+
+
+def test_tuning_skips_what_cannot_run_and_ignores_noise():
+    found, seconds = tune.search(Tile(), lambda tile: 1 if tile == Tile() else 0.99, lambda: True)
+    assert (found, seconds) == (Tile(), 1)
+    far = tune.search(Tile(), lambda tile: 1 if tile == Tile() else math.inf, lambda: True)
+    assert far == (Tile(), 1)
+
+
+def test_the_calls_of_a_model_are_tuned_before_those_with_many_rows():
+    found = list(tune.tasks(("llama-3.2-1b",)))
+    assert tune.Task(2048, (2048, 512, 512), 1, gain=True) in found
+    assert tune.Task(2048, (128256,), 1, "none") in found
+    assert {task.rows for task in found[-6:]} == {4096}
 
 
 INTERPRETED = """
