@@ -26,7 +26,7 @@ from flashnorm.kernels.call import Call
 def run(call: Call) -> list[Tensor]:
     """Any call: directly in eager mode, as a registered operation where something watches."""
     if torch.compiler.is_compiling():
-        plain = call.needs_gradient() or torch.is_autocast_enabled("cpu")
+        plain = call.needs_gradient() or dispatch.autocasting()
         return reference.norm_linear(call) if plain else ops.run(call)
     if not dispatch.watched(call.x, *call.weights):
         return dispatch.norm_linear(call)
