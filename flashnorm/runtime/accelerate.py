@@ -14,7 +14,9 @@ from flashnorm.inspection import record
 from flashnorm.kernels import cpu
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import fold_, unfold_
+from flashnorm.runtime import gpu
 from flashnorm.runtime.attention import UsedAttention, restore_attention_, use_attention_
+from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.pages import collapse
@@ -86,14 +88,16 @@ def accelerate_(
     graph = record(model, example_inputs)
     plan = make_plan(graph)
     folded = {gain.parameter for gain in fold_(model, example_inputs).gains()} if fold else set()
-    available, kernels = cpu.available()
-    if huge_pages and available:
+    place = gpu.place(model)
+    available, kernels = cpu.available() if place is None else gpu.available(place)
+    if huge_pages and available and place is None:
         collapse(parameter for parameter in model.parameters() if parameter.is_cpu)
-    builder = Builder(model, find_fusible(graph), frozenset(folded))
+    kinds = ON_CPU if place is None else ON_GPU
+    builder = Builder(model, find_fusible(graph), frozenset(folded), kinds)
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
     for module, forward in builder.forwards:
         module.__dict__["forward"] = forward
-    attention = use_attention_(model)
+    attention = use_attention_(model) if place is None else gpu.ATTENTION
     reason = attention if isinstance(attention, str) else ""
     found = Acceleration(tuple(parts), kernels, reason, fold)
     modules = [module for module, _ in builder.forwards]
