@@ -35,6 +35,7 @@ SHAPES = (
     (65, 576, (961,)),
     (130, 1000, (1001,)),
 )
+TOGETHER = 64  # checks whose kernels are compiled at once
 DRY_SHAPES = ((1, 32, (48,)), (3, 30, (33, 17)))
 OPTIONS: tuple[dict[str, bool], ...] = (
     {},
@@ -45,18 +46,29 @@ OPTIONS: tuple[dict[str, bool], ...] = (
 
 def correctness(run: Run) -> None:
     """Way by way; a row for each set of arguments, in which `wrong` is empty or says why."""
+    device, left = run.settings.device, []
     for arguments in cases(run.settings.dry):
-        for way in ours.ways(arguments["rows"], run.settings.device):
-            key = {"way": way, **named(arguments)}
-            if run.store.find(STAGE, **key):
-                continue
-            run.budget.check(1.0)
-            with torch.no_grad():
-                run.store.put(STAGE, key, _checked(run, arguments, way))
+        for way in ours.ways(arguments["rows"], device):
+            if not run.store.find(STAGE, way=way, **named(arguments)):
+                left.append((way, arguments))
+    for first in range(0, len(left), TOGETHER):
+        _check(run, left[first : first + TOGETHER])
     failed = failures(run)
     run.say(f"{len(run.store.rows(STAGE))} checks, {len(failed)} failed")
     for row in failed:
         run.say(f"WRONG {row}")
+
+
+def _check(run: Run, several: list[tuple[str, dict[str, Any]]]) -> None:
+    """Some checks, whose kernels are compiled together before."""
+    run.budget.check(1.0)
+    made = [(way, arguments, made_of(run, arguments)) for way, arguments in several]
+    ours.compile_ahead([(call, way, None) for way, _, call in made if way in ours.TILED])
+    for way, arguments, call in made:
+        run.budget.check()
+        with torch.no_grad():
+            found = _checked(run, call, way)
+        run.store.put(STAGE, {"way": way, **named(arguments)}, found)
 
 
 def failures(run: Run) -> list[dict[str, Any]]:
@@ -86,11 +98,14 @@ def named(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "widths": list(arguments["widths"])}
 
 
-def _checked(run: Run, arguments: dict[str, Any], way: str) -> dict[str, Any]:
+def made_of(run: Run, arguments: dict[str, Any]) -> Call:
     options = dict(arguments)
     rows, n, widths = (options.pop(name) for name in ("rows", "n", "widths"))
     dtype, norm = DTYPES[options.pop("dtype")], options.pop("norm")
-    call = moved(make((rows, n), widths, dtype, norm, **options), run.settings.device)
+    return moved(make((rows, n), widths, dtype, norm, **options), run.settings.device)
+
+
+def _checked(run: Run, call: Call, way: str) -> dict[str, Any]:
     try:
         with poisoned(run.settings.device):
             found = ours.run(call, way)

@@ -53,16 +53,15 @@ def model(run: Run, name: str) -> None:
         torch.cuda.empty_cache()
 
 
-def opened(name: str, device: str, layers: int | None = None) -> tuple[nn.Module, Tensor]:
+def opened(name: str, device: str) -> tuple[nn.Module, Tensor]:
     """The model in bf16, made where it stays, and as many token ids as the longest pass takes."""
-    content = dict(CONFIGURATIONS[name])
-    if layers is not None:
-        content["num_hidden_layers"] = layers
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+    content = CONFIGURATIONS[name]
+    count = min(max(LENGTHS), content["max_position_embeddings"])
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(content))
-        made = open_model(str(file), "bf16")
-        count = min(max(LENGTHS), content["max_position_embeddings"])
+        with torch.device(device):
+            made = open_model(str(file), "bf16")
         return made, token_ids(str(file), made, count).to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +14,8 @@ from flashnorm.kernels.call import Call
 
 CHOSEN = "chosen"  # the way that dispatch takes
 WAYS = ("skinny", "gemm", "matmul")
+TILED = ("skinny", "gemm")  # kernels of ours multiply
+THREADS = 12  # that compile at once
 
 
 def kernels() -> Any | None:
@@ -58,6 +61,19 @@ def steps(call: Call, way: str, tile: Any, outputs: list[Tensor] | None = None) 
     return make(call, found, launch.device_of(call.x), tile)
 
 
+def compile_ahead(jobs: list[tuple[Call, str, Any]]) -> None:
+    """Compile the kernels of (call, way, tile), several at once; what fails will fail again."""
+
+    def compile_one(call: Call, way: str, tile: Any) -> None:
+        for step in steps(call, way, tile):
+            options = {"num_warps": step.warps, "num_stages": step.stages}
+            step.kernel.warmup(**step.arguments, **options, grid=step.grid)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for made in [pool.submit(compile_one, *job) for job in jobs]:
+            made.exception()
+
+
 def _outputs(call: Call) -> list[Tensor]:
     weights = call.weights[:1] if call.activation else call.weights
     return [call.x.new_empty(call.x.shape[0], weight.shape[0]) for weight in weights]
@@ -74,4 +90,4 @@ def is_fused(call: Call, way: str) -> bool:
     if way == CHOSEN:
         found = dispatch.explain(call)
         way = found.reason.partition(":")[0] if found.backend == "gpu" else found.backend
-    return way in ("skinny", "gemm")
+    return way in TILED

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,6 @@ FEW, MANY = (1, 16, 64), (256, 1024, 4096)
 SECONDS = 5.0  # for one call, before it keeps what it has
 REPEATS = 3
 LEAST_GAIN = 0.98  # of the time so far: less than that is noise
-THREADS = 12  # that compile at once
 # Of a tile's numbers, the least and the most that are tried; each is doubled and halved.
 LIMITS = {"columns": (4, 256), "depth": (16, 1024), "warps": (1, 16), "splits": (1, 8)}
 STAGES = (2, 6)
@@ -171,19 +169,8 @@ def _right(call: Call, way: str, tile: Any) -> bool:
 
 
 def _compiler(call: Call, way: str) -> Callable[[list[Any]], None]:
-    """Compiles tiles at once, in threads, so that timing finds them compiled."""
-
-    def compile_one(tile: Any) -> None:
-        for step in ours.steps(call, way, tile):
-            options = {"num_warps": step.warps, "num_stages": step.stages}
-            step.kernel.warmup(**step.arguments, **options, grid=step.grid)
-
-    def compile_all(tiles: list[Any]) -> None:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for made in [pool.submit(compile_one, tile) for tile in tiles]:
-                made.exception()  # what does not compile is not timed either
-
-    return compile_all
+    """Compiles tiles at once, so that timing finds them compiled."""
+    return lambda tiles: ours.compile_ahead([(call, way, tile) for tile in tiles])
 
 
 def search(
