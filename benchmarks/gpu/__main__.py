@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import correctness, models, operations, plots, tables, tune
+from benchmarks.gpu import correctness, models, operations, plots, scaled, tables, tune
 from benchmarks.gpu.budget import Budget, OutOfTime, interruptible
 from benchmarks.gpu.environment import environment
 from benchmarks.gpu.nouns import Run, Settings
@@ -31,7 +31,7 @@ from flashnorm.bench.timing import in_words
 RESULTS = Path("benchmarks/results")
 WRONG, CUT = 1, 3
 # Parts of a run's time that the stages may take; what one leaves is the next one's.
-SHARES = {"correctness": 0.25, "tune": 0.25, "operations": 0.4, "model": 0.3}
+SHARES = {"correctness": 0.25, "tune": 0.25, "operations": 0.4, "model": 0.3, "scaled": 0.15}
 Stage = Callable[[Run], None]
 
 
@@ -84,6 +84,7 @@ def stages(settings: Settings) -> dict[str, tuple[Stage, float]]:
     found["operations"] = (operations.operations, SHARES["operations"] * seconds)
     for name in settings.models:
         found[f"model {name}"] = (partial(models.model, name=name), SHARES["model"] * seconds)
+    found["scaled"] = (scaled.scaled, SHARES["scaled"] * seconds)
     asked = settings.stages
     return {name: each for name, each in found.items() if not asked or name.split()[0] in asked}
 
@@ -107,7 +108,7 @@ def execute(run: Run) -> int:
             break
         finally:
             write(run.store)
-    if correctness.failures(run) or _excluded(run):
+    if correctness.failures(run) or _excluded(run) or scaled.failures(run):
         return WRONG
     return CUT if cut else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import correctness, models, operations
+from benchmarks.gpu import correctness, models, operations, scaled
 from benchmarks.gpu.operations import COMPILED, LINEAR, OURS, OURS_GAIN, TORCH, TRITON
 from benchmarks.gpu.store import Store
 from flashnorm.bench.nouns import COMPILE, EAGER
@@ -50,6 +50,7 @@ def tables(store: Store) -> Iterator[Table]:
     yield _held(store)
     yield _prefill(store)
     yield _memory(store)
+    yield _scaled(store)
     yield _missing(store)
 
 
@@ -191,11 +192,33 @@ def _saved(found: dict[str, int]) -> tuple[str, ...]:
     return (*cells, less)
 
 
+def _scaled(store: Store) -> Table:
+    sides = (scaled.ABSORBED, scaled.FUSED, scaled.BEFORE)
+    lines = [
+        (
+            f"{row['shape']}, {row['dtype']}",
+            str(row["rows"]),
+            *(_figure(row["microseconds"].get(name), ".2f") for name in (*sides, scaled.PRODUCT)),
+            *(_figure(row["errors"].get(name), ".5f") for name in sides[::2]),
+            row["wrong"],
+        )
+        for row in store.rows(scaled.STAGE)
+        if "microseconds" in row
+    ]
+    times = tuple(f"{name}, µs" for name in (*sides, scaled.PRODUCT))
+    errors = tuple(f"error, {name}" for name in sides[::2])
+    header = ("shape", "rows", *times, *errors, "wrong")
+    note = "errors against float64 with the same quantized weight, ‖Δ‖ / ‖truth‖"
+    return Table("FP8 and INT8", header, tuple(lines), note)
+
+
 def _missing(store: Store) -> Table:
     """What failed, row by row, and what the time did not reach."""
     lines = [(stage, "", why) for stage, why in store.ended.items()]
     for stage, rows in store.stages.items():
         for row in rows:
-            where = ", ".join(str(row[key]) for key in ("model", "shape", "rows") if key in row)
+            where = ", ".join(
+                str(row[key]) for key in ("model", "shape", "rows", "dtype") if key in row
+            )
             lines += [(stage, f"{where}: {who}", why) for who, why in row.get("failed", {}).items()]
     return Table("Not measured", ("stage", "what", "why"), tuple(lines))

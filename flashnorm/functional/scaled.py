@@ -137,10 +137,16 @@ def scaled_norm_linear(
         gain_offset=gain_offset,
         alpha=alpha,
     )
-    product = _fp8_product if weight.dtype == FP8 else _int8_product
-    y = product(_filled(q, weight), scale, weight, x.dtype)[: flat.shape[0], : weight.outputs]
+    y = scaled_product(q, scale, weight, x.dtype)
     y = y if bias is None else (y.float() + bias.float()).to(x.dtype)
     return y.reshape(*x.shape[:-1], weight.outputs)
+
+
+def scaled_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """`scale ⊙ (q W_qᵀ) ⊙ b`: q [M, n] and scale [M, 1] of `quantize_rows`; [M, k] in `dtype`."""
+    product = _fp8_product if weight.dtype == FP8 else _int8_product
+    y = product(_filled(q, weight), scale, weight, dtype)
+    return y[: q.shape[0], : weight.outputs]
 
 
 def why_not(x: Tensor, weight: QuantizedWeight) -> str:

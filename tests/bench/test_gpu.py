@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import correctness, models, operations, ours, tune
+from benchmarks.gpu import correctness, models, operations, ours, scaled, tune
 from benchmarks.gpu.budget import Budget, OutOfTime
 from benchmarks.gpu.nouns import Run, Settings, Shape
 from benchmarks.gpu.store import Store
@@ -35,12 +35,13 @@ def results(out):
 def test_a_dry_run_writes_everything_and_a_resumed_one_measures_nothing_again(tmp_path, capsys):
     assert dry(tmp_path) == 0
     first = results(tmp_path)
-    assert set(first["stages"]) >= {"correctness", "operations", "decode", "prefill", "memory"}
+    assert set(first["stages"]) >= {"correctness", "operations", "decode", "scaled"}
     assert not any(row["wrong"] for row in first["stages"]["correctness"])
     text = (tmp_path / "tables.md").read_text("utf-8")
     assert "A dry run on a CPU" in text
     assert "| 32→64 GLU | 16 |" in text
     assert "32 of 32" in text
+    assert "| 32→48, int8 | 16 |" in text
     assert (tmp_path / "operations.csv").read_text("utf-8").count("\n") == 1 + 4
     with pytest.raises(SystemExit, match="give --resume to go on"):
         dry(tmp_path)
@@ -62,6 +63,13 @@ def test_a_wrong_kernel_is_listed_and_not_timed(tmp_path, monkeypatch):
     assert [(row["shape"], row["rows"]) for row in bad] == [("32→64 GLU", 16)]
     assert "times what rounding explains" in bad[0]["excluded"]
     assert "times what rounding explains" in (tmp_path / "tables.md").read_text("utf-8")
+
+
+def test_a_wrong_product_makes_the_exit_code(tmp_path, monkeypatch):
+    right = scaled.scaled_product
+    monkeypatch.setattr(scaled, "scaled_product", lambda *args: right(*args) * 1.1)
+    assert dry(tmp_path, "--stages", "scaled") == gpu.WRONG
+    assert "off its own terms" in (tmp_path / "tables.md").read_text("utf-8")
 
 
 def test_a_wrong_check_makes_the_exit_code(tmp_path, monkeypatch):
