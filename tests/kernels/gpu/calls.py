@@ -9,9 +9,9 @@ from torch import Tensor
 from flashnorm.kernels import gpu
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import matmul
-from flashnorm.kernels.gpu.choose import interpreted
 from flashnorm.kernels.gpu.gemm import as_it_is, only_scales
 from flashnorm.kernels.gpu.launch import MOST_ROWS
+from flashnorm.kernels.gpu.ways import interpreted
 from tests.kernels.bounds import assert_close
 
 DEVICE = "cpu" if interpreted() else "cuda"

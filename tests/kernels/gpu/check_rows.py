@@ -11,7 +11,7 @@ import torch
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import gpu
-from flashnorm.kernels.gpu import cached, choose, launch
+from flashnorm.kernels.gpu import cached, launch, measure, ways
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close, wide
 from tests.kernels.cases import DTYPES, EVERY_NORM, make, random
@@ -112,12 +112,12 @@ def test_what_the_kernels_refuse(call, reason):
 
 
 def test_without_triton_a_reason_says_so(monkeypatch):
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
-    choose._no_triton.cache_clear()
+    monkeypatch.setattr(ways, "find_spec", lambda name: None)
+    ways._no_triton.cache_clear()
     try:
         assert "triton is not installed" in gpu.why_not(CALL)
     finally:
-        choose._no_triton.cache_clear()
+        ways._no_triton.cache_clear()
 
 
 def test_the_default_way_says_why():
@@ -143,13 +143,13 @@ def test_a_measured_way_and_tile_come_first(tmp_path, monkeypatch):
         cached.store(device, {cached.key_of(call): cached.Entry("skinny", "2 µs", tile)})
         other = call._replace(gain=call.x[0])
         cached.store(device, {cached.key_of(other): cached.Entry("gemm", "3 µs")})
-        assert choose.tile_for(call, "skinny") == tile
-        assert choose.tile_for(call, "gemm") is None
+        assert ways.tile_for(call, "skinny") == tile
+        assert ways.tile_for(call, "gemm") is None
         assert gpu.choose(call) == gpu.Way("skinny", "measured fastest on this card (2 µs)")
         assert gpu.choose(other).way == "gemm"
         # The next power of two of rows is another measurement; 4 rows are the same one.
         assert cached.key_of(call) == cached.key_of(there(make((4, 40), (9,), torch.bfloat16)))
-        assert choose.tile_for(there(make((5, 40), (9,), torch.bfloat16)), "skinny") is None
+        assert ways.tile_for(there(make((5, 40), (9,), torch.bfloat16)), "skinny") is None
         for given in (call, other):
             plain = make((3, 40), (9,), torch.bfloat16)._replace(
                 gain=None if given.gain is None else given.gain.cpu()
@@ -192,3 +192,25 @@ def test_the_file_is_plain_json(tmp_path, monkeypatch):
     }
     monkeypatch.undo()
     cached.forget()
+
+
+def test_measuring_keeps_the_fastest_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHNORM_GPU_CACHE", str(tmp_path / "gpu.json"))
+    cached.forget()
+    calls = [there(make((rows, 40), (9,), torch.bfloat16)) for rows in (2, 2)]
+    ran, times = [], iter([3.0, 1.0, 2.0])
+
+    def timer(function):
+        ran.append(function())
+        return next(times)
+
+    try:
+        entry = measure.measure(calls, timer)
+        assert entry == cached.Entry("gemm", "skinny 1500.00 µs, gemm 500.00 µs, matmul 1000.00 µs")
+        assert [len(found) for found in ran] == [2, 2, 2]
+        assert gpu.choose(calls[0]).way == "gemm"
+        with pytest.raises(FlashNormError, match="cannot be measured on a GPU: x is torch.float64"):
+            measure.measure([wide(calls[0])], timer)
+    finally:
+        monkeypatch.undo()
+        cached.forget()
