@@ -13,6 +13,7 @@ from flashnorm.functional.deferral import (
 )
 from flashnorm.functional.fused import (
     dyt_linear,
+    explain,
     layer_norm_linear,
     norm_glu,
     norm_linear,
@@ -33,6 +34,7 @@ __all__ = [
     "deferred_layer_linear",
     "deferred_linear",
     "dyt_linear",
+    "explain",
     "glu",
     "layer_norm_linear",
     "norm_glu",

@@ -55,6 +55,43 @@ def norm_linear(
     )[0]
 
 
+def explain(
+    x: Tensor,
+    *weights: Tensor,
+    biases: Sequence[Tensor | None] | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> dispatch.Choice:
+    """Which backend would run norm + linear for these arguments and why; nothing is computed.
+
+    backend: "cpu", "gpu" or "reference"; reason: on what, or why not a faster one. On a GPU it
+    begins with the way ("skinny", "gemm" or "matmul") and says whether that was measured on the
+    card or is a default. weights: one, several that share x, or with an activation gate and up.
+    Raises ValueError for shapes that do not fit.
+    """
+    return dispatch.explain(
+        Call(
+            x,
+            weights,
+            biases,
+            norm,
+            eps,
+            gain,
+            gain_offset,
+            norm_bias,
+            alpha,
+            activation,
+            residual,
+        )
+    )
+
+
 def norm_linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -50,7 +50,8 @@ def _product(
     from flashnorm.kernels.gpu.device.gemm import gemm
 
     (rows, k), gated = y.shape, call.activation is not None
-    tile = tile or gemm_tile(rows, k, x.dtype, gated, device)
+    added = call.residual is not None
+    tile = tile or gemm_tile(rows, k, x.dtype, gated, device, added)
     biases = call.biases or [None] * len(call.weights)
     second = call.weights[1] if gated else None
     arguments = {
@@ -64,7 +65,7 @@ def _product(
         "w1_stride": None if second is None else second.stride(0),
         "bias1": biases[1] if gated else None,
         "residual": call.residual,
-        "residual_stride": None if call.residual is None else call.residual.stride(0),
+        "residual_stride": call.residual.stride(0) if call.residual is not None else None,
         "y": y,
         "rows": rows,
         "n": x.shape[1],

@@ -50,6 +50,11 @@ def _device(index: int) -> Device:
     return Device(found.name, (found.major, found.minor), found.multi_processor_count)
 
 
+def single(number: float) -> float:
+    """A number that float32 knows: kernels are given no other, and ε may be smaller than all."""
+    return float(number) if abs(number) >= 2.0**-126 else 0.0
+
+
 def power_of_two(number: int, least: int = 1) -> int:
     """The smallest power of two that is not smaller than either."""
     return max(least, 1 << (number - 1).bit_length())
@@ -64,10 +69,12 @@ def skinny_tile(
     """
     if rows == 1:
         return _one_row(n, widths, dtype, gated, device)
-    half = dtype != torch.float32
-    columns = _columns((64, 32, 16), widths, device.processors)
-    depth = min(power_of_two(n, 16), 128 if half else 32)
     height = power_of_two(rows, 16)
+    if dtype == torch.float32:  # multiplied without matrix units, from registers
+        splits = _splits(n, 16, widths, device.processors)
+        return Tile(height, 16, min(power_of_two(n, 16), 32), 4, 3, splits)
+    columns = _columns((64, 32, 16), widths, device.processors)
+    depth = min(power_of_two(n, 16), 128 if height <= 16 else 64)
     if height > 16:  # x is read by every program: wider ones read it less often
         columns = max(columns, height)
     warps = max(1, columns // 16)
@@ -79,10 +86,12 @@ def skinny_tile(
 def _one_row(
     n: int, widths: Sequence[int], dtype: torch.dtype, gated: bool, device: Device
 ) -> Tile:
-    depth = min(power_of_two(n, 16), 512 if dtype != torch.float32 else 256)
-    columns = _columns((8, 4), widths, 2 * device.processors)
-    if gated:
-        columns = min(columns, 4)
+    if dtype == torch.float32:
+        columns, depth = 4, 256
+    else:
+        columns = 4 if gated else _columns((8, 4), widths, 2 * device.processors)
+        depth = 4096 // columns
+    depth = min(power_of_two(n, 16), depth)
     return Tile(1, columns, depth, 4, 4, _splits(n, columns, widths, device.processors))
 
 
@@ -106,11 +115,13 @@ def _splits(n: int, columns: int, widths: Sequence[int], processors: int) -> int
     return max(1, min(free, 8, n // 2048)) if free >= 2 else 1
 
 
-def gemm_tile(rows: int, k: int, dtype: torch.dtype, gated: bool, device: Device) -> Tile:
+def gemm_tile(
+    rows: int, k: int, dtype: torch.dtype, gated: bool, device: Device, residual: bool = False
+) -> Tile:
     if dtype == torch.float32:
-        return Tile(64, 32 if gated else 64, 32, 4, 2)
-    if gated:
-        return Tile(128, 128, 64, 8, 3)
+        return Tile(64, 32 if gated else 64, 16 if gated else 32, 4, 2)
+    if gated:  # two sums per column: more columns would not fit into the registers
+        return Tile(128, 64 if residual or device.capability < (9, 0) else 128, 64, 8, 3)
     if device.capability >= (9, 0) and -(-rows // 128) * (k // 256) >= device.processors:
         return Tile(128, 256, 64, 8, 3)
     return Tile(128, 128, 64, 8 if device.capability < (9, 0) else 4, 3)

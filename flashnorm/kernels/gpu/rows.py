@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu.launch import row_width
+from flashnorm.kernels.gpu.launch import row_width, single
 from flashnorm.kernels.gpu.step import Step
 
 ROWS, COLUMNS = 4, 512  # of a tile of the gate
@@ -22,7 +22,7 @@ def row_scale_step(x: Tensor, norm: str, eps: float, s: Tensor, mean: Tensor | N
         "s": s,
         "mean": mean,
         "n": x.shape[1],
-        "eps": eps,
+        "eps": single(eps),
         "NORM": norm,
         "WIDTH": width,
     }
@@ -51,7 +51,7 @@ def add_stats_step(
         "s": s,
         "mean": mean,
         "n": x.shape[1],
-        "eps": eps,
+        "eps": single(eps),
         "NORM": norm,
         "WIDTH": width,
     }
@@ -67,26 +67,23 @@ def normalize_step(call: Call, z: Tensor) -> Step:
         "x": call.x,
         "x_stride": call.x.stride(0),
         "gain": call.gain,
-        "offset": call.gain_offset,
+        "offset": single(call.gain_offset),
         "norm_bias": call.norm_bias,
         "alpha": call.alpha if call.norm == "dyt" else None,
         "z": z,
         "n": call.x.shape[1],
-        "eps": call.eps,
+        "eps": single(call.eps),
         "NORM": call.norm,
         "WIDTH": width,
     }
     return Step(normalize, (call.x.shape[0],), arguments, warps)
 
 
-def gate_step(
-    call: Call, products: list[Tensor], s: Tensor | None, biased: bool, y: Tensor
-) -> Step:
-    """y = act(s a + c_a) ⊙ (s b + c_b) + residual; biased: whether the products have theirs."""
+def gate_step(call: Call, products: list[Tensor], s: Tensor | None, y: Tensor) -> Step:
+    """y = act(s a) ⊙ (s b) + residual, or s a + residual; the products have their biases."""
     from flashnorm.kernels.gpu.device.gate import gate
 
     a, b = products[0], products[-1]
-    biases = call.biases if call.biases and not biased else (None, None)
     rows, k = y.shape
     arguments = {
         "a": a,
@@ -94,8 +91,6 @@ def gate_step(
         "b": b,
         "b_stride": b.stride(0),
         "s": s,
-        "bias_a": biases[0],
-        "bias_b": biases[-1],
         "residual": call.residual,
         "residual_stride": None if call.residual is None else call.residual.stride(0),
         "y": y,

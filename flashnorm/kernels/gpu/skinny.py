@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu.launch import Device, Tile, skinny_tile
+from flashnorm.kernels.gpu.launch import Device, Tile, single, skinny_tile
 from flashnorm.kernels.gpu.step import Step
 
 TOGETHER = 3  # weights that one launch takes
@@ -79,7 +79,7 @@ def _group(
     arguments = shared | _weights(weights, biases, outputs)
     arguments |= {
         "gain": call.gain,
-        "offset": call.gain_offset,
+        "offset": single(call.gain_offset),
         "norm_bias": call.norm_bias,
         "alpha": call.alpha if call.norm == "dyt" else None,
         "NORM": call.norm,
@@ -101,7 +101,7 @@ def _shared(call: Call, tile: Tile, splits: int, weights: int) -> dict[str, Any]
         "x_stride": call.x.stride(0),
         "rows": call.x.shape[0],
         "n": call.x.shape[1],
-        "eps": call.eps,
+        "eps": single(call.eps),
         "residual": residual,
         "residual_stride": None if residual is None else residual.stride(0),
         "partial": None,

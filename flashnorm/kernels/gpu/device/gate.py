@@ -30,8 +30,6 @@ def gate(
     b,
     b_stride,
     s,
-    bias_a,
-    bias_b,
     residual,
     residual_stride,
     y,
@@ -41,7 +39,7 @@ def gate(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y = act(s a + c_a) ⊙ (s b + c_b) + residual. a, b, y, residual: [rows, k], s: [rows]."""
+    """y = act(s a) ⊙ (s b) + residual, or s a + residual. All are [rows, k], but s is [rows]."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     at = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (at < k)
@@ -52,7 +50,7 @@ def gate(
     scale = 1.0
     if s is not None:
         scale = tl.load(s + row, mask=row < rows, other=0.0)
-    out = finish(first, second, scale, bias_a, bias_b, at, k, ACTIVATION)
+    out = finish(first, second, scale, None, None, at, k, ACTIVATION)
     if residual is not None:
         added = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
         out += added.to(tl.float32)

@@ -48,16 +48,24 @@ def tanh(a):
 
 
 @triton.jit
+def sigmoid(a):
+    """1 / (1 + e^-a), down to the smallest numbers: e^|a| would overflow before the result ends."""
+    small = tl.exp(-tl.abs(a))
+    return tl.where(a < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
 def activate(a, ACTIVATION: tl.constexpr):
     """The function of a gate, in float32; "identity" too."""
     if ACTIVATION == "relu":
         a = tl.where(a < 0, 0.0, a)  # keeps a NaN
     elif ACTIVATION == "silu":
-        a = a / (1.0 + tl.exp(-a))
+        a = a * sigmoid(a)
     elif ACTIVATION == "gelu":
         a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        a = 0.5 * a * (1.0 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
+        # 0.5 (1 + tanh(z)) = sigmoid(2z)
+        a = a * sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
     return a
 
 

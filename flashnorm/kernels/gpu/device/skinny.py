@@ -22,8 +22,10 @@ def multiplied(w_at, deep, inside, z, total, PRECISION: tl.constexpr, ROWS: tl.c
     """total + w z: by element where x is one row, z in float32; else by the matrix units."""
     w = tl.load(w_at[:, None] + deep[None, :], mask=inside, other=0.0)
     if ROWS == 1:
-        return total + w.to(tl.float32) * z
-    return product(w, tl.trans(z), total, PRECISION)
+        total += w.to(tl.float32) * z
+    else:
+        total = product(w, tl.trans(z), total, PRECISION)
+    return total
 
 
 @triton.jit
@@ -146,7 +148,8 @@ def skinny(
             tl.store(place + rows * k, b, mask=inside)
         if STATISTICS == "after":
             place = partial_squares + split * rows + row
-            tl.store(place, tl.sum(squares, axis=1), mask=(row < rows) & (block == 0))
+            stored = tl.where(block == 0, rows, 0)  # by the first of a part's programs
+            tl.store(place, tl.sum(squares, axis=1), mask=row < stored)
     else:
         scale = 1.0
         if STATISTICS == "after":

@@ -8,9 +8,9 @@ from torch import Tensor
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import gemm, matmul, rows, skinny
-from flashnorm.kernels.gpu.choose import choose, tile_for
 from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of
 from flashnorm.kernels.gpu.step import execute
+from flashnorm.kernels.gpu.ways import choose, tile_for
 
 
 def run(call: Call, way: str | None = None) -> list[Tensor]:

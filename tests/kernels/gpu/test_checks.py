@@ -1,0 +1,53 @@
+"""Run every `check_*.py` in Triton's interpreter, and on the GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CHECKS = sorted(HERE.glob("check_*.py"))
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(check: Path, interpret: bool, *arguments: str) -> str:
+    """The check in a process of its own, without whatever this one was told about pytest."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    environment |= {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
+    environment["FLASHNORM_GPU_CACHE"] = os.devnull
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(check), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
+def test_in_the_interpreter(check):
+    assert " passed" in run(check, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
+def test_on_the_gpu(check):
+    assert " passed" in run(check, False)
+
+
+def test_the_checks_are_here():
+    assert len(CHECKS) >= 3
