@@ -31,7 +31,7 @@ from flashnorm.bench.timing import in_words
 RESULTS = Path("benchmarks/results")
 WRONG, CUT = 1, 3
 # Parts of a run's time that the stages may take; what one leaves is the next one's.
-SHARES = {"correctness": 0.25, "tune": 0.25, "operations": 0.4, "model": 0.3, "scaled": 0.15}
+SHARES = {"correctness": 0.2, "tune": 0.25, "operations": 0.32, "model": 0.3, "scaled": 0.1}
 Stage = Callable[[Run], None]
 
 

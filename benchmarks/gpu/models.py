@@ -32,7 +32,7 @@ CUDA_GRAPHS = "reduce-overhead"  # torch.compile's mode that replays CUDA graphs
 CONTEXT, TOKENS = 64, 32
 LENGTHS, COMPILED_LENGTH, WEIGHED_LENGTH = (512, 2048, 8192), 2048, 8192
 ROUNDS, SECONDS = 7, 12.0
-COMPILE_SECONDS = 25.0  # for a model of 16 layers; others in proportion
+COMPILE_SECONDS = 18.0  # for a model of 16 layers; others in proportion
 TIGHT = 0.85  # of the free memory that float64 weights may take
 
 

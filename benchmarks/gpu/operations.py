@@ -166,7 +166,7 @@ def _others(given: baselines.Inputs, mode: str) -> tuple[Runs, dict[str, str]]:
         makers[TRITON] = baselines.triton_norm(given)
     if mode:
         makers[COMPILED] = baselines.compiled(given, mode)
-    expected = correctness.Expected(calls_of(given, True)[0], "matmul")
+    expected = correctness.Expected(calls_of(given, True)[0], ours.LIBRARY)
     failed = {}
     for name, each in list(makers.items()):
         try:

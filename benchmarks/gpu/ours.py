@@ -14,6 +14,7 @@ from flashnorm.kernels.call import Call
 
 CHOSEN = "chosen"  # the way that dispatch takes
 WAYS = ("skinny", "gemm", "matmul")
+LIBRARY = "library"  # the other sides: the norm, rounded, then the library's product
 TILED = ("skinny", "gemm")  # kernels of ours multiply
 THREADS = 12  # that compile at once
 
@@ -85,9 +86,18 @@ def explain(call: Call) -> str:
     return f"{choice.backend}: {choice.reason}"
 
 
-def is_fused(call: Call, way: str) -> bool:
-    """Whether a kernel of ours computes the products, and not the library's."""
-    if way == CHOSEN:
-        found = dispatch.explain(call)
-        way = found.reason.partition(":")[0] if found.backend == "gpu" else found.backend
-    return way in TILED
+def way_of(call: Call, way: str) -> str:
+    """What runs in truth: a way of the GPU's, or the name of another backend."""
+    if way != CHOSEN:
+        return way
+    choice = dispatch.explain(call)
+    return choice.reason.partition(":")[0] if choice.backend == "gpu" else choice.backend
+
+
+def rounds_first(call: Call, way: str) -> bool | None:
+    """Whether a way of ours rounds norm(x) before it multiplies; None where it is no such way."""
+    if way not in WAYS:
+        return None
+    from tests.kernels.gpu.calls import rounds_first
+
+    return rounds_first(call, way)
