@@ -5,7 +5,7 @@
 
 Writes results.json, a CSV per stage, tables.md and plot.png into --out after every stage. A run
 that is cut, by its time or by SIGTERM, prints what it has; --resume goes on from there. The exit
-code is 0, 1 where a kernel is wrong (it is listed and not timed), 3 where the run was cut.
+code is 0, 1 where a kernel is wrong (it is listed and not timed), 3 where a stage did not end.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def _mode(run: Run, left: int) -> str:
 def _summary(row: dict[str, Any]) -> str:
     if row["excluded"]:
         return f"not timed: {row['excluded']}"
-    return f"{row['microseconds'][OURS]:.1f} µs, {row['speedup']:.2f}x over {row['best']}"
+    times = f"{row['microseconds'][OURS]:.1f} µs"
+    return f"{times}, {row['speedup']:.2f}x over {row['best']}" if row["best"] else times
 
 
 def copies(shape: Shape, device: str) -> list[Tensor]:

@@ -105,7 +105,7 @@ def _tuned(run: Run, task: Task) -> dict[str, Any]:
         found, seconds = search(tile, timer, spare, ahead)
         best[way] = (seconds, found)
     order = sorted(best, key=lambda way: best[way][0])
-    chosen = next(way for way in order if _right(calls[0], way, best[way][1]))
+    chosen = next((way for way in order if _right(calls[0], way, best[way][1])), "matmul")
     times = {way: best[way][0] * 1e6 for way in order if math.isfinite(best[way][0])}
     note = ", ".join(f"{way} {value:.2f} µs" for way, value in times.items())
     tile = best[chosen][1]
