@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import GemmaConfig, Phi3Config
 
 import flashnorm
+from flashnorm.bench.variants import Variant
 from flashnorm.functional import fused
 from flashnorm.kernels import cpu, dispatch
 from flashnorm.kernels.call import NORMS, Call
@@ -226,3 +228,19 @@ def test_activations_of_few_rows_are_the_library_s(capture, monkeypatch):
     seen.clear()
     logits(model, ids(1, 1))
     assert len(seen) == 7 * 2 + 1
+
+
+def test_tokens_are_decoded_by_one_compiled_graph(capture):
+    """With a static cache: nothing is compiled again as it fills, and nothing breaks the graph."""
+    original, model = accelerated(dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    counters.clear()
+    ours = Variant("ours", model, False)
+    ours.call, ours.compiled = torch.compile(model, backend="aot_eager"), True
+    prompt, forced = ids(1, 8)[0], ids(1, 6, seed=2)[0]
+    with torch.no_grad():
+        found = ours.forced(prompt, forced)
+        expected = Variant("eager", original, False).forced(prompt, forced)
+    assert close(found, expected, torch.bfloat16)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
