@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 
+import flashnorm
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels import gpu
+from flashnorm.kernels import dispatch, gpu
 from flashnorm.kernels.gpu import cached, launch, measure, ways
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close, wide
@@ -209,8 +210,22 @@ def test_measuring_keeps_the_fastest_way(tmp_path, monkeypatch):
         assert entry == cached.Entry("gemm", "skinny 1500.00 µs, gemm 500.00 µs, matmul 1000.00 µs")
         assert [len(found) for found in ran] == [2, 2, 2]
         assert gpu.choose(calls[0]).way == "gemm"
-        with pytest.raises(FlashNormError, match="cannot be measured on a GPU: x is torch.float64"):
+        with pytest.raises(
+            FlashNormError, match="cannot be measured on a GPU: x is"
+        ):
             measure.measure([wide(calls[0])], timer)
     finally:
         monkeypatch.undo()
         cached.forget()
+
+
+def test_dispatch_asks_the_kernels_and_says_the_way(monkeypatch):
+    monkeypatch.setattr(dispatch, "_backend", lambda call: gpu)
+    call = there(make((3, 40), (9,), torch.bfloat16, gain=True))
+    choice = flashnorm.explain(call.x, call.weights[0], gain=call.gain, gain_offset=1.0)
+    assert choice.backend == "gpu"
+    assert choice.reason == f"skinny: {gpu.choose(call).reason}"
+    assert torch.equal(dispatch.norm_linear(call)[0], gpu.run(call, "skinny")[0])
+    double = wide(call)
+    refused = flashnorm.explain(double.x, double.weights[0])
+    assert refused == dispatch.Choice("reference", gpu.why_not(double))
