@@ -75,7 +75,8 @@ def accelerate_(
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
-    runs (`flashnorm.acceleration(model)` says where and why). With `fold` the gains are folded
+    runs (`flashnorm.acceleration(model)` says where and why). A model that is on a GPU by now gets
+    forwards for it (docs/acceleration.md): kernels in CUDA graphs and under torch.compile. With `fold` the gains are folded
     first (`fold_`), which is needed for nothing but saves loading them. With `huge_pages` Linux
     moves the weights into huge pages, where they are: a few seconds per GB, once.
 
