@@ -76,9 +76,10 @@ def accelerate_(
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
     runs (`flashnorm.acceleration(model)` says where and why). A model that is on a GPU by now gets
-    forwards for it (docs/acceleration.md): kernels in CUDA graphs and under torch.compile. With `fold` the gains are folded
-    first (`fold_`), which is needed for nothing but saves loading them. With `huge_pages` Linux
-    moves the weights into huge pages, where they are: a few seconds per GB, once.
+    forwards for it (docs/acceleration.md): kernels in CUDA graphs and under torch.compile. With
+    `fold` the gains are folded first (`fold_`), which is needed for nothing but saves loading
+    them. With `huge_pages` Linux moves the weights into huge pages, where they are: a few seconds
+    per GB, once.
 
     `example_inputs` is a dict or tuple for the model's forward, needed for modules that are not
     from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
