@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,16 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CHECKS = sorted(HERE.glob("check_*.py"))
+
+
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+def interpreter_is_broken() -> bool:
+    """Triton 3.6 asks numpy for the number in an array of one, which numpy 2.4 refuses."""
+    return release("triton") < (3, 7) and release("numpy") >= (2, 4)
+
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -40,6 +51,8 @@ def run(check: Path, interpret: bool, *arguments: str) -> str:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
 def test_in_the_interpreter(check):
+    if interpreter_is_broken():
+        pytest.skip("this triton's interpreter does not work with this numpy")
     assert " passed" in run(check, True)
 
 
