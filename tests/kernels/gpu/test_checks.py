@@ -36,7 +36,7 @@ def run(check: Path, interpret: bool, *arguments: str) -> str:
     }
     environment |= {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
     environment["FLASHNORM_GPU_CACHE"] = str(Path(os.devnull, "no-file"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(check), *arguments],
         cwd=ROOT,
