@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashnorm.kernels import gpu
@@ -20,7 +21,9 @@ WAYS = ("skinny", "gemm", "matmul")
 
 def on_device(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.to(DEVICE)
+        # With all that lies between its elements: `to` alone would make some of them contiguous.
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(DEVICE)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
     return [on_device(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -210,9 +210,7 @@ def test_measuring_keeps_the_fastest_way(tmp_path, monkeypatch):
         assert entry == cached.Entry("gemm", "skinny 1500.00 µs, gemm 500.00 µs, matmul 1000.00 µs")
         assert [len(found) for found in ran] == [2, 2, 2]
         assert gpu.choose(calls[0]).way == "gemm"
-        with pytest.raises(
-            FlashNormError, match="cannot be measured on a GPU: x is"
-        ):
+        with pytest.raises(FlashNormError, match="cannot be measured on a GPU: x is"):
             measure.measure([wide(calls[0])], timer)
     finally:
         monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CHECKS = sorted(HERE.glob("check_*.py"))
 
+
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+def interpreter_is_broken() -> bool:
+    """Triton 3.6 asks numpy for the number in an array of one, which numpy 2.4 refuses."""
+    return release("triton") < (3, 7) and release("numpy") >= (2, 4)
+
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -24,8 +35,8 @@ def run(check: Path, interpret: bool, *arguments: str) -> str:
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
     }
     environment |= {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    environment["FLASHNORM_GPU_CACHE"] = os.devnull
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    environment["FLASHNORM_GPU_CACHE"] = str(Path(os.devnull, "no-file"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(check), *arguments],
         cwd=ROOT,
@@ -40,6 +51,8 @@ def run(check: Path, interpret: bool, *arguments: str) -> str:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
 def test_in_the_interpreter(check):
+    if interpreter_is_broken():
+        pytest.skip("this triton's interpreter does not work with this numpy")
     assert " passed" in run(check, True)
 
 

@@ -21,7 +21,7 @@ TABLE = json.loads((HERE / "compiled.json").read_text("utf-8"))
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 # One of each kernel, where most is kept in registers.
 SOME = (
-    r"^(skinny bf16 (rms|layer) (three|glu) M=(1|64)|gemm bf16 rms (one|glu) M=4096"
+    r"^(skinny bf16 (rms three|layer glu) M=(1|64)|gemm bf16 rms (one|glu) M=4096"
     r"|finish_splits bf16 rms split M=16|skinny fp32 rms\*gain one M=64"
     r"|(row_scale|add_stats|normalize) bf16 layer|gate bf16 rms silu)$"
 )
