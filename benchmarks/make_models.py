@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 import torch
 
+from benchmarks.model_shapes import LLAMA_1B
 from flashnorm.demo import find_gguf
 
 TYPES = {
@@ -28,20 +29,6 @@ TYPES = {
     "fp16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
 }
 OWN_FIELDS = ("general.architecture", "general.file_type", "general.quantization_version")
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
-    "tie_word_embeddings": True,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
 NAMES = {  # of transformers, in GGUF
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -93,7 +80,7 @@ def random_checkpoint(folder: Path, layers: int) -> Path:
     if (target / "config.json").is_file():
         return target
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **SHAPE)
+    config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **LLAMA_1B)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,6 +15,7 @@ from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 if TYPE_CHECKING:
     from flashnorm.adapters.fold import fold_adapter as fold_adapter
     from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
+    from flashnorm.functional import explain as explain
     from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import unfold_ as unfold_
@@ -35,6 +36,7 @@ _LAZY = {
     "acceleration": "flashnorm.runtime",
     "restore_": "flashnorm.runtime",
     "verify": "flashnorm.verification",
+    "explain": "flashnorm.functional",
 }
 
 __all__ = [

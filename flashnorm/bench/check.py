@@ -53,7 +53,7 @@ def check(variant: Variant, truth: Truth) -> Check:
     """Hold a variant against the truth."""
     written = variant.generate(truth.prompt, len(truth.written))[1]
     first = first_difference(truth.written, written)
-    margin = None if first is None else _margin(truth.logits[first])
+    apart = None if first is None else margin(truth.logits[first])
     steps = variant.forced(truth.prompt, truth.written)
     whole = variant.logits(truth.ids, len(truth.exact))
     return Check(
@@ -61,13 +61,13 @@ def check(variant: Variant, truth: Truth) -> Check:
         equal=len(written) if first is None else first,
         tokens=len(written),
         first=first,
-        margin=margin,
+        margin=apart,
         pass_error=deviation([whole], [truth.exact]).rms,
         decode_error=deviation([steps], [truth.exact[-len(steps) :]]).rms,
     )
 
 
-def _margin(logits: Tensor) -> float:
+def margin(logits: Tensor) -> float:
     """By how much the largest of `logits` [V] exceeds the second."""
     best = logits.double().topk(2).values
     return float(best[0] - best[1])

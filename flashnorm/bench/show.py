@@ -40,11 +40,12 @@ def markdown(result: Result) -> str:
     for found in result.measured:
         lines += [f"## {found.dtype}", ""]
         for table in tables(found):
-            lines += _markdown(table)
+            lines += markdown_table(table)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """The lines of one table."""
     rule = ("---", *("---:" for _ in table.header[1:]))
     rows = [_line(table.header), _line(rule), *map(_line, table.rows)]
     note = [table.note, ""] if table.note else []

@@ -38,14 +38,18 @@ class Clock:
 class Variant:
     """How to run `model`: prefill, decode in a loop of forwards, decode by `generate`.
 
-    Compiled, decoding runs on a static cache with a prefill that is not compiled, as `generate`
-    does by itself on other devices; prefill alone is the compiled forward.
+    Compiled (`mode` is that of torch.compile), decoding runs on a static cache with a prefill that
+    is not compiled, as `generate` does by itself on other devices; prefill alone is the compiled
+    forward.
     """
 
-    def __init__(self, name: str, model: nn.Module, compiled: bool) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, compiled: bool, mode: str | None = None
+    ) -> None:
         self.name, self.compiled = name, compiled
         self.model: Any = model
-        self.call: Any = torch.compile(model) if compiled else model
+        self.call: Any = torch.compile(model, mode=mode) if compiled else model
+        self._caches: dict[int, Any] = {}  # by their length: another cache is compiled again
         accepted = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in accepted
 
@@ -66,16 +70,22 @@ class Variant:
 
     def start(self, prompt: Tensor, room: int) -> tuple[Any, Tensor]:
         """A cache after `prompt` [T], with room for `room` tokens more, and the logits [V]."""
-        from transformers import StaticCache
-
-        cache = None
-        if self.compiled:
-            cache = StaticCache(config=self.model.config, max_cache_len=len(prompt) + room)
+        cache = self._static_cache(len(prompt) + room) if self.compiled else None
         found = self.model(prompt[None], past_key_values=cache, use_cache=True, **self._kept(1))
         return found.past_key_values, found.logits[0, -1]
 
+    def _static_cache(self, length: int) -> Any:
+        from transformers import StaticCache
+
+        if length not in self._caches:
+            self._caches[length] = StaticCache(config=self.model.config, max_cache_len=length)
+        self._caches[length].reset()
+        return self._caches[length]
+
     def step(self, token: Tensor, cache: Any) -> Tensor:
         """The logits [V] after one more `token` []."""
+        if self.compiled:  # what a CUDA graph returned before may be overwritten from now on
+            torch.compiler.cudagraph_mark_step_begin()
         result = self.call(token.view(1, 1), past_key_values=cache, use_cache=True).logits[0, -1]
         assert isinstance(result, Tensor)
         return result
@@ -91,9 +101,11 @@ class Variant:
     def loop(self, prompt: Tensor, tokens: int) -> float:
         """Seconds per token of a greedy loop of `tokens` forwards; the prefill is not timed."""
         cache, logits = self.start(prompt, tokens)
+        finish(prompt.device)
         start = time.perf_counter()
         for _ in range(tokens):
             logits = self.step(logits.argmax(), cache)
+        finish(prompt.device)
         return (time.perf_counter() - start) / tokens
 
     def generate(self, prompt: Tensor, tokens: int) -> tuple[float, Tensor]:
@@ -124,14 +136,20 @@ class Variant:
         return {"cache_implementation": "static", "compile_config": config}
 
 
-def build(name: str, model: nn.Module) -> Variant:
+def finish(device: torch.device) -> None:
+    """Wait until a device that works on its own has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def build(name: str, model: nn.Module, mode: str | None = None) -> Variant:
     """The variant `name` of `model`, which is left as it is; weights are shared."""
     if name == EAGER:
         return Variant(name, model, False)
     if name == COMPILE:
-        return Variant(name, sharing_copy(model), True)
+        return Variant(name, sharing_copy(model), True, mode)
     assert name in (OURS, OURS_COMPILED), name
-    return Variant(name, accelerated_copy(model), name == OURS_COMPILED)
+    return Variant(name, accelerated_copy(model), name == OURS_COMPILED, mode)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ x: [.., n], weight: [k, n], bias: [k], gain and norm_bias: [n], residual: [.., k
 in the dtype of x. Without a gain the norm has none (a folded one has moved into the weight, E1);
 `gain_offset=1` is for models that store g − 1.
 
-float32, bfloat16 and float16 on a CPU run on compiled kernels: sums and all that stands around them
+float32, bfloat16 and float16 run on kernels, on a CPU (C++) and on CUDA (Triton): sums and all else
 in float32, one rounding. Anything else runs on torch's own operations, which
 `flashnorm.kernels.dispatch` says and can forbid. Gradients (`kernels/autograd.py`) need x, one or
 two numbers per row, and for a GLU its two products; nothing else is saved. Under autocast,
@@ -41,7 +41,7 @@ def run(call: Call) -> list[Tensor]:
 def _transformed(call: Call) -> bool:
     """Whether a compiled graph needs torch's own operations."""
     inside = torch._C._functorch.maybe_current_level() is not None
-    return inside or torch.is_autocast_enabled("cpu") or _sharded(call)
+    return inside or dispatch.autocasting() or _sharded(call)
 
 
 def _sharded(call: Call) -> bool:
@@ -69,6 +69,43 @@ def norm_linear(
     return run(
         Call(x, (weight,), biases, norm, eps, gain, gain_offset, norm_bias, alpha, None, residual)
     )[0]
+
+
+def explain(
+    x: Tensor,
+    *weights: Tensor,
+    biases: Sequence[Tensor | None] | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    gain: Tensor | None = None,
+    gain_offset: float = 0.0,
+    norm_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> dispatch.Choice:
+    """Which backend would run norm + linear for these arguments and why; nothing is computed.
+
+    backend: "cpu", "gpu" or "reference"; reason: on what, or why not a faster one. On a GPU it
+    begins with the way ("skinny", "gemm" or "matmul") and says whether that was measured on the
+    card or is a default. weights: one, several that share x, or with an activation gate and up.
+    Raises ValueError for shapes that do not fit.
+    """
+    return dispatch.explain(
+        Call(
+            x,
+            weights,
+            biases,
+            norm,
+            eps,
+            gain,
+            gain_offset,
+            norm_bias,
+            alpha,
+            activation,
+            residual,
+        )
+    )
 
 
 def norm_linears(

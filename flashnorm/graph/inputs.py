@@ -98,8 +98,9 @@ def _steps(
         if (encoded := output.get("encoder_last_hidden_state")) is not None:
             step["encoder_outputs"] = (encoded,)
     position = {"position_ids": torch.full_like(one, length)}
-    mask = {"attention_mask": _causal_mask(1, length + 1)}
-    flat = {"attention_mask": torch.ones(one.shape[0], length + 1, dtype=torch.long)}
+    mask = {"attention_mask": _causal_mask(1, length + 1).to(one.device)}
+    ones = torch.ones(one.shape[0], length + 1, dtype=torch.long, device=one.device)
+    flat = {"attention_mask": ones}
     for extra in ({**position, **mask}, {**position, **flat}, flat, {}):
         yield {k: v for k, v in {**step, **extra}.items() if k in accepted}
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one call (`cpu` or `reference`), and on what, or why not a faster one."""
+    """The backend of one call, and on what or which way, or why not a faster one.
+
+    `cpu`, `gpu` (the reason begins with its way: skinny, gemm or matmul) or `reference`.
+    """
 
     backend: str
     reason: str
@@ -43,7 +47,7 @@ def norm_linear(call: Call) -> list[Tensor]:
     check(call)
     reason = _why_not(call)
     if reason is None:
-        return cpu.run(call)
+        return _backend(call).run(call)
     fell_back(reason)
     return reference.norm_linear(call)
 
@@ -51,14 +55,30 @@ def norm_linear(call: Call) -> list[Tensor]:
 def explain(call: Call) -> Choice:
     """What would run for these arguments, without running it; with a gradient, its forward."""
     check(call)
-    reason = TRANSFORM if transformed() else cpu.why_not(call)
-    return Choice("cpu", cpu.available()[1]) if reason is None else Choice("reference", reason)
+    reason = TRANSFORM if transformed() else _backend(call).why_not(call)
+    return Choice("reference", reason) if reason is not None else _fast(call)
+
+
+def _fast(call: Call) -> Choice:
+    if (backend := _backend(call)) is cpu:
+        return Choice("cpu", cpu.available()[1])
+    way = backend.choose(call)
+    return Choice("gpu", f"{way.way}: {way.reason}")
 
 
 def _why_not(call: Call) -> str | None:
     if transformed():
         return TRANSFORM
-    return GRADIENT if call.needs_gradient() else cpu.why_not(call)
+    return GRADIENT if call.needs_gradient() else _backend(call).why_not(call)
+
+
+def _backend(call: Call) -> Any:
+    """The module with `why_not` and `run` for the device of x."""
+    if not call.x.is_cuda:
+        return cpu
+    from flashnorm.kernels import gpu
+
+    return gpu
 
 
 def fallbacks() -> dict[str, int]:
@@ -96,12 +116,17 @@ def watched(*tensors: object) -> bool:
 
 
 def transformed() -> bool:
-    """Whether something must see torch's own operations: vmap, jvp, autocast on the CPU."""
+    """Whether something must see torch's own operations: vmap, jvp, autocast."""
     return bool(
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
+        or autocasting()
     )
+
+
+def autocasting() -> bool:
+    """Whether autocast is on, for any of the devices that have kernels."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def not_plain(x: object) -> str:

@@ -38,18 +38,24 @@ def _variance(x: Tensor) -> Tensor:
     return _centred(x).pow(2).mean(-1, keepdim=True)
 
 
+def normalized(call: Call) -> Tensor:
+    """norm(x) · (offset + gain) + β in the dtype of x, rounded once: the norm's part of a call."""
+    z = NORMS[call.norm](
+        call.x.to(torch.promote_types(call.x.dtype, torch.float32)), call.eps, call.alpha
+    )
+    if call.gain is not None:
+        z = z * (call.gain_offset + call.gain.to(z.dtype))
+    if call.norm_bias is not None:
+        z = z + call.norm_bias.to(z.dtype)
+    return z.to(call.x.dtype)
+
+
 def norm_linear(call: Call) -> list[Tensor]:
     """What `Call` says, one result per weight, or one for a GLU."""
-    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, residual = call
-    z = NORMS[norm](x.to(torch.promote_types(x.dtype, torch.float32)), eps, alpha)
-    if gain is not None:
-        z = z * (offset + gain.to(z.dtype))
-    if norm_bias is not None:
-        z = z + norm_bias.to(z.dtype)
-    z = z.to(x.dtype)
+    z, activation, residual = normalized(call), call.activation, call.residual
     found = [
         F.linear(z, w.to(z.dtype), None if c is None else c.to(z.dtype))
-        for w, c in zip(weights, biases or [None] * len(weights), strict=True)
+        for w, c in zip(call.weights, call.biases or [None] * len(call.weights), strict=True)
     ]
     if activation is not None:
         found = [ACTIVATIONS[activation](found[0]) * found[1]]

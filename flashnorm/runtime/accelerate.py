@@ -14,7 +14,9 @@ from flashnorm.inspection import record
 from flashnorm.kernels import cpu
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import fold_, unfold_
+from flashnorm.runtime import gpu
 from flashnorm.runtime.attention import UsedAttention, restore_attention_, use_attention_
+from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.pages import collapse
@@ -86,9 +88,11 @@ def accelerate_(
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
-    runs (`flashnorm.acceleration(model)` says where and why). With `fold` the gains are folded
-    first (`fold_`), which is needed for nothing but saves loading them. With `huge_pages` Linux
-    moves the weights into huge pages, where they are: a few seconds per GB, once.
+    runs (`flashnorm.acceleration(model)` says where and why). A model that is on a GPU by now gets
+    forwards for it (docs/acceleration.md): kernels in CUDA graphs and under torch.compile. With
+    `fold` the gains are folded first (`fold_`), which is needed for nothing but saves loading
+    them. With `huge_pages` Linux moves the weights into huge pages, where they are: a few seconds
+    per GB, once.
 
     With `training` a gradient saves less, in every floating dtype and on every device: of a norm x
     and one number per row (LayerNorm: two), of a gated pair the two products; z = norm(x) and
@@ -104,10 +108,12 @@ def accelerate_(
     graph = record(model, example_inputs)
     plan = make_plan(graph)
     folded = {gain.parameter for gain in fold_(model, example_inputs).gains()} if fold else set()
-    available, kernels = cpu.available()
-    if huge_pages and available:
+    place = gpu.place(model)
+    available, kernels = cpu.available() if place is None else gpu.available(place)
+    if huge_pages and available and place is None:
         collapse(parameter for parameter in model.parameters() if parameter.is_cpu)
-    builder = Builder(model, find_fusible(graph), frozenset(folded))
+    kinds = ON_CPU if place is None else ON_GPU
+    builder = Builder(model, find_fusible(graph), frozenset(folded), kinds)
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
     forwards: dict[nn.Module, Any] = dict(builder.forwards)
     trainer = Trainer(builder)
@@ -116,7 +122,7 @@ def accelerate_(
         forwards[step.module] = Trained(step, forwards.get(step.module))
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
-    attention = use_attention_(model)
+    attention = use_attention_(model) if place is None else gpu.ATTENTION
     reason = attention if isinstance(attention, str) else ""
     found = Acceleration(tuple(parts), kernels, reason, fold, tuple(trained))
     model.__dict__[RECORD] = _Undo(list(forwards), attention, found)

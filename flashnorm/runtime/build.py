@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from flashnorm.graph.fusible import Fusible, Gated, Rows
 from flashnorm.kernels import cpu
 from flashnorm.plan import Site
 from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm
+from flashnorm.runtime.gpu import LIBRARY, GpuGated, GpuLinear, GpuNorm
 from flashnorm.runtime.kernel import Kernel, Norm, Product
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
@@ -40,6 +42,17 @@ class Part:
     ahead: tuple[str, ...] = ()
 
 
+class Kinds(NamedTuple):
+    """The forwards of one kind of device."""
+
+    linear: type[FusedLinear] = FusedLinear
+    gated: type[FusedGated] = FusedGated
+    norm: type[FusedNorm] = FusedNorm
+
+
+ON_CPU, ON_GPU = Kinds(), Kinds(GpuLinear, GpuGated, GpuNorm)
+
+
 @dataclass
 class Builder:
     """Makes the forwards of one model. `folded` names the gains that are one everywhere."""
@@ -47,6 +60,7 @@ class Builder:
     model: nn.Module
     fusible: Fusible
     folded: frozenset[str]
+    kinds: Kinds = ON_CPU
     made: dict[str, Fused] = field(default_factory=dict)
 
     @property
@@ -64,7 +78,18 @@ class Builder:
             part = self._try(path, "norm", partial(self._norm, sites=found))
             ahead = self._readers(path) if not part.reason else ()
             parts.append(replace(part, ahead=ahead))
-        return parts
+        return parts if self.kinds is ON_CPU else self._without_idle(parts)
+
+    def _without_idle(self, parts: Sequence[Part]) -> list[Part]:
+        """On a GPU linear layers have kernels only where a norm computes them."""
+        used = {name for part in parts for name in part.ahead}
+        idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
+        for path in idle:
+            self.made.pop(path, None)
+        return [
+            replace(part, reason=part.reason or LIBRARY) if part.path in idle else part
+            for part in parts
+        ]
 
     def refuse(self, sites: Sequence[Site], reason: str) -> list[Part]:
         """No module is touched, for one reason."""
@@ -97,14 +122,14 @@ class Builder:
         weight = module._parameters.get(self.held(module, linear.weight))
         assert weight is not None
         product = self._product(Rows(path, 0, weight.shape[0]))
-        return FusedLinear(module, Kernel(products=(product,)))
+        return self.kinds.linear(module, Kernel(products=(product,)))
 
     def _gated(self, path: str) -> Fused:
         gated, module = self.fusible.gated[path], self.model.get_submodule(path)
         pair = self._pair(gated)
         down = self.model.get_submodule(gated.down)
         kernel = Kernel(products=pair, activation=gated.activation)
-        return FusedGated(module, kernel, down, self.inner(module))
+        return self.kinds.gated(module, kernel, down, self.inner(module))
 
     def inner(self, module: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
         """(the modules of an owner, name, module) of all modules inside of one."""
@@ -144,7 +169,7 @@ class Builder:
             (Kernel(norm, module, products, activation), readers)
             for products, activation, readers in self._ahead(path)
         ]
-        return FusedNorm(module, Kernel(norm, module), ahead)
+        return self.kinds.norm(module, Kernel(norm, module), ahead)
 
     def affine(self, site: Site, module: nn.Module) -> Norm:
         """The norm with the gain and bias that its module holds, if it holds nothing else."""

@@ -114,23 +114,31 @@ class Kernel:
     def _held(self, name: str) -> Tensor | None:
         return getattr(self.holder, name) if name else None
 
-    def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
+    def why_not(self, x: Tensor) -> str:
+        """Why the parameters, as they are now, do not fit x or what they were; empty if they do."""
+        for held, name in self._slots:
+            if (parameter := held.get(name)) is None:
+                return GONE
+            if type(parameter) not in (Tensor, nn.Parameter):
+                return f"a parameter is a {type(parameter).__name__}, not a plain tensor"
+            if parameter.dtype != x.dtype:
+                return f"x is {x.dtype}, a parameter is {parameter.dtype}"
         for product in self.products:
             rows = getattr(product.module, product.weight).shape[0]
             if rows != product.total:
-                return b"", 0, f"a weight had {product.total} rows and has {rows} now"
+                return f"a weight had {product.total} rows and has {rows} now"
+        return ""
+
+    def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
+        if reason := self.why_not(x):
+            return b"", 0, reason
         call = self.call(x)
-        for parameter in self.parameters():
-            if type(parameter) not in (Tensor, nn.Parameter):
-                return b"", 0, f"a parameter is a {type(parameter).__name__}, not a plain tensor"
-            if parameter.dtype != x.dtype:
-                return b"", 0, f"x is {x.dtype}, a parameter is {parameter.dtype}"
         try:
             check(call)
         except ValueError as error:
             return b"", 0, str(error)
-        if reason := cpu.why_not(call):
-            return b"", 0, reason
+        if unfit := cpu.why_not(call):
+            return b"", 0, unfit
         return cpu.pack(call), cpu.most_rows(call) * x.shape[-1], ""
 
 

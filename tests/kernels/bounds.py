@@ -31,13 +31,16 @@ def wide(call: Call) -> Call:
     return Call(*[widen(value) for value in call])
 
 
-def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
+def products(
+    call: Call, fused: bool, first: bool | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """z W_iᵀ + c_i in float64, and how far each element of it may be off.
 
     A sum of n products in float32 is off by `λ √n u32 Σ|z w|` (Higham and Mary 2019), and so is
     every statistic, relatively; the mean of a LayerNorm is off by that much of the deviation, which
     is 1 in z: hence `|z| + 1`. Where a library multiplies, z was rounded to the dtype of x first,
-    and the products afterwards; in tiles z alone was, unless x is multiplied as it came.
+    and the products afterwards; in tiles z alone was, unless x is multiplied as it came. `first`
+    says whether z was, where it is not the CPU's kernels that are asked.
     """
     exact, n = wide(call), call.x.shape[-1]
     plain = exact._replace(activation=None, residual=None)
@@ -48,8 +51,10 @@ def products(call: Call, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
     if exact.norm_bias is not None:
         z = z + exact.norm_bias.abs()
     u, half = unit_roundoff(torch.float32), 0.0 if fused else unit_roundoff(call.x.dtype)
-    first = unit_roundoff(call.x.dtype) if not fused or rounds_first(call) else 0.0
-    relative = (2 * CONFIDENCE * sqrt(n) + STEPS) * u + first
+    if first is None:
+        first = not fused or rounds_first(call)
+    relative = (2 * CONFIDENCE * sqrt(n) + STEPS) * u
+    relative += unit_roundoff(call.x.dtype) if first else 0.0
     values = reference.norm_linear(plain)
     # Below float32's normal numbers every addition rounds by up to half of the smallest one.
     smallest, errors = n * 2.0**-149, []
@@ -70,13 +75,15 @@ def rounds_first(call: Call) -> bool:
     return not plain or (call.norm == "rms" and not bool(ordinary.all()))
 
 
-def bound(call: Call, fused: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+def bound(
+    call: Call, fused: bool = True, first: bool | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The float64 results, and per element how far a correct kernel may be from them.
 
     `act(a) b` moves by `slope δa (|b| + δb) + |act(a)| δb` and the few roundings of act itself.
     All ends in one rounding to the dtype of x; behind a library's matmul in two.
     """
-    values, errors = products(call, fused)
+    values, errors = products(call, fused, first)
     u, last = unit_roundoff(torch.float32), unit_roundoff(call.x.dtype)
     if call.activation is not None:
         (a, b), (da, db) = values, errors
@@ -94,9 +101,15 @@ def bound(call: Call, fused: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     ]
 
 
-def assert_close(call: Call, found: list[Tensor], fused: bool = True, what: object = "") -> None:
+def assert_close(
+    call: Call,
+    found: list[Tensor],
+    fused: bool = True,
+    what: object = "",
+    first: bool | None = None,
+) -> None:
     """Every element within its bound; NaN and infinities where the reference has them."""
-    values, bounds = bound(call, fused)
+    values, bounds = bound(call, fused, first)
     assert len(found) == len(values)
     for y, value, limit in zip(found, values, bounds, strict=True):
         assert y.dtype == call.x.dtype, what

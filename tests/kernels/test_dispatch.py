@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import flashnorm
 from flashnorm import functional
 from flashnorm.errors import FlashNormError
 from flashnorm.functional import Prepared
@@ -168,3 +169,23 @@ def test_prepared_is_the_function(rows):
     with pytest.raises(ValueError, match="x has 32 features"):
         prepared(x[:, :32])
     assert torch.equal(copy.deepcopy(prepared)(x)[0], prepared(x)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_of_any_device_keeps_torchs_operations(device):
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert dispatch.explain(CALL) == dispatch.Choice("reference", dispatch.TRANSFORM)
+    finally:
+        torch.set_autocast_enabled(device, False)
+
+
+@cases.compiled
+def test_explain_takes_the_arguments_of_the_operation():
+    x, weights, biases, *rest = make((3, 16), (5, 5), torch.float32, "layer", gain=True, bias=True)
+    eps, gain, offset = rest[1:4]
+    options = {"norm": "layer", "eps": eps, "gain": gain, "gain_offset": offset}
+    assert flashnorm.explain(x, *weights, biases=biases, **options).backend == "cpu"
+    assert flashnorm.explain(x, *weights, activation="silu").backend == "cpu"
+    with pytest.raises(ValueError, match="a GLU needs two weights of one shape"):
+        flashnorm.explain(x, weights[0], activation="silu")

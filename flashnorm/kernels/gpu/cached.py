@@ -1,0 +1,113 @@
+"""What was measured on this machine's cards: a JSON file, read once, never written on the way.
+
+    {"version": 1, "devices": {name: {key: {"way": .., "note": .., "tile": {..} or null}}}}
+
+It is FLASHNORM_GPU_CACHE, or flashnorm/gpu.json in the user's cache folder. `measure` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.gpu.launch import Device, Tile, power_of_two
+
+VERSION = 1
+_log = logging.getLogger("flashnorm")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest way of a call, its tile where that is not the default, and what was measured."""
+
+    way: str
+    note: str
+    tile: Tile | None = None
+
+
+def path() -> Path:
+    if named := os.environ.get("FLASHNORM_GPU_CACHE"):
+        return Path(named)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "flashnorm" / "gpu.json"
+
+
+def key_of(call: Call) -> str:
+    """What a measurement holds for: dtype, norm, widths, and rows up to the next power of two."""
+    x = call.x
+    count = x.numel() // x.shape[-1]
+    widths = "+".join(str(w.shape[0]) for w in call.weights)
+    norm = call.norm + ("*gain" if call.gain is not None else "")
+    norm += "+bias" if call.norm_bias is not None else ""
+    after = (call.activation or "linear") + ("+residual" if call.residual is not None else "")
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f"{dtype} {norm} {x.shape[-1]}->{widths} {after} rows<={power_of_two(max(count, 1))}"
+
+
+def find(call: Call, device: Device) -> Entry | None:
+    entries = _loaded().get(device.name)
+    return None if entries is None else entries.get(key_of(call))
+
+
+def forget() -> None:
+    """Read the file again at the next call."""
+    _loaded.cache_clear()
+
+
+@cache
+def _loaded() -> dict[str, dict[str, Entry]]:
+    return _read(path())
+
+
+def _read(file: Path) -> dict[str, dict[str, Entry]]:
+    try:
+        text = file.read_text("utf-8")
+    except OSError:
+        return {}
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
+        return {}
+
+
+def _parse(found: dict[str, Any]) -> dict[str, dict[str, Entry]]:
+    if found["version"] != VERSION:
+        raise ValueError(f"version {found['version']}, not {VERSION}")
+    return {
+        device: {key: _entry(value) for key, value in entries.items()}
+        for device, entries in found["devices"].items()
+    }
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    if value["way"] not in ("skinny", "gemm", "matmul"):
+        raise ValueError(f"no way {value['way']!r}")
+    tile = value.get("tile")
+    return Entry(value["way"], str(value["note"]), None if tile is None else Tile(**tile))
+
+
+def store(device: Device, found: dict[str, Entry]) -> Path:
+    """Add measurements to the file, in place of older ones of the same calls."""
+    file = path()
+    devices = {name: dict(entries) for name, entries in _read(file).items()}
+    devices.setdefault(device.name, {}).update(found)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = {
+        "version": VERSION,
+        "devices": {
+            name: {key: asdict(entry) for key, entry in sorted(entries.items())}
+            for name, entries in devices.items()
+        },
+    }
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    partial.replace(file)
+    forget()
+    return file

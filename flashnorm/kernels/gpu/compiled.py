@@ -1,0 +1,199 @@
+"""Compile kernels for a GPU that is not there, and read from the result what they take of one.
+
+`python -m flashnorm.kernels.gpu.compiled FILE` writes the table of every kernel in its default
+configurations; the tests compile them again and compare.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.gpu import gemm, rows, skinny
+from flashnorm.kernels.gpu.launch import Device
+from flashnorm.kernels.gpu.step import Step
+
+TARGETS = {80: Device("sm_80", (8, 0), 108), 90: Device("sm_90", (9, 0), 132)}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+USED = re.compile(r"Function \w+:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def compile_step(step: Step, capability: int) -> Any:
+    """The kernel of a step as Triton would compile it for its arguments, for sm_`capability`.
+
+    Pointers count as aligned to 16 bytes, as those of whole tensors are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(step.kernel.params):
+        value = step.arguments[parameter.name]
+        kind, aligned = _type(value, parameter.is_constexpr)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(step.kernel, signature, constants, attributes)
+    options = {"num_warps": step.warps, "num_stages": step.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _type(value: Any, constant: bool) -> tuple[str, bool]:
+    """How Triton sees an argument, and whether it knows that 16 divides it."""
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}", True
+    if constant or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, int):
+        return ("i32" if value < 2**31 else "i64"), value % 16 == 0
+    return "fp32", False
+
+
+def resources(step: Step, capability: int) -> dict[str, int]:
+    """Registers of a thread, bytes of shared memory of a program, bytes spilled by a thread."""
+    import triton
+
+    made = compile_step(step, capability)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = USED.search(said)
+    assert found is not None, said
+    registers, stack, _, local = map(int, found.groups())
+    return {"registers": registers, "shared": made.metadata.shared, "spilled": stack + local}
+
+
+def _call(
+    shape: tuple[int, int],
+    widths: Iterable[int],
+    dtype: torch.dtype,
+    norm: str,
+    options: Iterable[str],
+    activation: str | None = None,
+) -> Call:
+    """A call on no device: shapes and dtypes only."""
+
+    def made(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    widths, n = list(widths), shape[1]
+    return Call(
+        made(*shape),
+        [made(k, n) for k in widths],
+        [made(k) for k in widths] if "bias" in options else None,
+        norm,
+        1e-6,
+        made(n) if "gain" in options else None,
+        0.0,
+        made(n) if "shift" in options else None,
+        made(1) if norm == "dyt" else None,
+        activation,
+        made(shape[0], widths[0]) if "residual" in options else None,
+    )
+
+
+# What a model's linears look like: an RMSNorm folded and live, the norms of other models with all
+# that they have, and a plain linear with the residual behind it.
+NORMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rms": ("rms", ()),
+    "rms*gain": ("rms", ("gain",)),
+    "layer": ("layer", ("gain", "shift", "bias")),
+    "dyt": ("dyt", ("gain", "shift", "bias")),
+    "none+residual": ("none", ("residual",)),
+}
+# Widths n -> k of several weights, and the activation between two.
+READERS: dict[str, tuple[tuple[int, ...], str | None]] = {
+    "one": ((4096,), None),
+    "three": ((4096, 1024, 1024), None),
+    "glu": ((14336, 14336), "silu"),
+    "split": ((512,), None),
+}
+FEW = (1, 16, 64)
+MANY = 4096
+N = 4096
+
+
+def every_step(device: Device) -> Iterator[tuple[str, Step]]:
+    """Every kernel × norm × dtype in its default configuration on a device, with a name each."""
+    for dtype in TYPES:
+        for norm, (kind, options) in NORMS.items():
+            yield from _products(device, dtype, norm, kind, options)
+            yield from _norms(dtype, norm, kind, options)
+
+
+def _products(
+    device: Device, dtype: torch.dtype, norm: str, kind: str, options: tuple[str, ...]
+) -> Iterator[tuple[str, Step]]:
+    for reader, (widths, activation) in READERS.items():
+        if "residual" in options and reader == "three":
+            continue
+        for count in (*FEW, MANY):
+            if count == MANY and reader in ("three", "split"):
+                continue
+            call = _call((count, N), widths, dtype, kind, options, activation)
+            made = [call.x.new_empty(count, k) for k in widths[: 1 if activation else None]]
+            found = (gemm if count == MANY else skinny).steps(call, made, device)
+            for step in found:
+                name = step.kernel.__name__
+                if name in ("gemm", "skinny", "finish_splits"):
+                    yield f"{name} {TYPES[dtype]} {norm} {reader} M={count}", step
+
+
+def _norms(
+    dtype: torch.dtype, norm: str, kind: str, options: tuple[str, ...]
+) -> Iterator[tuple[str, Step]]:
+    call = _call((MANY, N), (N, N), dtype, kind, options, "silu")
+    made = [call.x.new_empty(MANY, N) for _ in range(2)]
+    s = call.x.new_empty(MANY, dtype=torch.float32)
+    where = f"{TYPES[dtype]} {norm}"
+    if kind in ("rms", "layer") and norm != "rms*gain":
+        mean = s if kind == "layer" else None
+        yield f"row_scale {where}", rows.row_scale_step(call.x, kind, 1e-6, s, mean)
+        added = rows.add_stats_step(call.x, made[0], made[1], kind, 1e-6, s, mean)
+        yield f"add_stats {where}", added
+        yield f"gate {where} silu", rows.gate_step(call, made, s, made[0])
+    if norm != "none+residual":
+        yield f"normalize {where}", rows.normalize_step(call, made[0])
+
+
+def table(capability: int, only: re.Pattern[str] | None = None) -> dict[str, dict[str, int]]:
+    """Resources by the names of `every_step`; of those whose name `only` finds, if given."""
+    return {
+        name: resources(step, capability)
+        for name, step in every_step(TARGETS[capability])
+        if only is None or only.search(name)
+    }
+
+
+def main(file: str) -> None:
+    import triton
+
+    found = {f"sm_{capability}": table(capability) for capability in TARGETS}
+    whole = {"triton": triton.__version__, "targets": found}
+    lines = json.dumps(whole, indent=1)
+    # One kernel a line.
+    lines = re.sub(r"\{\s+(\"registers\".*?)\s+\}", _one_line, lines, flags=re.DOTALL)
+    Path(file).write_text(lines + "\n", "utf-8")
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", found[1]) + "}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,81 @@
+"""Steps of a call with many rows as a tiled product; what its epilogue cannot do comes before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.gpu.launch import GROUP, Device, Tile, gemm_tile
+from flashnorm.kernels.gpu.rows import normalize_step, row_scale_step
+from flashnorm.kernels.gpu.skinny import precision
+from flashnorm.kernels.gpu.step import Step
+
+
+def only_scales(call: Call) -> bool:
+    """Whether the norm is one factor per row: an RMSNorm whose gain is in the weight."""
+    return call.norm == "rms" and call.gain is None and call.norm_bias is None
+
+
+def as_it_is(call: Call) -> bool:
+    """Whether x is multiplied as it came."""
+    return call.norm == "none" and call.gain is None and call.norm_bias is None
+
+
+def steps(
+    call: Call, outputs: Sequence[Tensor], device: Device, tile: Tile | None = None
+) -> Iterator[Step]:
+    """call.x: [rows, n] with dense rows, residual the same; outputs: [rows, k_i], dense.
+
+    A LayerNorm takes its mean off x and not, as `μ u`, off the product: no digit is lost by that.
+    """
+    x, s = call.x, None
+    if only_scales(call):
+        s = x.new_empty(x.shape[0], dtype=torch.float32)
+        yield row_scale_step(x, "rms", call.eps, s, None)
+    elif not as_it_is(call):
+        z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        yield normalize_step(call, z)
+        x = z
+    for i, y in enumerate(outputs):
+        if y.numel():
+            yield _product(call, x, s, i, y, device, tile)
+
+
+def _product(
+    call: Call, x: Tensor, s: Tensor | None, i: int, y: Tensor, device: Device, tile: Tile | None
+) -> Step:
+    from flashnorm.kernels.gpu.device.gemm import gemm
+
+    (rows, k), gated = y.shape, call.activation is not None
+    added = call.residual is not None
+    tile = tile or gemm_tile(rows, k, x.dtype, gated, device, added)
+    biases = call.biases or [None] * len(call.weights)
+    second = call.weights[1] if gated else None
+    arguments = {
+        "x": x,
+        "x_stride": x.stride(0),
+        "s": s,
+        "w0": call.weights[i],
+        "w0_stride": call.weights[i].stride(0),
+        "bias0": biases[i],
+        "w1": second,
+        "w1_stride": None if second is None else second.stride(0),
+        "bias1": biases[1] if gated else None,
+        "residual": call.residual,
+        "residual_stride": call.residual.stride(0) if call.residual is not None else None,
+        "y": y,
+        "rows": rows,
+        "n": x.shape[1],
+        "k": k,
+        "ACTIVATION": call.activation,
+        "PRECISION": precision(),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": GROUP,
+    }
+    blocks = -(-rows // tile.rows) * -(-k // tile.columns)
+    return Step(gemm, (blocks,), arguments, tile.warps, tile.stages)

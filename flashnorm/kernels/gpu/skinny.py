@@ -1,0 +1,138 @@
+"""Steps of a call with few rows: one kernel, and a second where parts of n are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.gpu.launch import Device, Tile, single, skinny_tile
+from flashnorm.kernels.gpu.step import Step
+
+TOGETHER = 3  # weights that one launch takes
+
+
+def statistics(call: Call, rows: int) -> str:
+    """When the kernel knows the statistics: "none", "first" before the products, or "after" them.
+
+    Afterwards is enough where all that they do is to scale the products. The matrix units take x
+    rounded: a float16 x times its gain could be too large for that before it is scaled.
+    """
+    if call.norm not in ("rms", "layer"):
+        return "none"
+    if call.norm == "layer" or call.norm_bias is not None:
+        return "first"
+    risky = rows > 1 and call.gain is not None and call.x.dtype == torch.float16
+    return "first" if risky else "after"
+
+
+def groups(call: Call) -> Iterator[list[int]]:
+    """Which weights go into one launch: those of a gate, or up to three that share x.
+
+    A kernel chooses its weight while it runs, so they have to be alike: with a bias or without,
+    and of no width that is compiled into the kernel.
+    """
+    count = len(call.weights)
+    biased = {bias is not None for bias in call.biases or (None,)}
+    alike = len(biased) == 1 and call.x.shape[1] > 1
+    alike = alike and all(w.shape[0] > 1 and w.stride(0) > 1 for w in call.weights)
+    together = 2 if call.activation else TOGETHER if alike else 1
+    for first in range(0, count, together):
+        yield list(range(first, min(count, first + together)))
+
+
+def steps(
+    call: Call, outputs: Sequence[Tensor], device: Device, tile: Tile | None = None
+) -> Iterator[Step]:
+    """call.x: [rows, n] with dense rows, residual the same; outputs: [rows, k_i], dense."""
+    for group in groups(call):
+        weights = [call.weights[i] for i in group]
+        biases = [call.biases[i] if call.biases else None for i in group]
+        found = [outputs[0]] if call.activation else [outputs[i] for i in group]
+        if sum(y.numel() for y in found):
+            yield from _group(call, weights, biases, found, device, tile)
+
+
+def _group(
+    call: Call,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    outputs: list[Tensor],
+    device: Device,
+    tile: Tile | None,
+) -> Iterator[Step]:
+    from flashnorm.kernels.gpu.device.skinny import finish_splits, skinny
+
+    (rows, n), gated = call.x.shape, call.activation is not None
+    widths = [y.shape[1] for y in outputs]
+    if tile is None:
+        tile = skinny_tile(rows, n, widths, call.x.dtype, gated, device)
+    splits = tile.splits if len(outputs) == 1 else 1
+    shared = _shared(call, tile, splits, len(weights))
+    if splits > 1:
+        size = splits * len(weights) * rows * widths[0]
+        shared["partial"] = call.x.new_empty(size, dtype=torch.float32)
+        shared["partial_squares"] = call.x.new_empty(splits * rows, dtype=torch.float32)
+    arguments = shared | _weights(weights, biases, outputs)
+    arguments |= {
+        "gain": call.gain,
+        "offset": single(call.gain_offset),
+        "norm_bias": call.norm_bias,
+        "alpha": call.alpha if call.norm == "dyt" else None,
+        "NORM": call.norm,
+        "PRECISION": precision(),
+        "STAGES": tile.stages,
+    }
+    blocks = sum(-(-width // tile.columns) for width in widths)
+    yield Step(skinny, (blocks, splits), arguments, tile.warps, tile.stages)
+    if splits > 1:
+        rest = {"bias0": biases[0], "bias1": biases[-1], "y": outputs[0], "k": widths[0]}
+        yield Step(finish_splits, (blocks,), shared | rest, tile.warps)
+
+
+def _shared(call: Call, tile: Tile, splits: int, weights: int) -> dict[str, Any]:
+    """What both kernels are given."""
+    residual = call.residual
+    return {
+        "x": call.x,
+        "x_stride": call.x.stride(0),
+        "rows": call.x.shape[0],
+        "n": call.x.shape[1],
+        "eps": single(call.eps),
+        "residual": residual,
+        "residual_stride": None if residual is None else residual.stride(0),
+        "partial": None,
+        "partial_squares": None,
+        "STATISTICS": statistics(call, tile.rows),
+        "ACTIVATION": call.activation,
+        "WEIGHTS": weights,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "SPLITS": splits,
+    }
+
+
+def _weights(
+    weights: list[Tensor], biases: list[Tensor | None], outputs: list[Tensor]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i in range(TOGETHER):
+        given = i < len(weights)
+        y = outputs[i] if i < len(outputs) else None
+        found |= {
+            f"w{i}": weights[i] if given else None,
+            f"w{i}_stride": weights[i].stride(0) if given else None,
+            f"bias{i}": biases[i] if given else None,
+            f"y{i}": y,
+            f"k{i}": None if y is None else y.shape[1],
+        }
+    return found
+
+
+def precision() -> str:
+    """Of float32 products: TensorFloat-32 only where torch is allowed to use it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,163 @@
+"""Norm + linear on every way: norms, dtypes, shapes, arguments, strides."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from flashnorm.errors import FlashNormError
+from flashnorm.kernels import gpu
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.gpu import gemm, launch, skinny
+from flashnorm.kernels.gpu.step import execute
+from tests.kernels.bounds import assert_close
+from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, make, random
+from tests.kernels.gpu.calls import WAYS, check, rounds_first, there
+
+# rows, n, widths: a tail of n, n = 1, several steps of n and k = 1, two launches of four weights.
+SHAPES = [
+    ((1, 67), (9,)),
+    ((1, 1), (3,)),
+    ((3, 300), (1,)),
+    ((4, 45), (9, 33, 3, 6)),
+]
+ALL = {"gain": True, "shift": True, "bias": True}
+
+
+@pytest.mark.parametrize("norm", EVERY_NORM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes(dtype, norm):
+    for (shape, widths), options in itertools.product(SHAPES, ({}, ALL)):
+        check(make(shape, widths, dtype, norm, **options), what=(shape, options))
+
+
+@pytest.mark.parametrize("norm", EVERY_NORM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_argument_alone(dtype, norm):
+    for option in ({"gain": True}, {"shift": True}, {"bias": True}, {"residual": True}):
+        check(make((1, 67), (9,), dtype, norm, **option), "skinny", what=option)
+        check(make((3, 67), (9,), dtype, norm, **option), what=option)
+    plain = make((3, 67), (9,), dtype, norm, gain=True, gain_offset=0.0)
+    check(plain, what="no offset")
+
+
+@pytest.mark.parametrize("rows", [17, 33, 64, 65])
+def test_rows_that_need_higher_tiles(rows):
+    for dtype in DTYPES:
+        check(make((rows, 20), (35,), dtype, "none", bias=True), what=dtype)
+    check(make((rows, 20), (7,), torch.bfloat16, "layer", gain=True), what="layer")
+
+
+@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_a_gemm(dtype, norm):
+    """More rows of tiles than share the cache, ends in every direction, and a gate."""
+    for rows, activation in ((150 if norm == "none" else 20, None), (20, "silu")):
+        widths = (37, 37) if activation else (37,)
+        call = make((rows, 40), widths, dtype, norm, bias=True, activation=activation)
+        moved = there(call)
+        y = moved.x.new_empty(rows, 37)
+        execute(gemm.steps(moved, [y], launch.HOPPER, launch.Tile(16, 16, 16, 1, 2)))
+        assert_close(call, [y.cpu()], what=activation, first=False)
+
+
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates(dtype, activation):
+    check(make((1, 67), (9, 9), dtype, "rms", activation=activation), "skinny")
+    for norm, options in (("rms", {}), ("layer", {**ALL, "residual": True})):
+        check(make((3, 67), (9, 9), dtype, norm, activation=activation, **options), what=norm)
+
+
+def test_a_gate_with_one_bias():
+    for rows, first in itertools.product((1, 4), (0, 1)):
+        call = make((rows, 40), (9, 9), torch.bfloat16, bias=True, activation="silu")
+        call.biases[first] = None
+        check(call, what=(rows, first))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_row_that_takes_several_steps(dtype):
+    for norm, n in itertools.product(("rms", "layer"), (1024, 1090)):
+        check(make((1, n), (5,), dtype, norm, gain=True), "skinny", what=(norm, n))
+
+
+@pytest.mark.parametrize("norm", EVERY_NORM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_n(dtype, norm):
+    """Added up by a second kernel: a part may be empty, and statistics come before or after."""
+    for rows, splits in ((1, 3), (3, 6)):
+        for options in ({}, {**ALL, "residual": True}, {"activation": "silu", "bias": True}):
+            widths = (9, 9) if "activation" in options else (9,)
+            call = make((rows, 67), widths, dtype, norm, **options)
+            tile = launch.Tile(1 if rows == 1 else 16, 16, 16, 1, 2, splits)
+            split_check(call, tile, (rows, splits, options))
+
+
+def split_check(call: Call, tile: launch.Tile, what: object) -> None:
+    moved = there(call)
+    y = moved.x.new_empty(moved.x.shape[0], moved.weights[0].shape[0])
+    steps = list(skinny.steps(moved, [y], launch.HOPPER, tile))
+    assert [step.kernel.__name__ for step in steps] == ["skinny", "finish_splits"]
+    execute(steps)
+    assert_close(call, [y.cpu()], what=what, first=rounds_first(call, "skinny"))
+
+
+def test_long_rows_and_few_columns_are_split_by_themselves():
+    tile = launch.skinny_tile(3, 4100, [5], torch.bfloat16, False, launch.HOPPER)
+    assert tile.splits == 2
+    check(make((3, 4100), (5,), torch.bfloat16), "skinny")
+
+
+def test_the_same_call_gives_the_same_bits():
+    call = there(make((3, 300), (5,), torch.float32, gain=True))
+    for way in WAYS:
+        assert torch.equal(gpu.run(call, way)[0], gpu.run(call, way)[0])
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_strides(norm):
+    """Rows or columns that lie apart, several axes, halves of one weight, one row repeated."""
+    dtype = torch.bfloat16
+    wide = random(2, 3, 80, dtype=dtype, scale=2)
+    weight = random(26, 90, dtype=dtype, scale=0.1, seed=1)
+    residual = random(2, 3, 26, dtype=dtype, seed=2)[..., ::2]
+    halves = [half[:, :40] for half in weight.chunk(2)]
+    for x in (wide[..., :40], wide[..., ::2], wide.transpose(0, 1)[..., :40].transpose(0, 1)):
+        check(Call(x, halves, None, norm, 1e-5, activation="relu", residual=residual))
+        check(Call(x, halves, None, norm, 1e-5, random(40, dtype=dtype, seed=3)))
+    repeated = wide[0, :1, :40].expand(4, 40)
+    check(Call(repeated, halves[:1], None, norm, 1e-5, residual=residual[0, :1].expand(4, 13)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_to_do(way):
+    for shape in ((0, 16), (2, 0, 16)):
+        for activation in (None, "silu"):
+            call = make(shape, (5, 5), torch.bfloat16, bias=True, activation=activation)
+            assert [y.shape for y in gpu.run(there(call), way)] == (
+                [(*shape[:-1], 5)] * (1 if activation else 2)
+            )
+    empty = make((2, 16), (0, 7, 0), torch.bfloat16, bias=True)
+    found = gpu.run(there(empty), way)
+    assert [y.shape[1] for y in found] == [0, 7, 0]
+    check(empty, way)
+
+
+def test_weights_of_an_odd_kind_do_not_go_together():
+    """A bias for some of them only, and a width that is compiled into the kernel."""
+    call = make((2, 33), (4, 5, 6), torch.float32, bias=True)
+    call.biases[1] = None
+    assert [len(group) for group in skinny.groups(call)] == [1, 1, 1]
+    check(call, "skinny")
+    assert [len(group) for group in skinny.groups(make((2, 33), (4,) * 4, torch.float32))] == [3, 1]
+
+
+def test_what_a_way_cannot_do_is_refused():
+    call = there(make((65, 16), (5,), torch.float32))
+    with pytest.raises(FlashNormError, match="x has 65 rows; the skinny kernel takes 64 at most"):
+        gpu.run(call, "skinny")
+    with pytest.raises(FlashNormError, match="no way 'fast'; the ways are skinny, gemm and matmul"):
+        gpu.run(call, "fast")
