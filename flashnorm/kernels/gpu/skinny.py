@@ -134,5 +134,8 @@ def _weights(
 
 
 def precision() -> str:
-    """Of float32 products: TensorFloat-32 only where torch is allowed to use it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Of float32 products: TensorFloat-32 only where torch is allowed to use it.
+
+    (`allow_tf32` raises once somebody has chosen by the newer name, which knows both.)
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

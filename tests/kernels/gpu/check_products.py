@@ -161,3 +161,16 @@ def test_what_a_way_cannot_do_is_refused():
         gpu.run(call, "skinny")
     with pytest.raises(FlashNormError, match="no way 'fast'; the ways are skinny, gemm and matmul"):
         gpu.run(call, "fast")
+
+
+def test_tensorfloat_only_where_torch_may_use_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            matmul.fp32_precision = allowed
+            assert skinny.precision() == expected
+        matmul.allow_tf32 = True
+        assert skinny.precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
