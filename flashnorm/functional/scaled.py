@@ -216,6 +216,12 @@ def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def _fp8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    if not q.is_cuda:  # not every release of torch has scales of rows there
+        one = torch.ones((), device=q.device)
+        found = torch._scaled_mm(
+            q, weight.values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32
+        )
+        return (found * scale * weight.scale.t()).to(dtype)
     return torch._scaled_mm(
         q, weight.values.t(), scale_a=scale, scale_b=weight.scale.t(), out_dtype=dtype
     )
