@@ -82,6 +82,49 @@ class Peace {
   std::atomic<int> disturbed_{0};
 };
 
+// Makes OpenMP see more threads than cores, by a thread with a team of its own: making one takes
+// milliseconds where the cores are busy, so that nobody waits for it.
+class Crowd {
+ public:
+  void want(bool more, int64_t threads) {
+    pthread_mutex_lock(&lock_);
+    wanted_ = more;
+    threads_ = threads;
+    pthread_t thread;
+    if (!started_ && more && !pthread_create(&thread, nullptr, live, this)) {
+      pthread_detach(thread);
+      started_ = true;
+    }
+    pthread_cond_signal(&changed_);
+    pthread_mutex_unlock(&lock_);
+  }
+
+ private:
+  static void* live(void* self) {
+    constexpr int soft = 1;
+    Crowd& me = *static_cast<Crowd*>(self);
+    for (;;) {
+      const int64_t threads = me.await(true);
+      omp_parallel.load()([](void*) {}, nullptr, static_cast<unsigned>(threads), 0);
+      me.await(false);
+      omp_pause.load()(soft);
+    }
+  }
+
+  int64_t await(bool wanted) {
+    pthread_mutex_lock(&lock_);
+    while (wanted_ != wanted) pthread_cond_wait(&changed_, &lock_);
+    const int64_t threads = threads_;
+    pthread_mutex_unlock(&lock_);
+    return threads;
+  }
+
+  bool wanted_ = false, started_ = false;
+  int64_t threads_ = 2;
+  pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t changed_ = PTHREAD_COND_INITIALIZER;
+};
+
 // A job as the members see it.
 struct Task {
   const CrewJob& job;
@@ -92,13 +135,16 @@ struct Task {
 // One thread of the crew, and the task that it has been offered.
 class alignas(128) Member {
  public:
-  // False where the system gives no more threads.
-  bool start(int64_t part, Peace& peace) {
+  // False where the system gives no more threads. One of the members is given the crowd.
+  bool start(int64_t part, Peace& peace, Crowd* crowd) {
     part_ = part;
     peace_ = &peace;
-    pthread_t thread;
-    if (pthread_create(&thread, nullptr, live, this)) return false;
-    pthread_detach(thread);
+    crowd_ = crowd;
+    if (pthread_create(&thread_, nullptr, live, this)) return false;
+#ifdef __linux__
+    movable_ = !pthread_getaffinity_np(thread_, sizeof allowed_, &allowed_);
+#endif
+    pthread_detach(thread_);
     return true;
   }
 
@@ -106,6 +152,7 @@ class alignas(128) Member {
     done_.store(false, std::memory_order_relaxed);
     offered_.store(&task);
     if (!asleep_.load()) return;
+    steer();
     pthread_mutex_lock(&lock_);
     pthread_cond_signal(&wake_);
     pthread_mutex_unlock(&lock_);
@@ -136,6 +183,18 @@ class alignas(128) Member {
     parts_ = parts;
     done_.store(true, std::memory_order_release);  // the task is gone from here on
     fetch();
+  }
+
+  // Where cores are virtual, Linux takes an idle one for a busy one and wakes a thread on the core of
+  // whoever wakes it, behind that thread.
+  void steer() {
+#ifdef __linux__
+    const int here = sched_getcpu();
+    if (!movable_ || here < 0 || !CPU_ISSET(here, &allowed_) || CPU_COUNT(&allowed_) < 2) return;
+    cpu_set_t others = allowed_;
+    CPU_CLR(here, &others);
+    pthread_setaffinity_np(thread_, sizeof others, &others);
+#endif
   }
 
   bool called() const { return offered_.load(std::memory_order_relaxed) != nullptr; }
@@ -187,20 +246,20 @@ class alignas(128) Member {
     return !late;
   }
 
-  // The first member makes OpenMP see more threads than cores, or no longer.
   void crowd(bool more) {
-    const OmpParallel parallel = omp_parallel.load();
-    const OmpPause pause = omp_pause.load();
-    if (part_ != 1 || !parallel || !pause) return;
-    constexpr int soft = 1;
-    if (more) parallel([](void*) {}, nullptr, static_cast<unsigned>(parts_), 0);
-    else pause(soft);
+    if (crowd_) crowd_->want(more, parts_);
   }
 
   static constexpr int64_t FOREVER = -1;
 
   int64_t part_ = 0, parts_ = 2;
+  pthread_t thread_{};
+#ifdef __linux__
+  cpu_set_t allowed_;
+  bool movable_ = false;
+#endif
   Peace* peace_ = nullptr;
+  Crowd* crowd_ = nullptr;
   Ahead ahead_;
   std::atomic<const Task*> offered_{nullptr};
   std::atomic<bool> done_{true}, asleep_{false};
@@ -220,7 +279,9 @@ class Crew {
 
  private:
   bool grow(int64_t members) {
-    while (members_ < members && member_[members_].start(members_ + 1, peace_)) ++members_;
+    while (members_ < members &&
+           member_[members_].start(members_ + 1, peace_, members_ ? nullptr : &crowd_))
+      ++members_;
     return members_ >= members;
   }
 
@@ -237,6 +298,7 @@ class Crew {
   std::atomic<bool> busy_{false};
   int64_t members_ = 0;
   Peace peace_;
+  Crowd crowd_;
   Sequel sequel_;
   Member member_[MOST_THREADS - 1];
 };

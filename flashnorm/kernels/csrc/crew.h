@@ -18,8 +18,8 @@ struct CrewJob {
 bool flashnorm_crew_run(const CrewJob& job);
 
 // OpenMP's threads spin on the crew's cores after each of torch's own loops, unless the runtime knows
-// of more threads than cores: while the crew is awake, one of it has OpenMP threads of its own, which
-// do nothing. `pause` gives them back. Without these two there is no crew.
+// of more threads than cores: while the crew is awake, there are OpenMP threads more, which do nothing.
+// `pause` gives them back. Without these two there is no crew.
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 using OmpPause = int (*)(int kind);
 void flashnorm_crew_use(OmpParallel parallel, OmpPause pause);
