@@ -39,6 +39,7 @@ bench: demo
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.make_models 1b $(BENCH)/models --dtypes
 	$(BIN)/flashnorm bench demo-output/SmolLM2-135M-Instruct --dtype bf16 --dtype fp32 \
+		--variants eager,compile,flashnorm,flashnorm+compile \
 		--out $(RESULTS)/smollm2-135m-$(DATE)
 	$(BIN)/flashnorm bench $(BENCH)/models/llama-1b --dtype bf16 --out $(RESULTS)/llama-1b-$(DATE)
 	$(BIN)/python benchmarks/operations.py --out $(RESULTS)/operations-$(DATE)

@@ -88,7 +88,7 @@ def small(tmp_path_factory):
 def test_only_what_is_run_here_stands_in_the_readme():
     assert {kind for kind, _ in BLOCKS} == {"", "sh", "python"}
     assert {line.split()[0] for line in SHELL} == {"make", "flashnorm"}
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert {"make demo", "make test"} <= set(MAKE)
     assert {line.split()[1] for line in COMMANDS} >= {
         "inspect",

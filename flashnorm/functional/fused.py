@@ -29,26 +29,27 @@ from flashnorm.kernels.call import Call
 def run(call: Call) -> list[Tensor]:
     """Any call: directly in eager mode, as a registered operation where something watches."""
     if torch.compiler.is_compiling():
-        return reference.norm_linear(call) if _transformed(call) else ops.run(call)
+        plain = wants_torch(call.tensors())
+        return reference.norm_linear(call) if plain else ops.run(call)
     gradient = call.needs_gradient()
     if not gradient and not dispatch.watched(call.x, *call.weights):
         return dispatch.norm_linear(call)
     # torch.jit cannot write down a list of weights.
-    plain = dispatch.transformed() or torch.jit.is_tracing() or _sharded(call)
+    plain = dispatch.transformed() or torch.jit.is_tracing() or _sharded(call.tensors())
     return reference.norm_linear(call) if plain else ops.run(call)
 
 
-def _transformed(call: Call) -> bool:
-    """Whether a compiled graph needs torch's own operations."""
+def wants_torch(tensors: Sequence[Tensor]) -> bool:
+    """Whether a compiled graph needs torch's own operations on them."""
     inside = torch._C._functorch.maybe_current_level() is not None
-    return inside or dispatch.autocasting() or _sharded(call)
+    return inside or dispatch.autocasting() or _sharded(tensors)
 
 
-def _sharded(call: Call) -> bool:
+def _sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether a tensor is spread over processes (DTensor): torch knows how to run its own then."""
     if (distributed := sys.modules.get("torch.distributed.tensor")) is None:
         return False
-    return any(isinstance(tensor, distributed.DTensor) for tensor in call.tensors())
+    return any(isinstance(tensor, distributed.DTensor) for tensor in tensors)
 
 
 def norm_linear(

@@ -24,8 +24,12 @@ _ATTEND = struct.Struct("2i21qdq").pack
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
     """Why the kernel cannot take these arguments of `attend`, or None where it can."""
-    if isinstance(library := load(), str):
-        return library
+    library = load()
+    return library if isinstance(library, str) else unfit(q, k, v, mask)
+
+
+def unfit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """The same where there are kernels: by types, shapes and strides alone."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return "q, k and v are not [B, heads, length, width] on the CPU"
     dtype = q.dtype

@@ -36,9 +36,13 @@ class Call(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Those of the arguments that are given."""
-        x, weights, biases, _, _, gain, _, norm_bias, alpha, _, residual = self
-        given = (x, *weights, *(biases or ()), gain, norm_bias, alpha, residual)
-        return [tensor for tensor in given if tensor is not None]
+        residual = [] if self.residual is None else [self.residual]
+        return [self.x, *self.weights, *self.vectors(), *residual]
+
+    def vectors(self) -> list[Tensor]:
+        """Those of biases, gain, norm_bias and alpha that are given."""
+        given = (*(self.biases or ()), self.gain, self.norm_bias, self.alpha)
+        return [vector for vector in given if vector is not None]
 
 
 def check(call: Call) -> None:

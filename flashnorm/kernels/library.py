@@ -18,7 +18,7 @@ import torch
 from flashnorm.errors import FlashNormError
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
-ABI = 3  # FLASHNORM_ABI in csrc/api.h
+ABI = 4  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 
 _choosing = threading.RLock()
@@ -36,6 +36,8 @@ class Library:
         handle.flashnorm_set_prefetch.argtypes = [ctypes.c_int64]
         handle.flashnorm_tune_crew.argtypes = [ctypes.c_int64] * 3
         handle.flashnorm_crew_calls.restype = ctypes.c_int64
+        handle.flashnorm_register_operators.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
+        self.register_operators = handle.flashnorm_register_operators
         self.read = handle.flashnorm_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.set_prefetch = handle.flashnorm_set_prefetch
@@ -58,18 +60,12 @@ class Library:
 
         Its symbols are looked up through torch's own library, so that no name of a runtime matters.
         """
-        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-            try:
-                torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-                symbols = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-                found = [
-                    ctypes.cast(getattr(torch_cpu, symbol), ctypes.c_void_p) for symbol in symbols
-                ]
-            except (OSError, AttributeError):
-                continue
-            self._handle.flashnorm_use_openmp(*found, _pause(torch_cpu))
-            return "torch's OpenMP threads"
-        return "one thread: torch has no OpenMP runtime with GOMP_parallel"
+        symbols = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        found = torch_symbols(*symbols)
+        if found is None:
+            return "one thread: torch has no OpenMP runtime with GOMP_parallel"
+        self._handle.flashnorm_use_openmp(*found, _pause())
+        return "torch's OpenMP threads"
 
     @property
     def isas(self) -> list[str]:
@@ -97,12 +93,23 @@ class Library:
         self._isa = name
 
 
-def _pause(runtime: ctypes.CDLL) -> ctypes.c_void_p | None:
+def torch_symbols(*names: str) -> list[ctypes.c_void_p] | None:
+    """Functions of torch's own library or of what it has loaded; None if one is missing."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _pause() -> ctypes.c_void_p | None:
     """What gives OpenMP threads back, where the runtime is GNU's: others spin next to our own."""
-    if hasattr(runtime, "__kmpc_fork_call"):
+    if torch_symbols("__kmpc_fork_call"):
         return None
-    pause = getattr(runtime, "omp_pause_resource_all", None)
-    return pause and ctypes.cast(pause, ctypes.c_void_p)
+    found = torch_symbols("omp_pause_resource_all")
+    return found[0] if found else None
 
 
 @cache

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.functional import fused
 from flashnorm.kernels import attention as kernel
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import cpu, dispatch, operators
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
 
@@ -42,19 +43,21 @@ def attention(
     query: [B, H, L, D], key and value: [B, Hkv, T, D], attention_mask: [B or 1, 1, L, T] or None;
     returns ([B, L, H, D], None). The kernel takes L = 1 on the CPU without gradients.
     """
-    one = not torch.compiler.is_compiling() and query.shape[2] == 1
-    if one and dropout == 0.0 and not module.training:
+    if query.shape[2] == 1 and dropout == 0.0 and not module.training:
         mask = () if attention_mask is None else (attention_mask,)
         given = (query, key, value, *mask)
         if _plain(given) and _known(module, given, kwargs):
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return kernel.attend(query, key, value, scale, attention_mask), None
+            attend = operators.attend if torch.compiler.is_compiling() else kernel.attend
+            return attend(query, key, value, scale, attention_mask), None
     more = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return _sdpa()(module, query, key, value, attention_mask, **more)
 
 
 def _plain(given: tuple[Tensor, ...]) -> bool:
     """Whether nothing but the values of these tensors matters."""
+    if torch.compiler.is_compiling():
+        return not torch.is_grad_enabled() and not fused.wants_torch(given)
     if dispatch.watched(*given) or dispatch.transformed():
         return False
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given)
@@ -70,7 +73,11 @@ def _known(module: nn.Module, given: tuple[Tensor, ...], options: dict[str, Any]
     repeats: int | None = module.__dict__.get("num_key_value_groups")
     if repeats is None:
         repeats = 1 if heads == groups else getattr(module, "num_key_value_groups", 1)
-    return repeats * groups == heads and kernel.why_not(*given) is None
+    if repeats * groups != heads:
+        return False
+    if torch.compiler.is_compiling():
+        return operators.AVAILABLE and kernel.unfit(*given) is None
+    return kernel.why_not(*given) is None
 
 
 def _sdpa() -> Callable[..., tuple[Tensor, None]]:

@@ -15,7 +15,7 @@ from flashnorm.kernels import cpu
 from flashnorm.plan import Site
 from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm
 from flashnorm.runtime.gpu import LIBRARY, GpuGated, GpuLinear, GpuNorm
-from flashnorm.runtime.kernel import Kernel, Norm, Product
+from flashnorm.runtime.kernel import Kernel, Norm, Product, Slice
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
 NOT_ALONE = "its module does more than this norm, or takes more than one argument"
@@ -148,7 +148,7 @@ class Builder:
         weight = self.held(module, linear.weight)
         bias = self.held(module, linear.bias) if linear.bias else ""
         total = self.model.get_parameter(linear.weight).shape[0]
-        return Product(module, rows.start, rows.length, total, weight, bias)
+        return Product(module, Slice(rows.start, rows.length, total, weight, bias))
 
     def held(self, module: nn.Module, parameter: str) -> str:
         """What the module itself calls a parameter."""

@@ -17,11 +17,14 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from flashnorm.functional import fused
-from flashnorm.kernels import cpu, dispatch
-from flashnorm.runtime.kernel import Kernel, part
+from flashnorm.kernels import cpu, dispatch, operators
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import DTYPES
+from flashnorm.runtime.kernel import Kernel, part, recipe
 
 TRAINING = "the module is in training mode"
-# In float32 a compiled graph's own matrix times vector is as fast, and calling ours takes longer.
+# Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
+# float32 the graph's own product is faster then.
 COMPILED = (torch.bfloat16, torch.float16)
 MORE = "the module was given more than one argument"
 OTHER = "the module returns another dtype than it is given"
@@ -60,10 +63,12 @@ class Fused:
 
     def for_kernels(self, x: Tensor) -> bool:
         """Whether a compiled graph should call the kernel: no gradient, few rows, if known."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in COMPILED:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES:
             return False
         size = x.numel()
-        return not isinstance(size, int) or size <= self.kernel.most[x.dtype]
+        if not isinstance(size, int):
+            return x.dtype in COMPILED
+        return size <= recipe(self.kernel.written).most[DTYPES[x.dtype]]
 
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
@@ -103,7 +108,7 @@ class FusedLinear(Fused):
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not self.for_kernels(x):
             return self.original(x, *args, **kwargs)
-        return fused.run(self.kernel.call(x))[0]
+        return in_graph(self.kernel.call(x))[0]
 
 
 class FusedGated(Fused):
@@ -156,7 +161,7 @@ class FusedGated(Fused):
 
     def _many(self, x: Tensor) -> Tensor:
         """The library's matmuls, and a gate of one pass over the first one's result."""
-        gate, up = (F.linear(x, *part(product)) for product in self.kernel.products)
+        gate, up = (F.linear(x, *part(*product)) for product in self.kernel.products)
         width = gate.shape[-1]
         assert self.kernel.activation is not None
         cpu.gate_(gate.view(-1, width), up.view(-1, width), self.kernel.activation)
@@ -165,7 +170,13 @@ class FusedGated(Fused):
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or self.module.training or not self.for_kernels(x):
             return self.original(x, *args, **kwargs)
-        return self.down(fused.run(self.kernel.call(x))[0])
+        return self.down(in_graph(self.kernel.call(x))[0])
+
+
+def in_graph(call: Call) -> list[Tensor]:
+    """The operation as a compiled graph calls it: without Python where shapes are known."""
+    few = isinstance(call.x.numel(), int) and not fused.wants_torch(call.tensors())
+    return operators.norm_linear(call) if few and operators.takes(call) else fused.run(call)
 
 
 # Rows that a gated module takes at a time: what is between its products stays in the caches, and

@@ -127,7 +127,7 @@ class GpuGated(OnGpu, FusedGated):
         if first.module is second.module:  # one product gives both halves
             return self.original(x)
         assert self.kernel.activation is not None
-        gate, up = (F.linear(x, *part(product)) for product in (first, second))
+        gate, up = (F.linear(x, *part(*product)) for product in (first, second))
         y: Tensor = self.down(reference.ACTIVATIONS[self.kernel.activation](gate).mul_(up))
         return y
 

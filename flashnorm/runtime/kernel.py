@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from flashnorm.kernels import cpu
@@ -26,19 +29,45 @@ class Norm:
     bias: str = ""
 
 
-@dataclass(frozen=True)
-class Product:
+class Slice(NamedTuple):
     """Rows `start : start + length` of a linear module's weight, and of its bias if it has one.
 
     `total` is how many rows the weight has in all.
     """
 
-    module: nn.Module
     start: int
     length: int
     total: int
     weight: str = "weight"
     bias: str = ""
+
+
+class Product(NamedTuple):
+    """A linear module, and which of its rows are multiplied."""
+
+    module: nn.Module
+    rows: Slice
+
+
+class Recipe(NamedTuple):
+    """What a kernel is made of but for modules; `most` by the numbers of `cpu.DTYPES`."""
+
+    norm: Norm
+    products: list[Slice]
+    activation: str | None
+    most: list[int]
+
+
+@torch.compiler.assume_constant_result
+def recipe(written: str) -> Recipe:
+    """What a text stands for: a compiled graph checks the text at every call, not every field."""
+    return _read(written)
+
+
+@cache
+def _read(written: str) -> Recipe:
+    norm, products, activation, most = json.loads(written)
+    return Recipe(Norm(*norm), [Slice(*rows) for rows in products], activation, most)
 
 
 NONE = Norm("none", 0.0)
@@ -61,23 +90,36 @@ class Kernel:
     ) -> None:
         self.norm, self.holder, self.products = norm, holder, tuple(products)
         self.activation = activation
-        widths = [product.length for product in self.products]
+        self.modules = tuple(module for module, _ in self.products)
+        widths = [rows.length for _, rows in self.products]
         self.widths = widths[:1] if activation else widths
         self._slots: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name) for module, name in self._names()
         ]
         # How many elements of x are worth the kernel; with more of them a library is faster.
-        n = getattr(products[0].module, products[0].weight).shape[1] if products else 0
+        n = self._weight(self.products[0]).shape[1] if products else 0
         count = len(self.products)
         self.most = {dtype: n * cpu.rows_for(dtype, n, count) for dtype in cpu.DTYPES}
+        self.written = self._write()
         self._bound: tuple[tuple[Any, ...], bytes, int, str] = ((), b"", 0, "")
+
+    def _write(self) -> str:
+        """The kernel as a text, which `recipe` reads."""
+        rows = [rows for _, rows in self.products]
+        most = [self.most[dtype] for dtype in cpu.DTYPES]
+        return json.dumps([astuple(self.norm), rows, self.activation, most])
+
+    @staticmethod
+    def _weight(product: Product) -> Tensor:
+        found: Tensor = getattr(product.module, product.rows.weight)
+        return found
 
     def _names(self) -> list[tuple[nn.Module, str]]:
         found = []
         if self.holder is not None:
             found += [(self.holder, name) for name in (self.norm.gain, self.norm.bias) if name]
-        for product in self.products:
-            found += [(product.module, name) for name in (product.weight, product.bias) if name]
+        for module, rows in self.products:
+            found += [(module, name) for name in (rows.weight, rows.bias) if name]
         return found
 
     def parameters(self) -> list[Tensor]:
@@ -97,18 +139,20 @@ class Kernel:
 
     def call(self, x: Tensor) -> Call:
         """The arguments, as the plain functions take them."""
-        gain, bias = (self._held(name) for name in (self.norm.gain, self.norm.bias))
-        pairs = [part(product) for product in self.products]
+        made = recipe(self.written)
+        norm = made.norm
+        gain, bias = (self._held(name) for name in (norm.gain, norm.bias))
+        pairs = [part(*product) for product in zip(self.modules, made.products, strict=True)]
         return Call(
             x,
             [weight for weight, _ in pairs],
             [bias for _, bias in pairs],
-            self.norm.kind,
-            self.norm.eps,
+            norm.kind,
+            norm.eps,
             gain,
-            self.norm.offset,
+            norm.offset,
             bias,
-            activation=self.activation,
+            activation=made.activation,
         )
 
     def _held(self, name: str) -> Tensor | None:
@@ -124,9 +168,9 @@ class Kernel:
             if parameter.dtype != x.dtype:
                 return f"x is {x.dtype}, a parameter is {parameter.dtype}"
         for product in self.products:
-            rows = getattr(product.module, product.weight).shape[0]
-            if rows != product.total:
-                return f"a weight had {product.total} rows and has {rows} now"
+            total, found = product.rows.total, self._weight(product).shape[0]
+            if found != total:
+                return f"a weight had {total} rows and has {found} now"
         return ""
 
     def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
@@ -142,11 +186,11 @@ class Kernel:
         return cpu.pack(call), cpu.most_rows(call) * x.shape[-1], ""
 
 
-def part(product: Product) -> tuple[Tensor, Tensor | None]:
-    """Its rows of the weight and of the bias, as they are now."""
-    weight = getattr(product.module, product.weight)
-    bias = getattr(product.module, product.bias) if product.bias else None
-    if product.length == weight.shape[0]:
+def part(module: nn.Module, rows: Slice) -> tuple[Tensor, Tensor | None]:
+    """These rows of the weight and of the bias, as they are now."""
+    weight = getattr(module, rows.weight)
+    bias = getattr(module, rows.bias) if rows.bias else None
+    if rows.length == weight.shape[0]:
         return weight, bias
-    rows = slice(product.start, product.start + product.length)
-    return weight[rows], None if bias is None else bias[rows]
+    chosen = slice(rows.start, rows.start + rows.length)
+    return weight[chosen], None if bias is None else bias[chosen]

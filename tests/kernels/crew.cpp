@@ -131,6 +131,15 @@ void a_sleeping_member_is_woken() {
   }
 }
 
+void after_many_rows_one_call_is_left_to_others() {
+  Counts counts{};
+  flashnorm_crew_pass();
+  CHECK(!flashnorm_crew_run({count, &counts, 2, nullptr}));
+  CHECK(counts.of[0] == 0 && counts.of[1] == 0);
+  CHECK(flashnorm_crew_run({count, &counts, 2, nullptr}));
+  CHECK(counts.of[0] == 1 && counts.of[1] == 1);
+}
+
 }  // namespace
 
 int main() {
@@ -139,5 +148,6 @@ int main() {
   what_followed_last_time_is_what_comes_next();
   every_part_runs_once();
   a_sleeping_member_is_woken();
+  after_many_rows_one_call_is_left_to_others();
   return 0;
 }

@@ -1,6 +1,7 @@
 """Generation on an accelerated model: every cache, beams, padding, batches, torch.compile."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -66,9 +67,10 @@ def test_compiled_as_one_graph():
     assert close(logits(compiled, ids()), logits(original, ids()))
 
 
-def test_a_compiled_decode_step_calls_the_kernels():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_compiled_decode_step_calls_the_kernels(dtype):
     original, model = pair()
-    original.bfloat16(), model.bfloat16()
+    original.to(dtype), model.to(dtype)
     logits(model, ids())
     calls = []
     graph = torch.compile(model, fullgraph=True, backend=recorder(calls))
@@ -78,8 +80,68 @@ def test_a_compiled_decode_step_calls_the_kernels():
         with torch.no_grad():
             found = graph(tokens, past_key_values=caches[0], use_cache=True).logits
             expected = original(tokens, past_key_values=caches[1], use_cache=True).logits
-        assert close(found, expected, torch.bfloat16)
-    assert sum("flashnorm.norm_linear" in call for call in calls) >= 11
+        assert close(found, expected, dtype)
+    count, layers = Counter(calls), LLAMA.num_hidden_layers
+    graphs = count["output"]
+    each = 6 * layers + 1  # q, k, v, o, gate and up, down; the head
+    assert count["flashnorm.norm_linear_cpu"] == graphs * each
+    assert count["flashnorm.attend_cpu"] == graphs * layers
+    assert not count["linear"]
+
+
+def test_a_compiled_graph_of_any_length_is_made_for_few_rows_and_for_many():
+    original, model = pair()
+    original.bfloat16(), model.bfloat16()
+    found = {}
+    for length in (3, 200):
+        calls = []
+        graph = torch.compile(model, fullgraph=True, dynamic=True, backend=recorder(calls))
+        for more in (0, 1):
+            tokens = ids(1, length + more)
+            assert close(logits(graph, tokens), logits(original, tokens), torch.bfloat16)
+        found[length] = Counter(calls)
+        assert found[length]["output"] == 1
+    few, many = (found[length]["flashnorm.norm_linear_cpu"] for length in (3, 200))
+    assert few > many  # where the library is faster: how much of it depends on the processor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_exported_graph_takes_any_length(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 32)).to(dtype).eval()
+    expected = copy.deepcopy(model)
+    flashnorm.accelerate_(model, (torch.randn(2, 32, dtype=dtype),))
+    with torch.no_grad():
+        length = {0: torch.export.Dim("length", min=2, max=4096)}
+        program = torch.export.export(
+            model, (torch.randn(3, 32, dtype=dtype),), dynamic_shapes=(length,)
+        )
+        for rows in (2, 700):
+            x = torch.randn(rows, 32, dtype=dtype)
+            assert close(program.module()(x), expected(x), dtype)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert ("flashnorm.norm_linear.default" in names) == (dtype == torch.bfloat16)
+
+
+def test_a_compiled_graph_with_gradients_is_the_originals():
+    original, model = pair()
+    calls = []
+    found = torch.compile(model, fullgraph=True, backend=recorder(calls))(ids(1, 1)).logits
+    assert torch.equal(found, original(ids(1, 1)).logits)
+    assert not [call for call in calls if "flashnorm" in call]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_compiled_graph_under_autocast_is_the_originals(length):
+    original, model = pair()
+    calls = []
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(
+            torch.compile(model, fullgraph=True, backend=recorder(calls)), ids(1, length)
+        )
+        expected = logits(original, ids(1, length))
+    assert torch.equal(found, expected)
+    assert not [call for call in calls if "flashnorm" in call]
 
 
 def recorder(calls):

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 3
+#define FLASHNORM_ABI 4
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Norm : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2, NORM_DYT = 3 };
@@ -74,3 +74,8 @@ struct Attend {
   double scale;
   int64_t threads;
 };
+
+extern "C" {
+__attribute__((visibility("default"))) int32_t flashnorm_run(const Op* op, const Call* call);
+__attribute__((visibility("default"))) int32_t flashnorm_attend(const Attend* attend);
+}

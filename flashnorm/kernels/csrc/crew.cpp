@@ -18,6 +18,7 @@ constexpr int SPINS = 64;           // between two looks at the clock; others ma
 std::atomic<OmpParallel> omp_parallel{nullptr};
 std::atomic<OmpPause> omp_pause{nullptr};
 std::atomic<int64_t> bytes_ahead{-1}, rest_calls{-1};
+std::atomic<bool> others_spin{false};
 
 int64_t room() {
   const int64_t asked = bytes_ahead.load(std::memory_order_relaxed);
@@ -169,7 +170,7 @@ class alignas(128) Member {
  private:
   static void* live(void* self) {
     Member& me = *static_cast<Member*>(self);
-    for (me.crowd(true);;) {
+    for (;;) {
       if (!me.await_call()) me.sleep();
       if (const Task* task = me.offered_.exchange(nullptr)) me.serve(*task);
     }
@@ -183,6 +184,7 @@ class alignas(128) Member {
     parts_ = parts;
     done_.store(true, std::memory_order_release);  // the task is gone from here on
     fetch();
+    if (++served_ == SEVERAL) crowd(true);
   }
 
   // Where cores are virtual, Linux takes an idle one for a busy one and wakes a thread on the core of
@@ -225,11 +227,10 @@ class alignas(128) Member {
   }
 
   void sleep() {
-    if (!doze(STAY_US)) {
-      crowd(false);
-      doze(FOREVER);
-      crowd(true);
-    }
+    if (doze(STAY_US)) return;
+    if (served_ >= SEVERAL) crowd(false);
+    served_ = 0;
+    doze(FOREVER);
   }
 
   // Sleeps until there is an offer; false when none came in time.
@@ -251,8 +252,10 @@ class alignas(128) Member {
   }
 
   static constexpr int64_t FOREVER = -1;
+  // For one call alone, such as the one that ends the pass over a prompt, a crowd is not worth it.
+  static constexpr int64_t SEVERAL = 2;
 
-  int64_t part_ = 0, parts_ = 2;
+  int64_t part_ = 0, parts_ = 2, served_ = 0;
   pthread_t thread_{};
 #ifdef __linux__
   cpu_set_t allowed_;
@@ -308,7 +311,10 @@ class Crew {
 std::atomic<Crew*> crew{nullptr};
 
 Crew* the_crew() {
-  static const int forked = pthread_atfork(nullptr, nullptr, [] { crew.store(nullptr); });
+  static const int forked = pthread_atfork(nullptr, nullptr, [] {
+    crew.store(nullptr);
+    others_spin.store(false);
+  });
   if (forked || !omp_pause.load(std::memory_order_relaxed)) return nullptr;
   Crew* found = crew.load(std::memory_order_acquire);
   if (found) return found;
@@ -322,8 +328,10 @@ Crew* the_crew() {
 
 bool flashnorm_crew_run(const CrewJob& job) {
   Crew* mine = the_crew();
-  return mine && mine->run(job);
+  return mine && !others_spin.exchange(false, std::memory_order_relaxed) && mine->run(job);
 }
+
+void flashnorm_crew_pass() { others_spin.store(true, std::memory_order_relaxed); }
 
 void flashnorm_crew_use(OmpParallel parallel, OmpPause pause) {
   omp_parallel.store(parallel);

@@ -17,6 +17,10 @@ struct CrewJob {
 // another thread, or there is none.
 bool flashnorm_crew_run(const CrewJob& job);
 
+// OpenMP's threads have just had a call with more rows, and spin by now: the next one, which ends the
+// pass over a prompt, say, is theirs as well.
+void flashnorm_crew_pass();
+
 // OpenMP's threads spin on the crew's cores after each of torch's own loops, unless the runtime knows
 // of more threads than cores: while the crew is awake, there are OpenMP threads more, which do nothing.
 // `pause` gives them back. Without these two there is no crew.

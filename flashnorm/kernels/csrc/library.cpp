@@ -121,8 +121,9 @@ std::atomic<int64_t> crew_calls{0};
 
 int32_t parallel(Job& job, int64_t threads, int64_t rows, const Reads* reads = nullptr) {
   if (threads <= 1 || !omp_parallel) return job.part(job, 0, 1);
-  if (rows <= crew_rows.load(std::memory_order_relaxed) &&
-      flashnorm_crew_run({work, &job, threads, reads}))
+  const bool few = rows <= crew_rows.load(std::memory_order_relaxed);
+  if (!few) flashnorm_crew_pass();
+  if (few && flashnorm_crew_run({work, &job, threads, reads}))
     crew_calls.fetch_add(1, std::memory_order_relaxed);
   else
     omp_parallel([](void* data) { work(data, omp_thread(), omp_threads()); }, &job,

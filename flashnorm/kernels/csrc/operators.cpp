@@ -1,0 +1,266 @@
+// The operations as operators of torch: what a compiled graph calls, with no Python in between.
+//
+// They are registered through the stable C interface of torch's libraries
+// (torch/csrc/inductor/aoti_torch/c/shim.h, torch/csrc/stable/c/shim.h), whose functions Python looks
+// up: none of torch's headers is needed, and one build serves every version that has them. Arguments
+// and results are 64-bit values on a stack; a tensor or a list is a handle that its receiver owns.
+#include <stddef.h>
+#include <string.h>
+
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "api.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using Value = uint64_t;
+using Handle = void*;
+using Kernel = void (*)(Value* stack, uint64_t arguments, uint64_t results);
+
+// In the order of SHIM in kernels/operators.py. Those that return an error return 0 for none.
+struct Torch {
+  int32_t (*open)(const char* space, const char* key, const char* file, uint32_t line, Handle*);
+  int32_t (*implement)(Handle library, const char* name, Kernel);
+  int32_t (*data)(Handle, void**);
+  int32_t (*dims)(Handle, int64_t*);
+  int32_t (*sizes)(Handle, int64_t**);
+  int32_t (*strides)(Handle, int64_t**);
+  int32_t (*dtype)(Handle, int32_t*);
+  int32_t (*empty)(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                   int32_t device, int32_t index, Handle*);
+  int32_t (*release)(Handle);
+  int32_t (*new_list)(size_t reserved, Handle*);
+  int32_t (*list_size)(Handle, size_t*);
+  int32_t (*list_item)(Handle, size_t, Value*);
+  int32_t (*push)(Handle, Value);
+  int32_t (*release_list)(Handle);
+  int32_t (*threads)(uint32_t*);
+  int32_t (*cpu)();
+  int32_t (*dtypes[BOOLEAN + 1])();  // by the numbers of api.h
+};
+Torch torch;
+
+void need(bool fine, const char* what) {
+  if (!fine) throw std::invalid_argument(what);
+}
+
+void done(int32_t error) {
+  if (error) throw std::runtime_error("flashnorm: torch's C interface reports an error");
+}
+
+void computed(int32_t status) {
+  if (status != OK) throw std::runtime_error("flashnorm: no memory for a row in float32");
+}
+
+template <class To>
+To from(Value value) {
+  To found;
+  memcpy(&found, &value, sizeof found);
+  return found;
+}
+
+Value value_of(Handle handle) { return reinterpret_cast<uintptr_t>(handle); }
+
+class Tensor {
+ public:
+  explicit Tensor(Handle handle) : handle_(handle) {
+    done(torch.dims(handle, &dims));
+    done(torch.sizes(handle, &sizes));
+    done(torch.strides(handle, &strides));
+    done(torch.data(handle, &data));
+    done(torch.dtype(handle, &dtype));
+    while (type <= BOOLEAN && torch.dtypes[type]() != dtype) ++type;
+  }
+  Tensor(Tensor&& other) noexcept : Tensor(static_cast<const Tensor&>(other)) {
+    other.handle_ = nullptr;
+  }
+  ~Tensor() {
+    if (handle_) torch.release(handle_);
+  }
+
+  int64_t size(int64_t axis) const { return sizes[axis < 0 ? dims + axis : axis]; }
+  int64_t stride(int64_t axis) const { return strides[axis < 0 ? dims + axis : axis]; }
+  bool dense_rows() const { return dims && (stride(-1) == 1 || size(-1) == 1); }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int64_t i = dims; i-- > 0; expected *= sizes[i])
+      if (sizes[i] != 1 && strides[i] != expected) return false;
+    return true;
+  }
+  Handle give() { return std::exchange(handle_, nullptr); }
+
+  int64_t dims;
+  int64_t *sizes, *strides;
+  void* data;
+  int32_t dtype, type = 0;
+
+ private:
+  Tensor(const Tensor&) = default;
+  Handle handle_;
+};
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  Handle handle;
+  done(torch.empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                   torch.cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::vector<Tensor> tensors(Value list) {
+  const Handle handle = from<Handle>(list);
+  size_t count;
+  done(torch.list_size(handle, &count));
+  std::vector<Tensor> found;
+  found.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    Value value;
+    done(torch.list_item(handle, i, &value));
+    found.emplace_back(from<Handle>(value));
+  }
+  done(torch.release_list(handle));
+  return found;
+}
+
+int64_t threads() {
+  uint32_t count;
+  done(torch.threads(&count));
+  return count;
+}
+
+constexpr int64_t MOST_SEGMENTS = 8;
+
+template <class Head, class Item>
+struct Room {
+  Head head;
+  Item more[MOST_SEGMENTS - 1];
+};
+
+// A parameter of the norm or a bias: the next of `given`, if bit `bit` of `which` says that it is.
+const Tensor* next(const std::vector<Tensor>& given, size_t& used, int64_t which, int bit) {
+  if (!(which >> bit & 1)) return nullptr;
+  need(used < given.size(), "norm_linear_cpu: a parameter is missing");
+  const Tensor& found = given[used++];
+  need(found.dims == 1 && found.contiguous() && found.type < BOOLEAN,
+       "norm_linear_cpu: a bias or gain is not a dense vector");
+  return &found;
+}
+
+// (Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, float gain_offset,
+//  int activation) -> Tensor[]
+void norm_linear(Value* stack, uint64_t, uint64_t) {
+  const Tensor x(from<Handle>(stack[0]));
+  const std::vector<Tensor> weights = tensors(stack[1]), vectors = tensors(stack[2]);
+  const int64_t which = from<int64_t>(stack[3]);
+  const size_t segments = weights.size();
+  need(segments && segments <= MOST_SEGMENTS, "norm_linear_cpu: no weights, or too many");
+  need(x.type < BOOLEAN && x.dims && x.contiguous(), "norm_linear_cpu: x is not contiguous");
+
+  Room<Op, Segment> op_room;
+  Op& op = op_room.head;
+  op = {};
+  op.n = x.size(-1);
+  op.norm = static_cast<int32_t>(from<int64_t>(stack[4]));
+  op.eps = from<double>(stack[5]);
+  op.offset = from<double>(stack[6]);
+  op.act = static_cast<int32_t>(from<int64_t>(stack[7]));
+  op.x_type = x.type;
+  op.weight_type = op.bias_type = weights[0].type;
+  op.segments = static_cast<int64_t>(segments);
+  need(op.n > 0 && op.weight_type < BOOLEAN, "norm_linear_cpu: x has no features");
+  need(op.norm >= NORM_NONE && op.norm <= NORM_LAYER, "norm_linear_cpu: no such norm");
+  need(op.act >= ACT_NONE && op.act <= ACT_GELU_TANH, "norm_linear_cpu: no such activation");
+  need(!op.act || segments == 2, "norm_linear_cpu: a GLU needs two weights");
+
+  size_t used = 0;
+  for (size_t i = 0; i < segments; ++i) {
+    const Tensor& w = weights[i];
+    need(w.dims == 2 && w.size(1) == op.n && w.dense_rows() && w.type == op.weight_type,
+         "norm_linear_cpu: a weight does not fit x");
+    const Tensor* bias = next(vectors, used, which, static_cast<int>(i));
+    need(!bias || (bias->type == w.type && bias->size(0) == w.size(0)),
+         "norm_linear_cpu: a bias does not fit its weight");
+    op.segment[i] = {w.data, bias ? bias->data : nullptr, w.size(0), w.stride(0)};
+  }
+  need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");
+  if (const Tensor* gain = next(vectors, used, which, MOST_SEGMENTS)) {
+    need(gain->size(0) == op.n, "norm_linear_cpu: the gain does not fit x");
+    op.gain = gain->data, op.gain_type = gain->type;
+  }
+  if (const Tensor* shift = next(vectors, used, which, MOST_SEGMENTS + 1)) {
+    need(shift->size(0) == op.n, "norm_linear_cpu: the norm's bias does not fit x");
+    op.shift = shift->data, op.shift_type = shift->type;
+  }
+
+  Room<Call, Output> call_room;
+  Call& call = call_room.head;
+  call = {};
+  call.x = x.data, call.x_stride = op.n, call.threads = threads();
+  call.rows = 1;
+  for (int64_t i = 0; i + 1 < x.dims; ++i) call.rows *= x.size(i);
+  std::vector<int64_t> shape(x.sizes, x.sizes + x.dims);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < (op.act ? 1 : segments); ++i) {
+    shape.back() = op.segment[i].rows;
+    results.push_back(empty(shape, x.dtype));
+    call.out[i] = {results[i].data, shape.back()};
+  }
+  computed(flashnorm_run(&op, &call));
+
+  Handle list;
+  done(torch.new_list(results.size(), &list));
+  for (Tensor& y : results) done(torch.push(list, value_of(y.give())));
+  stack[0] = value_of(list);
+}
+
+// (Tensor q, Tensor k, Tensor v, Tensor[] mask, float scale) -> Tensor
+void attend(Value* stack, uint64_t, uint64_t) {
+  const Tensor q(from<Handle>(stack[0])), k(from<Handle>(stack[1])), v(from<Handle>(stack[2]));
+  const std::vector<Tensor> mask = tensors(stack[3]);
+  need(q.dims == 4 && k.dims == 4 && v.dims == 4 && q.size(2) == 1, "attend_cpu: not one token");
+  need(q.type < BOOLEAN && k.type == q.type && v.type == q.type, "attend_cpu: unequal types");
+  need(q.dense_rows() && k.dense_rows() && v.dense_rows(), "attend_cpu: rows are not dense");
+  const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1), length = k.size(2);
+  need(k.size(0) == batch && v.size(0) == batch && k.size(3) == q.size(3), "attend_cpu: q, k");
+  need(v.size(1) == groups && v.size(2) == length, "attend_cpu: k and v do not fit");
+  need(batch && length && groups && heads % groups == 0, "attend_cpu: heads, or nothing to read");
+
+  Tensor out = empty({batch, 1, heads, v.size(3)}, q.dtype);
+  Attend a{};
+  a.type = a.mask_type = q.type;
+  a.q = q.data, a.k = k.data, a.v = v.data, a.out = out.data;
+  a.batch = batch, a.heads = heads, a.kv_heads = groups, a.length = length;
+  a.width = q.size(3), a.value_width = v.size(3);
+  a.q_batch = q.stride(0), a.q_head = q.stride(1);
+  a.k_batch = k.stride(0), a.k_head = k.stride(1), a.k_row = k.stride(2);
+  a.v_batch = v.stride(0), a.v_head = v.stride(1), a.v_row = v.stride(2);
+  need(mask.size() <= 1, "attend_cpu: more than one mask");
+  if (!mask.empty()) {
+    const Tensor& m = mask[0];
+    need(m.dims == 4 && m.size(3) == length && m.size(1) == 1 && m.size(2) == 1 &&
+             (m.size(0) == 1 || m.size(0) == batch) && (m.type == BOOLEAN || m.type == q.type),
+         "attend_cpu: the mask does not fit");
+    a.mask = m.data, a.mask_type = m.type;
+    a.mask_batch = m.size(0) == 1 ? 0 : m.stride(0), a.mask_step = m.stride(3);
+  }
+  a.scale = from<double>(stack[4]);
+  a.threads = threads();
+  computed(flashnorm_attend(&a));
+  stack[0] = value_of(out.give());
+}
+
+}  // namespace
+
+// `shim` are the functions of Torch. Returns 0, or the error of torch's interface.
+EXPORT int32_t flashnorm_register_operators(void* const* shim) {
+  memcpy(&torch, shim, sizeof torch);
+  Handle library;  // stays: closing it would take the operators back
+  if (const int32_t error = torch.open("flashnorm", "CPU", "operators.cpp", 1, &library)) return error;
+  if (const int32_t error = torch.implement(library, "norm_linear_cpu", norm_linear)) return error;
+  return torch.implement(library, "attend_cpu", attend);
+}

@@ -1,0 +1,121 @@
+"""`torch.ops.flashnorm.norm_linear_cpu` and `attend_cpu`: kernels without Python around them.
+
+    norm_linear_cpu: [(norm(x) · (gain_offset + gain) + β) W_iᵀ + c_i], or act(first) ⊙ second
+    attend_cpu: softmax(scale · q kᵀ + mask) v for one token per sequence
+
+They are what a compiled graph calls where no gradient is wanted: the library registers them with
+torch's dispatcher by itself, so that a call takes some microseconds where an operator written in
+Python takes some tens. `kernels.ops.norm_linear` is for everything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import ACTIVATION, DTYPES, MOST_WEIGHTS, NORM
+from flashnorm.kernels.library import load, torch_symbols
+
+# The functions of torch's stable C interface, as csrc/operators.cpp expects them.
+SHIM = [
+    "aoti_torch_library_init_impl",
+    "aoti_torch_library_impl",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+    "torch_new_list_reserve_size",
+    "torch_list_size",
+    "torch_list_get_item",
+    "torch_list_push_back",
+    "torch_delete_list",
+    "torch_get_num_threads",
+    "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_bool",
+]
+
+LINEAR = (
+    "(Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, "
+    "float gain_offset, int activation) -> Tensor[]"
+)
+ATTEND = "(Tensor q, Tensor k, Tensor v, Tensor[] mask, float scale) -> Tensor"
+
+
+def _fake_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    vectors: list[Tensor],
+    which: int,
+    norm: int,
+    eps: float,
+    gain_offset: float,
+    activation: int,
+) -> list[Tensor]:
+    made = weights[:1] if activation else weights
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in made]
+
+
+def _fake_attend(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], scale: float) -> Tensor:
+    return q.new_empty((q.shape[0], 1, q.shape[1], v.shape[3]))
+
+
+for _name, _schema, _fake in (
+    ("norm_linear_cpu", LINEAR, _fake_linear),
+    ("attend_cpu", ATTEND, _fake_attend),
+):
+    _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    torch.library.define(f"flashnorm::{_name}", _schema, tags=_tags)
+    torch.library.register_fake(f"flashnorm::{_name}", _fake)
+
+
+def _register() -> bool:
+    """Whether the library's kernels could be registered for the operators above."""
+    library = load()
+    if isinstance(library, str) or (shim := torch_symbols(*SHIM)) is None:
+        return False
+    return library.register_operators((ctypes.c_void_p * len(SHIM))(*shim)) == 0
+
+
+AVAILABLE = _register()
+
+
+def norm_linear(call: Call) -> list[Tensor]:
+    """`call` without residual and alpha, on a kernel. x: [.., n], any strides."""
+    biases = list(call.biases or ())
+    optional = [*biases, *[None] * (MOST_WEIGHTS - len(biases)), call.gain, call.norm_bias]
+    which = sum(1 << bit for bit, vector in enumerate(optional) if vector is not None)
+    return torch.ops.flashnorm.norm_linear_cpu(
+        call.x.contiguous(),
+        list(call.weights),
+        [vector for vector in optional if vector is not None],
+        which,
+        NORM[call.norm],
+        call.eps,
+        call.gain_offset,
+        ACTIVATION[call.activation],
+    )
+
+
+def takes(call: Call) -> bool:
+    """Whether `norm_linear` can run it: types and strides, which a tracer knows as well."""
+    if not AVAILABLE or call.residual is not None or call.alpha is not None or call.norm == "dyt":
+        return False
+    if not 0 < len(call.weights) <= MOST_WEIGHTS or call.x.dtype not in DTYPES:
+        return False
+    if any(w.dtype != call.x.dtype or w.stride(1) != 1 for w in call.weights):
+        return False
+    return all(v.dtype == call.x.dtype and v.is_contiguous() for v in call.vectors())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`kernels.attention.attend`, for arguments that its `why_not` has nothing against."""
+    return torch.ops.flashnorm.attend_cpu(q, k, v, [] if mask is None else [mask], scale)
