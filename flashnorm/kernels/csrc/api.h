@@ -1,8 +1,9 @@
-// What Python hands over: plain numbers and pointers, in the order in which cpu/abi.py packs them.
+// What Python hands over: plain numbers and pointers, in the order in which kernels/cpu.py packs them.
 #pragma once
 #include <stdint.h>
 
 #define FLASHNORM_ABI 4
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Norm : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2, NORM_DYT = 3 };
@@ -75,7 +76,5 @@ struct Attend {
   int64_t threads;
 };
 
-extern "C" {
-__attribute__((visibility("default"))) int32_t flashnorm_run(const Op* op, const Call* call);
-__attribute__((visibility("default"))) int32_t flashnorm_attend(const Attend* attend);
-}
+EXPORT int32_t flashnorm_run(const Op* op, const Call* call);
+EXPORT int32_t flashnorm_attend(const Attend* attend);

@@ -13,8 +13,6 @@
 #include "crew.h"
 #include "table.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 #define DECLARE(isa) extern const Table flashnorm_##isa
 DECLARE(portable);
 DECLARE(avx2);

@@ -13,8 +13,6 @@
 
 #include "api.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 using Value = uint64_t;
@@ -133,7 +131,7 @@ int64_t threads() {
   return count;
 }
 
-constexpr int64_t MOST_SEGMENTS = 8;
+constexpr int64_t MOST_SEGMENTS = 8;  // MOST_WEIGHTS of kernels/cpu.py
 
 template <class Head, class Item>
 struct Room {
