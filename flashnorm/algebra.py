@@ -2,7 +2,8 @@
 
 Nothing else in the package multiplies a weight by a gain. Weights are [out, in] = [k, n] as in
 `torch.nn.Linear`; other layouts name the axis that carries the norm's features. Everything works
-block by block, so that no second copy of a large weight is ever made.
+block by block, so that no second copy of a large weight is ever made, and what is written does not
+depend on the blocks: elements are computed one by one, and sums have one order.
 """
 
 from __future__ import annotations
@@ -63,13 +64,32 @@ def bias_product(weight: Tensor, shift: Tensor, axis: int, spans: Iterable[Span]
     for span in spans:
         part = weight.detach().narrow(axis, span.start, span.length)
         part = part if axis == 1 else part.t()
-        total += _matrix_vector(part, beta[span.gain_start : span.gain_start + span.length])
+        total += matrix_vector(part, beta[span.gain_start : span.gain_start + span.length])
     return total
 
 
-def _matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """`M v` in float64, the same bits on every machine. matrix: [k, n], vector: [n] in float64.
+
+    A library's product adds in an order of its own, by processor, threads and number of rows.
+    """
     rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
-    return torch.cat([block.to(torch.float64) @ vector for block in matrix.split(rows)])
+    return torch.cat([_sum_away(block * vector) for block in matrix.split(rows)])
+
+
+def _sum_away(values: Tensor) -> Tensor:
+    """The sum over the last axis, pairwise: its order depends on the length of that axis alone.
+
+    values are written over.
+    """
+    left = values.shape[-1]
+    if left == 0:
+        return values.new_zeros(values.shape[:-1])
+    while left > 1:
+        half = left // 2
+        values[..., :half] += values[..., left - half : left]
+        left -= half
+    return values[..., 0].clone()  # a view would keep all of them
 
 
 def fold_bias_(bias: Tensor, product: Tensor) -> None:
@@ -104,7 +124,7 @@ def centre_(weight: Tensor, axis: int) -> Tensor:
     means = []
     for block in rows.split(max(1, BLOCK_ELEMENTS * rows.shape[0] // max(1, rows.numel()))):
         wide = block.to(torch.float64)
-        means.append(wide.mean(-1, keepdim=True))
+        means.append(_sum_away(wide.clone()).unsqueeze(-1) / wide.shape[-1])
         block.copy_(wide - means[-1])
     mean = torch.cat(means)
     return mean[0] if weight.ndim == 1 else mean.movedim(-1, axis)

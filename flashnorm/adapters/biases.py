@@ -71,7 +71,7 @@ def _delta_product(case: Case, lora: Lora, consumer: Consumer, beta: Tensor) -> 
     """`B A β`: [out], in float64."""
     case.check_reads(lora, consumer)
     inner = algebra.bias_product(case.read(lora.a), beta, 1, consumer.spans)
-    return case.read(lora.b).to(torch.float64) @ inner
+    return algebra.matrix_vector(case.read(lora.b), inner)
 
 
 def _add_to_factors(case: Case, edits: Edits, name: str, pairs: Shifted) -> None:

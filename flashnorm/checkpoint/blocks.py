@@ -163,7 +163,7 @@ def _cut_rows(whole: Block) -> Iterator[Block]:
 
 
 def _cut_columns(whole: Block) -> Iterator[Block]:
-    """Blocks of all rows and some columns: the very ones in which `algebra.centre_` takes means."""
+    """Blocks of all rows and some columns, as large as the algebra works on at once."""
     count, columns, *inner = whole.shape
     pitch = whole.nbytes // count
     column, elements = pitch // columns, math.prod(whole.shape)

@@ -6,6 +6,7 @@ Weights are mapped into memory and read block by block, so nothing large is held
 from __future__ import annotations
 
 import mmap
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Values:
 
 
 def _add_(name: str, bias: Tensor, products: list[Tensor]) -> None:
-    algebra.fold_bias_(bias, torch.stack(products).sum(0))
+    algebra.fold_bias_(bias, reduce(torch.add, products))
     if not bool(torch.isfinite(bias).all()):
         raise FoldError(
             f"{name}: adding W β to it overflows {bias.dtype}; convert the checkpoint to bfloat16 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import pairwise
 
@@ -155,3 +156,34 @@ def test_blocks_on_disk_equal_the_tensor_in_memory(tmp_path_factory, first, bloc
     assert torch.equal(after["w"], weight)
     assert torch.equal(after["a"], tensors["a"])
     assert bool((algebra.effective_gain(after["g"], gain) == 1).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 70), st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_sums_have_one_order_whatever_the_blocks(rows, n, dtype, seed):
+    """Row by row, in blocks or at once, transposed or not: the same bits, and the right ones."""
+    rng = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, n, generator=rng).to(dtype)
+    vector = torch.randn(n, generator=rng, dtype=torch.float64)
+    found = algebra.matrix_vector(matrix, vector)
+    assert torch.equal(algebra.matrix_vector(matrix.t().contiguous().t(), vector), found)
+    for i in range(rows):
+        assert torch.equal(algebra.matrix_vector(matrix[i : i + 1], vector), found[i : i + 1])
+        exact = math.fsum(a * b for a, b in zip(matrix[i].tolist(), vector.tolist(), strict=True))
+        size = float((matrix[i].double() * vector).abs().sum())
+        # One rounding of each product, and one in each of the levels of the tree of sums.
+        levels = 1 + math.ceil(math.log2(max(1, n)))
+        assert abs(float(found[i]) - exact) <= levels * 2.0**-53 * (1 + 1e-9) * size
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_mean_does_not_depend_on_the_blocks(axis, monkeypatch):
+    weight = torch.randn(5, 37, 23, dtype=torch.float64)
+    at_once = weight.clone()
+    algebra.centre_(at_once, axis)
+    assert float(at_once.mean(axis).abs().max()) < 37 * 2.0**-53
+    for elements in (1, 100, 23 * 37):
+        monkeypatch.setattr(algebra, "BLOCK_ELEMENTS", elements)
+        parts = weight.clone()
+        algebra.centre_(parts, axis)
+        assert torch.equal(parts, at_once)

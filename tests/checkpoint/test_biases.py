@@ -68,7 +68,7 @@ def expected(tensors, plan):
             algebra.bias_product(tensors[c.parameter], tensors[s.parameter], c.axis, c.spans)
             for s, c in pairs
         ]
-        algebra.fold_bias_(after[name], torch.stack(products).sum(0))
+        algebra.fold_bias_(after[name], sum(products[1:], products[0]))
     gains = {g: algebra.effective_gain(tensors[g.parameter], g) for g in plan.gains()}
     for shift in plan.shifts():
         if shift.folded:
@@ -107,11 +107,6 @@ def test_disk_equals_memory(tmp_path, dtype, offset, shards):
     src = write_checkpoint(tmp_path / "src", tensors, shards=shards)
     fold_checkpoint(src, tmp_path / "dst", plan=plan)
     found, wanted = load(tmp_path / "dst"), expected(tensors, plan)
-    if dtype == torch.float64:
-        # The blocks of a 3-D tensor are others than in memory, and a sum depends on them: seen in
-        # float64 only, where the rounding at the end does not hide it.
-        close = {key: value.pop("t.weight") for key, value in (("a", found), ("b", wanted))}
-        torch.testing.assert_close(close["a"], close["b"], rtol=0, atol=4 * 2.0**-52)
     assert_same(found, wanted)
 
 

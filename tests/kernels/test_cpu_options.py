@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flashnorm.kernels import cpu
 from flashnorm.kernels.call import Call
@@ -169,6 +170,21 @@ def test_any_number_of_threads_gives_the_same_bits(isa, count):
                 with threads(count):
                     found = fused(call)
                 assert all(map(torch.equal, found, expected))
+
+
+def on_one_thread(*given: Tensor | None, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+    """The library's product, whose bits depend on how many threads it has."""
+    with threads(1):
+        return linear(*given)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("isa", ISAS)
+def test_passes_around_a_product_give_the_same_bits(isa, count, monkeypatch):
+    """Of many rows the norm and the gate are ours, and the product between them is not."""
+    monkeypatch.setattr(F, "linear", on_one_thread)
+    with cpu.use_isa(isa):
+        for dtype in DTYPES:
             many = make((31, 70), (40, 40), dtype, activation="silu", **ALL)
             with threads(1):
                 expected = cpu._many_rows(many)
