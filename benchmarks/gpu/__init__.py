@@ -1,6 +1,7 @@
 """The GPU benchmark: `python -m benchmarks.gpu`. benchmarks/README.md says what it measures.
 
-`__main__` runs the `stages` within a `budget` and keeps what they find in a `store`; `correctness`
-comes first and says what may not be timed; `operations` times norm + linear against `baselines`;
-`models` decodes, prefills and trains; `tables` and `plots` show it all.
+`supervise` watches a `worker`, which measures the pieces of a `schedule` within a `budget` and
+keeps what it finds in a `store`; `handoff` is what both know. `correctness` says what may not be
+timed; `operations` times norm + linear against `baselines`; `models` decodes, prefills and trains
+in the ways of `variants`; `tables`, `plots` and `summary` show it all.
 """

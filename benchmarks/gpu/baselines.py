@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TUNED, PLAIN = "max-autotune-no-cudagraphs", "default"
-# What torch.compile takes to tune one shape, at most: with less left it does not begin.
-TUNING_SECONDS = 25.0
 
 
 @dataclass(frozen=True)

@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-GRACE = 20.0  # seconds after which a call that does not come back is interrupted
 
 
 class OutOfTime(Exception):
     """The stage has used its time; what it found stays, and `--resume` goes on."""
 
 
-class Budget:
-    """Seconds that are left, of the run and of the stage that runs now."""
+class Clock:
+    """The time that passes."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = self._stage_end = time.monotonic() + seconds
+    def now(self) -> float:
+        return time.monotonic()
+
+    def spend(self, seconds: float) -> None:
+        """What a piece was expected to take: here it has taken what it took."""
+
+
+class Simulated(Clock):
+    """Time that passes only as it is spent: a dry run takes what a card is expected to."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def spend(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class Budget:
+    """Seconds that are left, of the run and of the stage that runs now.
+
+    What a stage leaves is the next one's.
+    """
+
+    def __init__(self, seconds: float, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.end = self._stage_end = self.clock.now() + seconds
+        self._spare = 0.0
 
     def left(self) -> float:
-        return min(self.end, self._stage_end) - time.monotonic()
+        return min(self.end, self._stage_end) - self.clock.now()
 
     def check(self, needed: float = 0.0) -> None:
         """Raise OutOfTime unless `needed` seconds are left."""
-        if (left := self.left()) <= needed:
+        if (left := self.left()) < needed or left <= 0:
             raise OutOfTime(f"{max(left, 0):.0f} s were left, {needed:.0f} s were needed")
 
     @contextmanager
     def stage(self, seconds: float) -> Iterator[None]:
-        """Within it no more than `seconds` are left, nor more than the run has."""
-        self._stage_end = min(self.end, time.monotonic() + seconds)
+        """Within it no more than `seconds` and what earlier stages left, nor than the run has."""
+        start = self.clock.now()
+        allowed = seconds + self._spare
+        self._stage_end = min(self.end, start + allowed)
         try:
             yield
         finally:
+            self._spare = max(0.0, allowed - (self.clock.now() - start))
             self._stage_end = self.end
-
-
-@contextmanager
-def interruptible(budget: Budget) -> Iterator[None]:
-    """SIGTERM, and the end of the budget within a call that never asks, are KeyboardInterrupt.
-
-    That is no Exception, so nothing that goes on after a failure takes it for one.
-    """
-    before = {
-        each: signal.signal(each, signal.default_int_handler)
-        for each in (signal.SIGTERM, signal.SIGALRM)
-    }
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, budget.left() + GRACE))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for each, handler in before.items():
-            signal.signal(each, handler)

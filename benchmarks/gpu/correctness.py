@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import ours
-from benchmarks.gpu.nouns import DTYPES, Run
+from benchmarks.gpu.nouns import DTYPES, Piece, Row, Run
 from flashnorm.bench.timing import in_words
 from flashnorm.kernels.call import Call
 from flashnorm.verification.bounds import unit_roundoff
@@ -22,6 +23,8 @@ from tests.kernels.bounds import bound
 from tests.kernels.cases import EVERY_ACTIVATION, EVERY_NORM, make
 
 STAGE = "correctness"
+SECONDS = 0.45  # of one check, with its part of the compiling
+Arguments = dict[str, Any]
 # (rows, n, widths): those of the models first, then what no block size divides.
 SHAPES = (
     (1, 576, (960,)),
@@ -35,8 +38,6 @@ SHAPES = (
     (65, 576, (961,)),
     (130, 1000, (1001,)),
 )
-TOGETHER = 64  # checks whose kernels are compiled at once
-DRY_SHAPES = ((1, 32, (48,)), (3, 30, (33, 17)))
 OPTIONS: tuple[dict[str, bool], ...] = (
     {},
     {"gain": True},
@@ -44,93 +45,98 @@ OPTIONS: tuple[dict[str, bool], ...] = (
 )
 
 
-def correctness(run: Run) -> None:
-    """Way by way; a row for each set of arguments, in which `wrong` is empty or says why."""
-    device, left = run.settings.device, []
-    for arguments in cases(run.settings.dry):
-        for way in ours.ways(arguments["rows"], device):
-            if not run.store.find(STAGE, way=way, **named(arguments)):
-                left.append((way, arguments))
-    for first in range(0, len(left), TOGETHER):
-        _check(run, left[first : first + TOGETHER])
+def some(run: Run) -> Iterator[Piece]:
+    """In bf16: every shape with two of the norms, every activation once."""
+    yield from _pieces(run, list(_few("bf16")))
+
+
+def all_of(run: Run) -> Iterator[Piece]:
+    """Every norm × shape × dtype, every activation × shape: minutes."""
+    yield from _pieces(run, [case for dtype in DTYPES for case in _every(dtype)])
+
+
+def _few(dtype: str) -> Iterator[Arguments]:
+    for at, shape in enumerate(SHAPES):
+        for step in (0, 1):
+            yield _case(dtype, shape, EVERY_NORM[(at + step) % len(EVERY_NORM)], at)
+    for at, activation in enumerate(EVERY_ACTIVATION):
+        yield _gated(dtype, SHAPES[at % 5], activation)
+
+
+def _every(dtype: str) -> Iterator[Arguments]:
+    for (at, shape), norm in product(enumerate(SHAPES), EVERY_NORM):
+        yield _case(dtype, shape, norm, at)
+    for at, activation in enumerate(EVERY_ACTIVATION):
+        for shape in SHAPES[at % 2 : 5 : 2]:
+            yield _gated(dtype, shape, activation)
+
+
+def _case(dtype: str, shape: tuple[int, int, tuple[int, ...]], norm: str, at: int) -> Arguments:
+    rows, n, widths = shape
+    options = dict(OPTIONS[at % len(OPTIONS)])
+    if len(widths) > 1:
+        options.pop("residual", None)
+    return {"dtype": dtype, "rows": rows, "n": n, "widths": list(widths), "norm": norm, **options}
+
+
+def _gated(dtype: str, shape: tuple[int, int, tuple[int, ...]], activation: str) -> Arguments:
+    rows, n, _ = shape
+    common = {"dtype": dtype, "rows": rows, "n": n, "widths": [96, 96], "norm": "rms"}
+    return {**common, "gain": True, "activation": activation}
+
+
+def _pieces(run: Run, cases: list[Arguments]) -> Iterator[Piece]:
+    """A piece for each case and way; before the first one all kernels are compiled side by side."""
+    left = [
+        (way, case)
+        for case in cases
+        for way in ours.ways(case["rows"], run.settings.device)
+        if not run.store.find(STAGE, way=way, **case)
+    ]
+    made: dict[str, Made] = {str(case): Made(run, case) for _, case in left}
+    ours.compile_ahead([(made[str(case)].call, way, None) for way, case in left])
+    for way, case in left:
+        yield Piece(
+            STAGE, {"way": way, **case}, SECONDS, partial(_checked, run, made[str(case)], way)
+        )
     failed = failures(run)
     run.say(f"{len(run.store.rows(STAGE))} checks, {len(failed)} failed")
     for row in failed:
         run.say(f"WRONG {row}")
 
 
-def _check(run: Run, several: list[tuple[str, dict[str, Any]]]) -> None:
-    """Some checks, whose kernels are compiled together before."""
-    run.budget.check(1.0)
-    made = [(way, arguments, made_of(run, arguments)) for way, arguments in several]
-    ours.compile_ahead([(call, way, None) for way, _, call in made if way in ours.TILED])
-    for way, arguments, call in made:
-        run.budget.check()
-        with torch.no_grad():
-            found = _checked(run, call, way)
-        run.store.put(STAGE, {"way": way, **named(arguments)}, found)
-
-
-def failures(run: Run) -> list[dict[str, Any]]:
+def failures(run: Run) -> list[Row]:
     return [row for row in run.store.rows(STAGE) if row["wrong"]]
 
 
-def cases(dry: bool) -> Iterator[dict[str, Any]]:
-    """Arguments of `tests.kernels.cases.make`: norms × shapes and activations, bf16 in full."""
-    yield from _of_dtype("bf16", DRY_SHAPES if dry else SHAPES)
-    for dtype in () if dry else tuple(DTYPES)[1:]:
-        yield from _of_dtype(dtype, SHAPES[::2])
+class Made:
+    """The inputs of one case, made once and where the kernels run, and what is right for them."""
+
+    def __init__(self, run: Run, case: Arguments) -> None:
+        options = dict(case)
+        rows, n, widths = (options.pop(name) for name in ("rows", "n", "widths"))
+        dtype, norm = DTYPES[options.pop("dtype")], options.pop("norm")
+        if run.settings.dry:
+            rows, n, widths = min(rows, 16), -(-n // 16), [-(-width // 16) for width in widths]
+        with torch.device(run.settings.device):
+            self.call = make((rows, n), tuple(widths), dtype, norm, **options)
+        self._expected: dict[tuple[bool, bool | None], Expected] = {}
+
+    def expected(self, way: str) -> Expected:
+        """What is right, once for all ways that round alike."""
+        how = roundings(self.call, way)
+        if how not in self._expected:
+            self._expected[how] = Expected(self.call, way)
+        return self._expected[how]
 
 
-def _of_dtype(
-    dtype: str, shapes: tuple[tuple[int, int, tuple[int, ...]], ...]
-) -> Iterator[dict[str, Any]]:
-    for (at, shape), norm in product(enumerate(shapes), EVERY_NORM):
-        options = dict(OPTIONS[at % len(OPTIONS)])
-        if len(shape[2]) > 1:
-            options.pop("residual", None)
-        yield _case(dtype, shape, norm, **options)
-    for at, activation in enumerate(EVERY_ACTIVATION):
-        for rows, n, _ in shapes[at % 2 : 5 : 2]:
-            yield _case(dtype, (rows, n, (96, 96)), "rms", gain=True, activation=activation)
-
-
-def _case(dtype: str, shape: tuple[int, int, tuple[int, ...]], norm: str, **options: Any) -> Any:
-    rows, n, widths = shape
-    return {"dtype": dtype, "rows": rows, "n": n, "widths": widths, "norm": norm, **options}
-
-
-def named(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON keeps it, to be found again."""
-    return {**arguments, "widths": list(arguments["widths"])}
-
-
-def made_of(run: Run, arguments: dict[str, Any]) -> Call:
-    options = dict(arguments)
-    rows, n, widths = (options.pop(name) for name in ("rows", "n", "widths"))
-    dtype, norm = DTYPES[options.pop("dtype")], options.pop("norm")
-    return moved(make((rows, n), widths, dtype, norm, **options), run.settings.device)
-
-
-def _checked(run: Run, call: Call, way: str) -> dict[str, Any]:
+def _checked(run: Run, made: Made, way: str) -> Row:
     try:
-        with poisoned(run.settings.device):
-            found = ours.run(call, way)
-        share = Expected(call, way).share(found)
+        with torch.no_grad(), poisoned(run.settings.device), exact_sums():
+            share = made.expected(way).share(ours.run(made.call, way))
     except Exception as error:
         return {"share": None, "wrong": in_words(error)}
     return {"share": share, "wrong": _words(share)}
-
-
-def moved(call: Call, device: str) -> Call:
-    """The same call with its tensors on a device."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return [move(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    return Call(*[move(value) for value in call])
 
 
 @contextmanager
@@ -146,15 +152,34 @@ def poisoned(device: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """Parts of a library's sum that are added in half precision have no bound: none are, within."""
+    cuda = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(cuda, name) for name in names}
+    try:
+        for name in names:
+            setattr(cuda, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(cuda, name, value)
+
+
+def roundings(call: Call, way: str) -> tuple[bool, bool | None]:
+    """Whether a kernel of ours multiplies, and whether norm(x) is rounded before."""
+    way = ours.way_of(call, way)
+    return way in ours.TILED, ours.rounds_first(call, way)
+
+
 class Expected:
     """The float64 results of a call, and how far from them rounding may lead."""
 
     def __init__(self, call: Call, way: str) -> None:
-        way = ours.way_of(call, way)
+        fused, first = roundings(call, way)
         with torch.device(call.x.device):
-            self.values, self.limits = bound(
-                call, fused=way in ours.TILED, first=ours.rounds_first(call, way)
-            )
+            self.values, self.limits = bound(call, fused, first)
         self.unit = unit_roundoff(call.x.dtype)
 
     def share(self, found: list[Tensor], roundings: int = 0) -> float:

@@ -1,18 +1,17 @@
-"""The card and what it can do: read bandwidth and matmul rate, measured in the same run."""
+"""The card and what it can do: read bandwidth and matmul rate, measured before all else."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.nouns import Run
-from benchmarks.gpu.timing import per_call
+from benchmarks.gpu.nouns import CEILINGS, Piece, Run
+from benchmarks.gpu.timing import in_turn, per_call
 from flashnorm.bench import machine
-from flashnorm.bench.timing import interleaved
 
 # All of them are read and none is set.
 ASKED = (
@@ -21,18 +20,8 @@ ASKED = (
 L2_UNKNOWN = 50 * 2**20
 
 
-def environment(run: Run) -> None:
-    """Note the machine and measure its two ceilings: `run.ceiling` in bytes/s and operations/s."""
-    found = describe(run.settings.device)
-    found |= {"arguments": {name: str(v) for name, v in vars(run.settings).items()}}
-    run.ceiling = ceilings(run.settings.device, run.settings.dry)
-    found["gigabytes_per_second"] = run.ceiling["bytes"] / 1e9
-    found["teraflops"] = run.ceiling["operations"] / 1e12
-    run.store.begin(found)
-    run.say(
-        f"{found['card']}: {found['gigabytes_per_second']:.0f} GB/s read, "
-        f"{found['teraflops']:.0f} TFLOP/s in bf16"
-    )
+def pieces(run: Run) -> Iterator[Piece]:
+    yield Piece(CEILINGS, {}, 8.0, lambda: ceilings(run.settings.device, run.settings.dry))
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -92,7 +81,7 @@ def ceilings(device: str, dry: bool) -> dict[str, float]:
         "copy": per_call(lambda i: target.copy_(stream), 1, device),
         "matmul": per_call(lambda i: a @ b, 1, device),
     }
-    timings, errors = interleaved(runs, 7)
+    timings, errors = in_turn(runs, 7)
     if errors:
         raise RuntimeError(f"the ceilings of this card could not be measured: {errors}")
     read, copied = size / timings["sum"].median, 2 * size / timings["copy"].median

@@ -6,51 +6,104 @@ import gc
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import training
 from benchmarks.gpu.memory import peak
-from benchmarks.gpu.nouns import Run
-from benchmarks.gpu.timing import wall
+from benchmarks.gpu.nouns import Piece, Row, Run
+from benchmarks.gpu.timing import in_turn, on_device, wall
+from benchmarks.gpu.variants import COMPILED, GROUPS, REDUCED, TUNED, build, is_ours, ours
 from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.bench.check import FLOOR, SLACK, Truth, find_truth, margin
 from flashnorm.bench.models import open_model, parameter_bytes, token_bytes, token_ids
-from flashnorm.bench.nouns import COMPILE, EAGER, OURS, OURS_COMPILED, Timing
-from flashnorm.bench.timing import in_words, interleaved
-from flashnorm.bench.variants import Variant, build, many_compilations
+from flashnorm.bench.nouns import EAGER, OURS, Timing
+from flashnorm.bench.timing import in_words
+from flashnorm.bench.variants import Variant, many_compilations
 from flashnorm.verification.measure import deviation, first_difference
 
-DECODE, PREFILL, MEMORY, TRAINING, ALL = "decode", "prefill", "memory", "training", "compiled"
-PLAIN, COMPILED = (EAGER, OURS), (COMPILE, OURS_COMPILED)
-CUDA_GRAPHS = "reduce-overhead"  # torch.compile's mode that replays CUDA graphs
+DECODE, PREFILL, MEMORY, TRAINING = "decode", "prefill", "memory", "training"
+PLAIN = (EAGER, OURS)
 CONTEXT, TOKENS = 64, 32
-LENGTHS, COMPILED_LENGTH, WEIGHED_LENGTH = (512, 2048, 8192), 2048, 8192
-ROUNDS, SECONDS = 7, 12.0
-COMPILE_SECONDS = 18.0  # for a model of 16 layers; others in proportion
-TIGHT = 0.85  # of the free memory that float64 weights may take
+COMPILED_LENGTH, WEIGHED_LENGTH = 2048, 8192
+LENGTHS = (2048, 8192)
+ROUNDS, SECONDS = 7, 10.0
+STEPS = 5  # single ones, that are timed on the device
+# What a group takes on a card with all that it compiles, for 16 layers; the most that is known.
+GROUP_SECONDS = {"plain": 25.0, "captured": 15.0, REDUCED: 42.0, TUNED: 60.0, "hub kernels": 8.0}
+ORDER = {"mistral-7b": (REDUCED, "captured", TUNED)}  # of the groups, where not all are measured
+TIGHT = 0.85  # of the free memory that the weights of the truth may take
 
 
-def model(run: Run, name: str) -> None:
-    """Everything about one model; what was found before is not measured again."""
-    left = [stage for stage in ROWS_OF if not run.store.find(stage, model=name, complete=True)]
-    left = [stage for stage in left if not (run.settings.dry and stage in NOT_DRY)]
-    if not left:
-        return
-    run.say(f"{name}: random weights")
-    with many_compilations():
-        bench = _Model(run, name)
-        for stage in left:
-            ROWS_OF[stage](bench)
-    del bench
-    gc.collect()
-    if run.settings.device != "cpu":
-        torch.cuda.empty_cache()
+def decode(run: Run, name: str) -> Iterator[Piece]:
+    """Decoding, group by group of variants; each row holds eager and ours as well."""
+    with _compiling(run):
+        for group in ORDER.get(name, tuple(GROUPS)):
+            key = {"model": name, "group": group}
+            yield Piece(DECODE, key, _seconds(name, group), partial(_decode, run, name, group))
+
+
+def _seconds(name: str, group: str) -> float:
+    layers = CONFIGURATIONS[name]["num_hidden_layers"]
+    return GROUP_SECONDS[group] * (0.5 + 0.5 * layers / 16)
+
+
+def prefill(run: Run, name: str) -> Iterator[Piece]:
+    """One pass that fills a cache, by length."""
+    for length in LENGTHS:
+        key = {"model": name, "tokens": length, "group": "plain"}
+        yield Piece(PREFILL, key, 12.0, partial(_prefill, run, name, length, PLAIN))
+
+
+def compiled_prefill(run: Run, name: str) -> Iterator[Piece]:
+    with _compiling(run):
+        key = {"model": name, "tokens": COMPILED_LENGTH, "group": COMPILED}
+        names = (*PLAIN, COMPILED, ours(COMPILED))
+        yield Piece(PREFILL, key, 45.0, partial(_prefill, run, name, COMPILED_LENGTH, names))
+
+
+def memory(run: Run, name: str) -> Iterator[Piece]:
+    """Peaks: of a prefill, of a training step."""
+    yield Piece(MEMORY, {"model": name}, 6.0, partial(_memory, run, name))
+    yield Piece(TRAINING, {"model": name}, 10.0, partial(_training, run, name))
+
+
+class Bench:
+    """One model on the device, its token ids, and the variants of it that were built."""
+
+    def __init__(self, name: str, device: str, dry: bool) -> None:
+        self.name, self.device, self.dry = name, device, dry
+        self.model, self.ids = opened("tiny" if dry else name, device)
+        self.variants: dict[str, Variant] = {}
+        self._truth: Truth | None = None
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.ids[:CONTEXT]
+
+    def variant(self, name: str) -> Variant:
+        if name not in self.variants:
+            self.variants[name] = build(name, self.model, self.device)
+        return self.variants[name]
+
+    def keep(self, names: tuple[str, ...]) -> None:
+        """Free the variants that are none of these."""
+        for name in set(self.variants).difference(names):
+            del self.variants[name]
+
+    def truth(self) -> Truth:
+        """Eager in float64, or in float32 where the card has no memory for that."""
+        if self._truth is None:
+            room = TIGHT * free_bytes(self.device)
+            wide = torch.float64 if 4 * parameter_bytes(self.model) < room else torch.float32
+            eager = self.variant(EAGER)
+            self._truth = find_truth(eager, self.model, self.prompt, TOKENS, wide)
+        return self._truth
 
 
 def opened(name: str, device: str) -> tuple[nn.Module, Tensor]:
@@ -65,160 +118,115 @@ def opened(name: str, device: str) -> tuple[nn.Module, Tensor]:
         return made, token_ids(str(file), made, count).to(device)
 
 
-class _Model:
-    """One model, its variants, and where they are kept."""
+def bench(run: Run, name: str) -> Bench:
+    """The model of this name; another one that was there is freed first."""
+    held = run.kept.get("bench")
+    if held is None or held.name != name:
+        del held
+        forget(run)
+        run.say(f"{name}: random weights")
+        run.kept["bench"] = Bench(name, run.settings.device, run.settings.dry)
+    found: Bench = run.kept["bench"]
+    return found
 
-    def __init__(self, run: Run, name: str) -> None:
-        self.run, self.name, self.dry = run, name, run.settings.dry
-        self.model, self.ids = opened(name, run.settings.device)
-        self.layers = CONFIGURATIONS[name]["num_hidden_layers"]
-        self.variants: dict[str, Variant] = {}
-        self.failed: dict[str, str] = {}
-        self.mode = None if run.settings.device == "cpu" else CUDA_GRAPHS
 
-    @property
-    def prompt(self) -> Tensor:
-        return self.ids[:CONTEXT]
+def forget(run: Run) -> None:
+    run.kept.pop("bench", None)
+    gc.collect()
+    if run.settings.device != "cpu":
+        torch.cuda.empty_cache()
 
-    def put(self, stage: str, complete: bool, found: dict[str, Any], **key: Any) -> None:
-        key = {"model": self.name, **key}
-        self.run.store.put(stage, key, {"complete": complete, **found})
 
-    def variant(self, name: str) -> Variant:
-        if name not in self.variants:
-            self.variants[name] = build(name, self.model, self.mode)
-        return self.variants[name]
-
-    def _ready(self, names: tuple[str, ...]) -> list[Variant]:
-        """Those of the variants that can be built; why the others cannot is noted."""
-        found = []
-        for name in names:
-            try:
-                found.append(self.variant(name))
-            except Exception as error:
-                self.failed[name] = in_words(error)
-        return found
-
-    @torch.no_grad()
-    def decode(self) -> None:
-        """The variants that need no compiling."""
-        self._decode(PLAIN, self._checked(PLAIN))
-
-    @torch.no_grad()
-    def compiled(self) -> None:
-        """Decoding and one prefill again, of all variants, those of torch.compile among them."""
-        self.run.budget.check(len(COMPILED) * self._compiling)
-        self.run.say(f"{self.name}: compiling")
-        self._decode(PLAIN + COMPILED, self._checked(PLAIN + COMPILED))
-        self.run.budget.check(len(COMPILED) * self._compiling)
-        length = min(COMPILED_LENGTH, len(self.ids))
-        own = [build(name, self.model) for name in COMPILED]
-        self._prefill(length, self._ready(PLAIN) + own)
-        self.put(ALL, True, {})
-
-    @property
-    def _compiling(self) -> float:
-        return 0.0 if self.dry else COMPILE_SECONDS * self.layers / 16
-
-    def _decode(self, names: tuple[str, ...], checks: dict[str, Any]) -> None:
-        runs = {
-            name: partial(self.variants[name].loop, self.prompt, TOKENS)
-            for name in names
-            if name not in self.failed
-        }
-        timings, errors = interleaved(runs, self.rounds, SECONDS)
-        size = token_bytes(self.model)
-        row = {
-            **_milliseconds(timings),
-            "checks": checks,
-            "token_bytes": size,
-            "limit_milliseconds": size / self.run.ceiling["bytes"] * 1e3,
-            "failed": {**self.failed, **errors},
-        }
-        self.put(DECODE, True, row)
-        self.run.say(f"{self.name}, decode: {_medians(timings)}")
-
-    @property
-    def rounds(self) -> int:
-        return 3 if self.dry else ROUNDS
-
-    def _checked(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """All variants against eager in float64 at full depth, where there is memory for it."""
-        enough = 4 * parameter_bytes(self.model) < TIGHT * free_bytes(self.run.settings.device)
-        eager = self.variant(EAGER)
-        truth = find_truth(eager, self.model, self.prompt, TOKENS) if enough else None
-        return {name: found for name in names if (found := self._held(name, truth))}
-
-    def _held(self, name: str, truth: Truth | None) -> dict[str, Any]:
-        """Tokens and errors of a variant, fed with eager's tokens; a failure is noted."""
+@contextmanager
+def _compiling(run: Run) -> Iterator[None]:
+    """What is compiled within is forgotten at the end, with the variants that hold it."""
+    with many_compilations():
         try:
-            variant = self.variant(name)
-            found = held(variant, truth) if truth else {}
-        except Exception as error:
-            self.failed[name] = in_words(error)
-            return {}
-        if found and not found["error"] <= SLACK * found["eager_error"] + FLOOR:
-            self.failed[name] = f"its logits err by {found['error']:.1e}: not timed"
-        return found
-
-    @torch.no_grad()
-    def prefill(self) -> None:
-        """One pass that fills a cache, by length."""
-        for length in sorted({min(length, len(self.ids)) for length in LENGTHS}):
-            if not self.run.store.find(PREFILL, model=self.name, tokens=length):
-                self.run.budget.check(SECONDS)
-                self._prefill(length, self._ready(PLAIN))
-        self.put(PREFILL, True, {}, tokens="all")
-
-    def _prefill(self, length: int, variants: list[Variant]) -> None:
-        runs: dict[str, Callable[[], float]] = {
-            each.name: wall(partial(each.prefill, self.ids[:length]), self.run.settings.device)
-            for each in variants
-        }
-        timings, errors = interleaved(runs, self.rounds, SECONDS)
-        self.put(
-            PREFILL,
-            False,
-            {**_milliseconds(timings), "failed": {**self.failed, **errors}},
-            tokens=length,
-        )
-        self.run.say(f"{self.name}, prefill of {length}: {_medians(timings)}")
-
-    @torch.no_grad()
-    def memory(self) -> None:
-        """The peak of one prefill beyond the weights."""
-        ids = self.ids[: min(WEIGHED_LENGTH, len(self.ids))]
-        found = {}
-        for variant in self._ready(PLAIN):
-            run = partial(variant.prefill, ids)
-            run()
-            found[variant.name] = peak(run, self.run.settings.device)
-        self.put(MEMORY, True, {"tokens": len(ids), "bytes": found})
-        self.run.say(f"{self.name}, peak of a prefill of {len(ids)}: {found}")
-
-    def training(self) -> None:
-        """A step forward and backward: time and peak."""
-        self.run.budget.check(SECONDS)
-        found = training.measure(self.model, self.ids, self.run.settings.device)
-        self.put(TRAINING, True, found)
-        self.run.say(f"{self.name}, training: {found}")
-
-
-ROWS_OF: dict[str, Callable[[_Model], None]] = {
-    DECODE: _Model.decode,
-    PREFILL: _Model.prefill,
-    MEMORY: _Model.memory,
-    TRAINING: _Model.training,
-    ALL: _Model.compiled,
-}
-NOT_DRY = (ALL,)  # a dry run compiles nothing
+            yield
+        finally:
+            if own := run.kept.get("bench"):
+                own.keep(PLAIN)
 
 
 def free_bytes(device: str) -> float:
     return math.inf if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
-def held(variant: Variant, truth: Truth) -> dict[str, Any]:
+@contextmanager
+def _ready(own: Bench, names: tuple[str, ...]) -> Iterator[tuple[list[Variant], dict[str, str]]]:
+    """Those of the variants that can be built, and why the others cannot; freed at the end.
+
+    Eager and ours stay, and so does what was compiled with CUDA graphs, to be timed beside others.
+    """
+    found, failed = [], {}
+    for name in names:
+        try:
+            found.append(own.variant(name))
+        except Exception as error:
+            failed[name] = in_words(error)
+    try:
+        yield found, failed
+    finally:
+        own.keep(PLAIN + GROUPS[REDUCED])
+
+
+@torch.no_grad()
+def _decode(run: Run, name: str, group: str) -> Row:
+    """Seconds per token of a loop, and of single steps on the device alone, after a check.
+
+    What is wrong of the others is timed all the same, and said; what is wrong of ours is not timed.
+    """
+    own = bench(run, name)
+    names = PLAIN + GROUPS[group]
+    if group == TUNED:
+        names += tuple(each for each in GROUPS[REDUCED] if each in own.variants)
+    with _ready(own, names) as (variants, failed):
+        checks, wrong = _checks(own, variants, failed)
+        timed = [
+            each
+            for each in variants
+            if each.name not in failed and not (each.name in wrong and is_ours(each.name))
+        ]
+        loops = {each.name: partial(each.loop, own.prompt, TOKENS) for each in timed}
+        timings, errors = in_turn(loops, 3 if own.dry else ROUNDS, SECONDS)
+        alone, more = _on_device(own, [each for each in timed if each.name in timings], timings)
+    run.say(f"{name}, decode: {_medians(timings)}")
+    size = token_bytes(own.model)
+    return {
+        **_milliseconds(timings),
+        "device_milliseconds": alone,
+        "checks": checks,
+        "wrong": wrong,
+        "token_bytes": size,
+        "limit_milliseconds": size / run.ceiling["bytes"] * 1e3,
+        "failed": {**failed, **errors, **more},
+    }
+
+
+def _checks(
+    own: Bench, variants: list[Variant], failed: dict[str, str]
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Tokens and errors of every variant, fed with eager's tokens, and who errs too much."""
+    truth, found, wrong = own.truth(), {}, {}
+    for variant in variants:
+        try:
+            found[variant.name] = held = held_against(variant, truth)
+        except Exception as error:
+            failed[variant.name] = in_words(error)
+            continue
+        if not held["error"] <= SLACK * held["eager_error"] + FLOOR:
+            wrong[variant.name] = (
+                f"its logits err by {held['error']:.1e}, eager's by {held['eager_error']:.1e}"
+            )
+    return found, wrong
+
+
+def failures(run: Run) -> list[Row]:
+    """Rows in which something of ours is wrong."""
+    return [row for row in run.store.rows(DECODE) if any(map(is_ours, row["wrong"]))]
+
+
+def held_against(variant: Variant, truth: Truth) -> Row:
     """How many greedy tokens are eager's, the margin where the first is not, and the error.
 
     Fed with eager's tokens, a variant writes the same text up to the first token that differs.
@@ -232,10 +240,62 @@ def held(variant: Variant, truth: Truth) -> dict[str, Any]:
         "margin": None if first is None else margin(truth.logits[first]),
         "error": deviation([steps], [exact]).rms,
         "eager_error": deviation([truth.logits], [exact]).rms,
+        "truth": str(truth.exact.dtype).removeprefix("torch."),
     }
 
 
-def _milliseconds(timings: dict[str, Timing]) -> dict[str, Any]:
+def _on_device(
+    own: Bench, variants: list[Variant], timings: dict[str, Timing]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds that the device works on one step: medians of single ones."""
+    found, failed = {}, {}
+    for variant in variants:
+        try:
+            cache, logits = variant.start(own.prompt, TOKENS)
+            token, host = logits.argmax(), timings[variant.name].median
+            step = partial(variant.step, token, cache)
+            step()
+            seconds = Timing(tuple(on_device(step, own.device, host) for _ in range(STEPS)))
+            found[variant.name] = seconds.median * 1e3
+        except Exception as error:
+            failed[f"{variant.name}, on the device"] = in_words(error)
+    return found, failed
+
+
+@torch.no_grad()
+def _prefill(run: Run, name: str, length: int, names: tuple[str, ...]) -> Row:
+    own = bench(run, name)
+    ids = own.ids[:length]
+    with _ready(own, names) as (variants, failed):
+        runs = {each.name: wall(partial(each.prefill, ids), own.device) for each in variants}
+        timings, errors = in_turn(runs, 3 if own.dry else ROUNDS, SECONDS)
+    run.say(f"{name}, prefill of {length}: {_medians(timings)}")
+    return {**_milliseconds(timings), "failed": {**failed, **errors}}
+
+
+@torch.no_grad()
+def _memory(run: Run, name: str) -> Row:
+    """The peak of one prefill beyond the weights."""
+    own = bench(run, name)
+    ids, found = own.ids[:WEIGHED_LENGTH], {}
+    with _ready(own, PLAIN) as (variants, failed):
+        for variant in variants:
+            once = partial(variant.prefill, ids)
+            once()
+            found[variant.name] = peak(once, own.device)
+    run.say(f"{name}, peak of a prefill of {len(ids)}: {found}")
+    return {"tokens": len(ids), "bytes": found, "failed": failed}
+
+
+def _training(run: Run, name: str) -> Row:
+    """A step forward and backward: time and peak."""
+    own = bench(run, name)
+    found = training.measure(own.model, own.ids, own.device)
+    run.say(f"{name}, training: {found}")
+    return found
+
+
+def _milliseconds(timings: dict[str, Timing]) -> Row:
     return {"milliseconds": {name: timing.to_json() for name, timing in timings.items()}}
 
 

@@ -1,11 +1,13 @@
 """Norm + linear, shape by shape: ours against norm + matmul and torch.compile, in one run.
 
-Every row is checked against float64 before it is timed, and stays in the table whoever wins.
+Ours is checked against float64 before it is timed, and not timed where it is wrong; so are the
+others, which are timed all the same, and marked. Every row stays in the table whoever wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,83 +16,94 @@ from torch import Tensor
 
 from benchmarks.gpu import baselines, correctness, ours
 from benchmarks.gpu.environment import l2_bytes
-from benchmarks.gpu.nouns import Run, Shape
-from benchmarks.gpu.timing import per_call
+from benchmarks.gpu.nouns import DTYPES, Piece, Row, Run, Shape
+from benchmarks.gpu.timing import in_turn, per_call
 from flashnorm.bench.nouns import Timing
-from flashnorm.bench.timing import in_words, interleaved
+from flashnorm.bench.timing import in_words
 from flashnorm.bench.variants import many_compilations
 from flashnorm.kernels.call import Call
 
 STAGE = "operations"
 PAPER = (Shape(576, 960), Shape(2048, 2560), Shape(4096, 6144))
 GATE_UP = (Shape(576, 3072), Shape(2048, 16384), Shape(4096, 28672))
-SHAPES = (*PAPER, *(Shape(s.n, s.k, True) for s in GATE_UP), *GATE_UP)
-ROWS = (1, 16, 64, 256, 1024, 4096)
-DRY_SHAPES, DRY_ROWS = (Shape(32, 48), Shape(32, 64, True)), (1, 16)
+GLU = tuple(Shape(shape.n, shape.k, True) for shape in GATE_UP)
+SHAPES = (*PAPER, *GLU, *GATE_UP)
+FEW = (1, 16)  # rows, at which the compiler of the other side tries everything
+MANY = (64, 4096, 256, 1024)
+DRY_ROWS = 64  # of a dry run, at most
 EPS = 1e-5
 LEAST_COPIES = 8
 OURS, OURS_GAIN = "ours", "ours, gain on load"
 TORCH, TRITON, COMPILED = "torch norm + matmul", "triton norm + matmul", "torch.compile"
 LINEAR = "matmul alone"
-SECONDS = 3.0  # for the rounds of one row, at most
-PLAIN_SECONDS = 2.0  # for a row without tuning, all in all
+SECONDS = 2.0  # for the rounds of one row, at most
+TUNED_PIECE, PLAIN_PIECE = 6.6, 2.5  # seconds of a row, with what it compiles
 # Roundings to bf16 in an eager gate beyond those of a library's matmul: the result of silu.
 EAGER_GATE = 1
 
 Runs = dict[str, Callable[[int], object]]
 
 
-def operations(run: Run) -> None:
-    """Time all shapes, the paper's first, as far as the stage's time reaches."""
-    shapes, rows = (DRY_SHAPES, DRY_ROWS) if run.settings.dry else (SHAPES, ROWS)
-    left = [
-        (shape, count)
-        for shape in shapes
-        for count in rows
-        if not run.store.find(STAGE, shape=str(shape), rows=count)
-    ]
-    weights: tuple[Shape | None, list[Tensor]] = (None, [])
-    for at, (shape, count) in enumerate(left):
-        run.budget.check(SECONDS)
-        if weights[0] != shape:
-            weights = (None, [])  # first free what was there
-            weights = (shape, copies(shape, run.settings.device))
-        mode = _mode(run, len(left) - at)
-        with torch.no_grad(), many_compilations():
-            row = _measure(run, shape, _inputs(shape, count, weights[1]), mode)
-        run.store.put(STAGE, {"shape": str(shape), "rows": count}, row)
-        run.say(f"{shape}, {count} rows: {_summary(row)}")
+def few(run: Run) -> Iterator[Piece]:
+    """All shapes at 1 row, then at 16, with torch.compile at its best."""
+    yield from _pieces(run, SHAPES, FEW, "bf16", baselines.TUNED)
 
 
-def _mode(run: Run, left: int) -> str:
-    """How hard torch.compile may try, so that all rows are reached; empty where it is left out."""
+def many(run: Run) -> Iterator[Piece]:
+    yield from _pieces(run, (*PAPER, *GLU), MANY, "bf16", baselines.PLAIN)
+
+
+def single(run: Run) -> Iterator[Piece]:
+    """One row in float32."""
+    yield from _pieces(run, PAPER, (1,), "fp32", baselines.PLAIN)
+
+
+def _pieces(
+    run: Run, shapes: tuple[Shape, ...], rows: tuple[int, ...], dtype: str, mode: str
+) -> Iterator[Piece]:
+    seconds = TUNED_PIECE if mode == baselines.TUNED else PLAIN_PIECE
+    for count in rows:
+        for shape in shapes:
+            key = {"shape": str(shape), "rows": count, "dtype": dtype}
+            yield Piece(STAGE, key, seconds, partial(_row, run, shape, count, dtype, mode))
+
+
+def _row(run: Run, shape: Shape, count: int, dtype: str, mode: str) -> Row:
     if run.settings.dry:
-        return ""
-    spare = run.budget.left() - left * PLAIN_SECONDS
-    return baselines.TUNED if spare > baselines.TUNING_SECONDS else baselines.PLAIN
+        shape, count = shape.tiny(), min(count, DRY_ROWS)
+    with torch.no_grad(), many_compilations():
+        given = _inputs(shape, count, copies(shape, run.settings.device, DTYPES[dtype]))
+        row = _measure(run, shape, given, "" if run.settings.device == "cpu" else mode)
+    run.say(f"{shape}, {count} rows, {dtype}: {_summary(row)}")
+    return row
 
 
-def _summary(row: dict[str, Any]) -> str:
+def failures(run: Run) -> list[Row]:
+    """Rows in which ours is wrong or did not run."""
+    return [row for row in run.store.rows(STAGE) if row["excluded"]]
+
+
+def _summary(row: Row) -> str:
     if row["excluded"]:
         return f"not timed: {row['excluded']}"
     times = f"{row['microseconds'][OURS]:.1f} µs"
     return f"{times}, {row['speedup']:.2f}x over {row['best']}" if row["best"] else times
 
 
-def copies(shape: Shape, device: str) -> list[Tensor]:
+def copies(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
     """As many as exceed twice the second-level cache, all random."""
-    size = 2 * shape.n * shape.k
+    size = dtype.itemsize * shape.n * shape.k
     count = max(LEAST_COPIES, -(-2 * l2_bytes(device) // size))
     return [
-        torch.randn(shape.k, shape.n, device=device).div_(shape.n**0.5).to(torch.bfloat16)
+        torch.randn(shape.k, shape.n, device=device).div_(shape.n**0.5).to(dtype)
         for _ in range(count)
     ]
 
 
 def _inputs(shape: Shape, rows: int, weights: list[Tensor]) -> baselines.Inputs:
-    device = weights[0].device
-    x = torch.randn(rows, shape.n, device=device).to(torch.bfloat16)
-    gain = (torch.rand(shape.n, device=device) + 0.5).to(torch.bfloat16)
+    device, dtype = weights[0].device, weights[0].dtype
+    x = torch.randn(rows, shape.n, device=device).to(dtype)
+    gain = (torch.rand(shape.n, device=device) + 0.5).to(dtype)
     return baselines.Inputs(x, gain, weights, EPS, shape.glu)
 
 
@@ -109,30 +122,38 @@ def calls_of(given: baselines.Inputs, with_gain: bool) -> list[Call]:
     ]
 
 
-def _measure(run: Run, shape: Shape, given: baselines.Inputs, mode: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"n": shape.n, "k": shape.k, "glu": shape.glu, "excluded": ""}
+def _measure(run: Run, shape: Shape, given: baselines.Inputs, mode: str) -> Row:
+    row: Row = {"n": shape.n, "k": shape.k, "glu": shape.glu, "excluded": "", "wrong": {}}
     own, failed = _ours(given)
     if OURS in failed:
         return {**row, "excluded": failed[OURS]}
     row |= {"way": ours.explain(calls_of(given, False)[0]), "compile": mode}
-    others, more = _others(given, mode)
-    prepared, unprepared = _prepared({**own, **others}, given)
-    timings, errors = interleaved(prepared, run.settings.rounds, SECONDS)
+    others = _others(given, mode, run.settings.device)
+    row["wrong"], more = _wrong(others, given)
+    runs = {**own, **{name: each for name, each in others.items() if name not in more}}
+    prepared, unprepared = _prepared(runs, len(given.weights), run.settings.device)
+    timings, errors = in_turn(prepared, run.settings.rounds, SECONDS)
     failed |= {**more, **unprepared, **errors}
     if OURS not in timings:
         return {**row, "excluded": failed[OURS]}
-    found = weighed(shape, given.x.shape[0], timings, run.ceiling)
+    rows, size = given.x.shape[0], given.x.element_size()
+    found = weighed(shape, rows, timings, run.ceiling, size)
     return {**row, **found, "failed": failed}
 
 
 def _prepared(
-    runs: Runs, given: baselines.Inputs
+    runs: Runs, copied: int, device: str
 ) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """The runs as graphs, and why some are not."""
+    """The runs as graphs, and why some are not.
+
+    What torch.compile made belongs to the setting it was made under; the other sides add up as
+    they please while they are timed.
+    """
     prepared, failed = {}, {}
     for name, each in runs.items():
         try:
-            prepared[name] = per_call(each, len(given.weights), given.x.device.type)
+            with correctness.exact_sums() if name == COMPILED else nullcontext():
+                prepared[name] = per_call(each, copied, device)
         except Exception as error:
             failed[name] = in_words(error)
     return prepared, failed
@@ -145,7 +166,8 @@ def _ours(given: baselines.Inputs) -> tuple[Runs, dict[str, str]]:
     for name, with_gain in ((OURS, False), (OURS_GAIN, True)):
         calls = calls_of(given, with_gain)
         try:
-            found = ours.run(calls[0])
+            with correctness.exact_sums():
+                found = ours.run(calls[0])
             reason = correctness.Expected(calls[0], ours.CHOSEN).wrong(found)
         except Exception as error:
             reason = in_words(error)
@@ -160,34 +182,47 @@ def _run_one(calls: list[Call], i: int) -> list[Tensor]:
     return ours.run(calls[i])
 
 
-def _others(given: baselines.Inputs, mode: str) -> tuple[Runs, dict[str, str]]:
-    """The other sides that compute what ours do, and why the rest is missing."""
-    makers = {TORCH: baselines.torch_norm(given)}
-    if given.x.device.type != "cpu":
+def _others(given: baselines.Inputs, mode: str, device: str) -> Runs:
+    """The other sides, as strong as they get."""
+    makers: Runs = {TORCH: baselines.torch_norm(given)}
+    if device != "cpu":
         makers[TRITON] = baselines.triton_norm(given)
     if mode:
         makers[COMPILED] = baselines.compiled(given, mode)
+    return {**makers, LINEAR: baselines.linear_alone(given)}
+
+
+def _wrong(others: Runs, given: baselines.Inputs) -> tuple[dict[str, str], dict[str, str]]:
+    """Which of them compute something else than ours do, and which do not run at all."""
     expected = correctness.Expected(calls_of(given, True)[0], ours.LIBRARY)
-    failed = {}
-    for name, each in list(makers.items()):
+    wrong, failed = {}, {}
+    for name in others.keys() - {LINEAR}:
         try:
-            reason = expected.wrong([each(0)], EAGER_GATE if given.glu else 0)
+            with correctness.exact_sums():
+                found = others[name](0)
+            assert isinstance(found, Tensor)
+            if reason := expected.wrong([found], EAGER_GATE if given.glu else 0):
+                wrong[name] = reason
         except Exception as error:
-            reason = in_words(error)
-        if reason:
-            failed[name] = reason
-            del makers[name]
-    return {**makers, LINEAR: baselines.linear_alone(given)}, failed
+            failed[name] = in_words(error)
+    return wrong, failed
 
 
 def weighed(
-    shape: Shape, rows: int, timings: dict[str, Timing], ceiling: dict[str, float]
+    shape: Shape,
+    rows: int,
+    timings: dict[str, Timing],
+    ceiling: dict[str, float],
+    size: int = 2,
 ) -> dict[str, Any]:
-    """Medians, the speedup over the best other side, and the share of what the card can do."""
+    """Medians, the speedup over the best other side, and the share of what the card can do.
+
+    size: bytes of an element.
+    """
     median = {name: timing.median for name, timing in timings.items()}
     rivals = {name: median[name] for name in (TORCH, TRITON, COMPILED) if name in median}
     best = min(rivals, key=lambda name: rivals[name], default="")
-    floor, limit = roofline(shape, rows, ceiling)
+    floor, limit = roofline(shape, rows, ceiling, size)
     return {
         "microseconds": {name: value * 1e6 for name, value in median.items()},
         "lowest": {name: min(timing.seconds) * 1e6 for name, timing in timings.items()},
@@ -200,13 +235,16 @@ def weighed(
     }
 
 
-def roofline(shape: Shape, rows: int, ceiling: dict[str, float]) -> tuple[float, str]:
+def roofline(
+    shape: Shape, rows: int, ceiling: dict[str, float], size: int = 2
+) -> tuple[float, str]:
     """The seconds that bytes and operations need at least, and which of the two need them.
 
-    x and W are read once and y is written once, in bf16; a multiplication and an addition are two.
+    x and W are read once and y is written once, in elements of `size` bytes; a multiplication and
+    an addition are two. (The rate of operations is that of bf16.)
     """
     width = shape.k // 2 if shape.glu else shape.k
-    moved = 2 * (shape.n * shape.k + rows * shape.n + rows * width)
+    moved = size * (shape.n * shape.k + rows * shape.n + rows * width)
     times = {
         "memory": moved / ceiling["bytes"],
         "arithmetic": 2 * rows * shape.n * shape.k / ceiling["operations"],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashnorm.functional import fused
@@ -16,7 +19,6 @@ CHOSEN = "chosen"  # the way that dispatch takes
 WAYS = ("skinny", "gemm", "matmul")
 LIBRARY = "library"  # the other sides: the norm, rounded, then the library's product
 TILED = ("skinny", "gemm")  # kernels of ours multiply
-THREADS = 12  # that compile at once
 
 
 def kernels() -> Any | None:
@@ -29,12 +31,12 @@ def kernels() -> Any | None:
 
 
 def ways(rows: int, device: str) -> tuple[str, ...]:
-    """What can be asked for with so many rows, the chosen way first."""
+    """What can be asked for with so many rows."""
     if device == "cpu" or kernels() is None:
         return (CHOSEN,)
     from flashnorm.kernels.gpu.launch import MOST_ROWS
 
-    return (CHOSEN, *(way for way in WAYS if way != "skinny" or rows <= MOST_ROWS))
+    return tuple(way for way in WAYS if way != "skinny" or rows <= MOST_ROWS)
 
 
 def run(call: Call, way: str = CHOSEN, tile: Any = None) -> list[Tensor]:
@@ -57,22 +59,53 @@ def steps(call: Call, way: str, tile: Any, outputs: list[Tensor] | None = None) 
     """The launches of a call with rows that are dense."""
     from flashnorm.kernels.gpu import gemm, launch, skinny
 
-    make = skinny.steps if way == "skinny" else gemm.steps
     found = _outputs(call) if outputs is None else outputs
+    if way == "matmul":
+        return _around_a_product(call, found)
+    make = skinny.steps if way == "skinny" else gemm.steps
     return make(call, found, launch.device_of(call.x), tile)
 
 
+def _around_a_product(call: Call, outputs: list[Tensor]) -> Iterator[Any]:
+    """The passes before and behind a product of the library's, as far as they are kernels."""
+    from flashnorm.kernels.gpu import gemm, matmul, rows
+
+    late, s = matmul.scales_late(call), call.x.new_empty(call.x.shape[0], dtype=torch.float32)
+    if late:
+        yield rows.row_scale_step(call.x, "rms", call.eps, s, None)
+    elif not gemm.as_it_is(call):
+        yield rows.normalize_step(call, torch.empty_like(call.x))
+    if call.activation or call.residual is not None:
+        yield rows.gate_step(call, outputs, s if late else None, outputs[0])
+
+
 def compile_ahead(jobs: list[tuple[Call, str, Any]]) -> None:
-    """Compile the kernels of (call, way, tile), several at once; what fails will fail again."""
+    """Compile the kernels of (call, way, tile) on all cores; what fails will fail again."""
 
-    def compile_one(call: Call, way: str, tile: Any) -> None:
-        for step in steps(call, way, tile):
-            options = {"num_warps": step.warps, "num_stages": step.stages}
-            step.kernel.warmup(**step.arguments, **options, grid=step.grid)
+    def compile_one(step: Any) -> None:
+        options = {"num_warps": step.warps, "num_stages": step.stages}
+        step.kernel.warmup(**step.arguments, **options, grid=step.grid)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for made in [pool.submit(compile_one, *job) for job in jobs]:
+    different = {_alike(step): step for job in jobs if job[1] in WAYS for step in _steps_of(*job)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for made in [pool.submit(compile_one, step) for step in different.values()]:
             made.exception()
+
+
+def _steps_of(call: Call, way: str, tile: Any) -> list[Any]:
+    try:
+        return list(steps(call, way, tile))
+    except Exception:
+        return []
+
+
+def _alike(step: Any) -> tuple[Any, ...]:
+    """The same for launches of one compiled kernel."""
+    given = (
+        (name, str(value.dtype) if isinstance(value, Tensor) else value)
+        for name, value in step.arguments.items()
+    )
+    return (step.kernel.__name__, step.warps, step.stages, *given)
 
 
 def _outputs(call: Call) -> list[Tensor]:

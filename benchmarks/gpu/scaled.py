@@ -6,7 +6,8 @@ where the norm is: nowhere, in the kernel that quantizes (as engines have it), o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu.environment import l2_bytes
-from benchmarks.gpu.nouns import Run, Shape
+from benchmarks.gpu.nouns import Piece, Row, Run, Shape
 from benchmarks.gpu.operations import DRY_ROWS, EPS, LEAST_COPIES, PAPER, SECONDS
-from benchmarks.gpu.timing import per_call
-from flashnorm.bench.timing import in_words, interleaved
+from benchmarks.gpu.timing import in_turn, per_call
+from flashnorm.bench.timing import in_words
 from flashnorm.bench.variants import many_compilations
 from flashnorm.functional.scaled import (
     FP8,
@@ -44,23 +45,25 @@ ROUNDINGS = 4
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def scaled(run: Run) -> None:
+def pieces(run: Run) -> Iterator[Piece]:
     """Errors and times, shape by shape."""
-    shapes, rows = ((Shape(32, 48),), DRY_ROWS) if run.settings.dry else (PAPER, ROWS)
-    for shape in shapes:
-        for count in rows:
+    for shape in PAPER:
+        for count in ROWS:
             for name in DTYPES:
                 key = {"shape": str(shape), "rows": count, "dtype": name}
-                if run.store.find(STAGE, **key):
-                    continue
-                run.budget.check(SECONDS)
-                with torch.no_grad(), many_compilations():
-                    found = _measure(run, shape, count, DTYPES[name])
-                run.store.put(STAGE, key, found)
-                run.say(f"{shape}, {count} rows, {name}: {found.get('microseconds', found)}")
+                yield Piece(STAGE, key, 4.0, partial(_row, run, shape, count, name))
 
 
-def failures(run: Run) -> list[dict[str, Any]]:
+def _row(run: Run, shape: Shape, count: int, name: str) -> Row:
+    if run.settings.dry:
+        shape, count = shape.tiny(), min(count, DRY_ROWS)
+    with torch.no_grad(), many_compilations():
+        found = _measure(run, shape, count, DTYPES[name])
+    run.say(f"{shape}, {count} rows, {name}: {found.get('microseconds', found)}")
+    return found
+
+
+def failures(run: Run) -> list[Row]:
     return [row for row in run.store.rows(STAGE) if row.get("wrong")]
 
 
@@ -98,7 +101,7 @@ def _measure(run: Run, shape: Shape, rows: int, dtype: torch.dtype) -> dict[str,
     failed, errors, prepared = {}, {}, {}
     for name, quantize in quantizers(dtype, shape.n).items():
         try:
-            made = quantize if run.settings.dry else torch.compile(quantize, dynamic=False)
+            made = quantize if device == "cpu" else torch.compile(quantize, dynamic=False)
             errors[name] = _error(_product(made, x, weights[0]), truth)
             call = _caller(made, x, weights)
             prepared[name] = per_call(call, len(weights), device)
@@ -110,7 +113,7 @@ def _measure(run: Run, shape: Shape, rows: int, dtype: torch.dtype) -> dict[str,
     prepared[PRODUCT] = per_call(
         lambda i: scaled_product(q, scale, weights[i], x.dtype), len(weights), device
     )
-    timings, more = interleaved(prepared, run.settings.rounds, SECONDS)
+    timings, more = in_turn(prepared, run.settings.rounds, SECONDS)
     allowed = ROUNDINGS * unit_roundoff(torch.bfloat16)
     return {
         "errors": errors,

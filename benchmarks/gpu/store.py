@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+RESULTS, LOG = "results.json", "log.txt"
 
 
 class Store:
-    """The rows of every stage, in OUT/results.json; each row says which run measured it."""
+    """The rows of every stage, in WORK/results.json; each row says which run measured it.
+
+    `ended` says why stages and pieces of this run are incomplete. Where the disk does not take a
+    file, the rows stay in memory, and `ended` says so.
+    """
 
     def __init__(self, folder: Path, resume: bool) -> None:
-        self.folder, self.file = folder, folder / "results.json"
+        self.folder, self.file = folder, folder / RESULTS
         if self.file.exists() and not resume:
-            raise SystemExit(f"{self.file} exists: give --resume to go on, or another --out")
+            raise SystemExit(
+                f"{self.file} exists: give --resume to go on, or another --work to begin anew"
+            )
         found = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
         self.runs: list[Row] = found.get("runs", [])
         self.stages: dict[str, list[Row]] = found.get("stages", {})
-        self.ended: dict[str, str] = {}  # why stages of this run are incomplete
+        self.ended: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, environment: Row) -> None:
@@ -31,7 +40,7 @@ class Store:
             if earlier["card"] != environment["card"]:
                 raise SystemExit(
                     f"{self.folder} holds results of {earlier['card']}, and this is "
-                    f"{environment['card']}: give another --out"
+                    f"{environment['card']}: give another --work"
                 )
         self.runs.append(environment)
         self.write()
@@ -58,19 +67,34 @@ class Store:
     def write(self) -> None:
         """results.json, replaced at once: a cut leaves the old one or the new one."""
         content = {"runs": self.runs, "stages": self.stages, "incomplete": self.ended}
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(partial, self.file)
+        self.write_text(RESULTS, json.dumps(content, indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the folder, replaced at once."""
+        partial = self.folder / f"{name}.partial"
+        try:
+            partial.write_text(text, "utf-8")
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            self.ended[name] = f"could not be written, its rows are in the output only: {error}"
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def log(self, line: str) -> None:
+        # On a full disk it is at least printed.
+        with suppress(OSError), (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def write_csv(self) -> None:
         """STAGE.csv for every stage, nested values in columns of their own."""
         for stage, rows in self.stages.items():
             flat = [dict(_flat(row)) for row in rows]
             header = list(dict.fromkeys(name for row in flat for name in row))
-            with (self.folder / f"{stage}.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, header, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(flat)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, header, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+            self.write_text(f"{stage}.csv", text.getvalue())
 
 
 def _matches(row: Row, key: Row) -> bool:

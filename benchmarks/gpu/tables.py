@@ -6,40 +6,44 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu import correctness, models, operations, scaled
+from benchmarks.gpu.nouns import CEILINGS
 from benchmarks.gpu.operations import COMPILED, LINEAR, OURS, OURS_GAIN, TORCH, TRITON
-from benchmarks.gpu.store import Store
-from flashnorm.bench.nouns import COMPILE, EAGER
+from benchmarks.gpu.store import Row, Store
+from benchmarks.gpu.variants import PAIRS
+from flashnorm.bench.nouns import EAGER
 from flashnorm.bench.nouns import OURS as OUR_MODEL
-from flashnorm.bench.nouns import OURS_COMPILED as OUR_COMPILED
 from flashnorm.bench.show import markdown_table
 from flashnorm.bench.tables import NOTHING, Table
 
-VARIANTS = (EAGER, COMPILE, OUR_MODEL, OUR_COMPILED)
 SIDES = (OURS, OURS_GAIN, TORCH, TRITON, COMPILED, LINEAR)
 DRY = "A dry run on a CPU with tiny shapes: no figure here means anything."
 
 
 def markdown(store: Store) -> str:
     """All tables under a heading that names the machine."""
-    lines = ["# Norm + linear on a GPU", ""]
-    for environment in store.runs:
-        lines += [machine(environment), ""]
+    lines = ["# Norm + linear on a GPU", "", machine(store), ""]
     for table in tables(store):
-        lines += markdown_table(table)
+        if table.rows:
+            lines += markdown_table(table)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def machine(environment: dict[str, Any]) -> str:
-    """The machine in one line, with what it can do."""
+def machine(store: Store) -> str:
+    """The machine of the last run in one line, with what it can do."""
+    environment, ceiling = store.runs[-1], store.find(CEILINGS)
     if environment["card"] == "cpu dry run":
         return DRY
     clocks = ", ".join(f"{name} {value}" for name, value in environment["clocks"].items())
+    able = (
+        f"{ceiling['bytes'] / 1e9:.0f} GB/s and {ceiling['operations'] / 1e12:.0f} TFLOP/s measured"
+        if ceiling
+        else "ceilings not measured"
+    )
     return (
-        f"{environment['card']} ({environment['capability']}, {clocks or 'no nvidia-smi'}), "
-        f"{environment['gigabytes_per_second']:.0f} GB/s and {environment['teraflops']:.0f} "
-        f"TFLOP/s measured in the same run; torch {environment['torch']}, triton "
-        f"{environment['triton']}, transformers {environment['transformers']}, flashnorm "
-        f"{environment['flashnorm']}, {environment['date']}."
+        f"{environment['card']} ({environment['capability']}), {able}; torch "
+        f"{environment['torch']}, triton {environment['triton']}, transformers "
+        f"{environment['transformers']}, flashnorm {environment['flashnorm']}, "
+        f"{environment['date']}; {clocks or 'no nvidia-smi'}."
     )
 
 
@@ -76,6 +80,7 @@ def _operations(store: Store) -> Table:
     rows = store.rows(operations.STAGE)
     header = (
         "shape",
+        "dtype",
         "rows",
         *(f"{name}, µs" for name in SIDES),
         "speedup over the best",
@@ -83,9 +88,9 @@ def _operations(store: Store) -> Table:
         "way",
     )
     note = (
-        "bf16, CUDA graphs on both sides, weights beyond the second-level cache; the best of "
-        "torch, triton and torch.compile; the roofline is the larger of bytes and operations over "
-        "what the card did in this run"
+        "CUDA graphs on all sides, weights beyond the second-level cache; the best of torch, "
+        "triton and torch.compile, also where it is wrong (marked !, and below); the roofline is "
+        "the larger of bytes and operations over what the card did in this run"
     )
     return Table("Norm + linear", header, tuple(map(_operation, rows)), note)
 
@@ -93,12 +98,13 @@ def _operations(store: Store) -> Table:
 def _operation(row: dict[str, Any]) -> tuple[str, ...]:
     if row["excluded"]:
         empty = (NOTHING,) * (len(SIDES) + 2)
-        return (row["shape"], str(row["rows"]), *empty, row["excluded"])
+        return (row["shape"], row["dtype"], str(row["rows"]), *empty, row["excluded"])
     times = row["microseconds"]
     return (
         row["shape"],
+        row["dtype"],
         str(row["rows"]),
-        *(_figure(times.get(name), ".2f") for name in SIDES),
+        *(_figure(times.get(name), ".2f") + _mark(row, name) for name in SIDES),
         f"{_figure(row['speedup'], '.2f')}x ({row['best'] or NOTHING})",
         f"{row['of_roofline']:.0%} ({row['limit']})",
         row["way"],
@@ -109,66 +115,93 @@ def _figure(value: float | None, form: str) -> str:
     return NOTHING if value is None else f"{value:{form}}"
 
 
+def _mark(row: Row, name: str) -> str:
+    return " !" if name in row["wrong"] else ""
+
+
 def _decode(store: Store) -> Table:
-    lines = [
-        (row["model"], "1", *_cells(row), f"{row['limit_milliseconds']:.2f}")
-        for row in store.rows(models.DECODE)
-    ]
-    note = "one sequence; the limit is every weight read once at the bandwidth of this run"
-    header = ("model", "tokens", *_names("ms/token"), *_speedups(), "limit, ms")
+    """A line for each variant, beside those that were timed in turn with it."""
+    lines = []
+    for row in store.rows(models.DECODE):
+        limit, alone = row["limit_milliseconds"], row["device_milliseconds"]
+        for name, found in row["milliseconds"].items():
+            lines.append(
+                (
+                    f"{row['model']}, {row['group']}",
+                    name + _mark(row, name),
+                    f"{found['median']:.3f}",
+                    f"{found['lowest']:.3f} to {found['highest']:.3f}",
+                    _figure(alone.get(name), ".3f"),
+                    _over_pair(name, row["milliseconds"]),
+                    f"{limit / alone[name]:.0%}" if alone.get(name) else NOTHING,
+                )
+            )
+    header = (
+        "model, timed together",
+        "variant",
+        "ms/token",
+        "range",
+        "of it on the device",
+        "ours over the same without us",
+        "of the bandwidth, on the device",
+    )
+    note = (
+        "one sequence, 64 tokens before; on the device: one step launched ahead, so that no gap is "
+        "Python's; the bandwidth is that of this run, with every weight read once"
+    )
     return Table("Decoding", header, tuple(lines), note)
 
 
+def _over_pair(name: str, found: dict[str, Row]) -> str:
+    for other, own in PAIRS:
+        if own == name and other in found:
+            return ratio(found[other]["median"], found[name]["median"])
+    return ""
+
+
 def _prefill(store: Store) -> Table:
-    rows = [row for row in store.rows(models.PREFILL) if "milliseconds" in row]
-    lines = tuple((row["model"], str(row["tokens"]), *_cells(row)) for row in rows)
-    return Table("Prefill", ("model", "tokens", *_names("ms"), *_speedups()), lines)
+    lines = [
+        (
+            f"{row['model']}, {row['tokens']} tokens, {row['group']}",
+            name,
+            f"{found['median']:.2f}",
+            _over_pair(name, row["milliseconds"]),
+        )
+        for row in store.rows(models.PREFILL)
+        for name, found in row["milliseconds"].items()
+    ]
+    header = ("model, timed together", "variant", "ms", "ours over the same without us")
+    return Table("Prefill", header, tuple(lines))
 
 
-def _names(unit: str) -> tuple[str, ...]:
-    return tuple(f"{name}, {unit}" for name in VARIANTS)
-
-
-def _speedups() -> tuple[str, ...]:
-    return ("ours over eager", "ours compiled over compile")
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Medians of all variants, then ours over eager and ours compiled over compiled."""
-    median = {name: found["median"] for name, found in row["milliseconds"].items()}
-    pairs = ((EAGER, OUR_MODEL), (COMPILE, OUR_COMPILED))
-    return (
-        *(_figure(median.get(name), ".3f") for name in VARIANTS),
-        *(_ratio(median.get(other), median.get(own)) for other, own in pairs),
-    )
-
-
-def _ratio(other: float | None, own: float | None) -> str:
-    return NOTHING if other is None or own is None else f"{other / own:.2f}x"
+def ratio(other: float | None, own: float | None) -> str:
+    return NOTHING if not other or not own else f"{other / own:.2f}x"
 
 
 def _held(store: Store) -> Table:
     lines = tuple(
         (
-            row["model"],
+            f"{row['model']}, {row['group']}",
             name,
             f"{found['equal']} of {found['tokens']}",
             _figure(found["margin"], ".1e"),
             f"{found['error']:.1e}",
             f"{found['eager_error']:.1e}",
+            found["truth"],
         )
         for row in store.rows(models.DECODE)
         for name, found in row["checks"].items()
     )
     header = (
-        "model",
+        "model, timed together",
         "variant",
         "greedy tokens as eager",
         "margin there",
         "error",
         "eager's error",
+        "against eager in",
     )
-    note = "errors of the logits against eager in float64, ‖Δ‖ / ‖truth‖"
+    note = "errors of the logits, ‖Δ‖ / ‖truth‖"
     return Table("Tokens", header, lines, note)
 
 
@@ -213,12 +246,13 @@ def _scaled(store: Store) -> Table:
 
 
 def _missing(store: Store) -> Table:
-    """What failed, row by row, and what the time did not reach."""
+    """What is wrong or failed, row by row, and what the time did not reach."""
     lines = [(stage, "", why) for stage, why in store.ended.items()]
     for stage, rows in store.stages.items():
         for row in rows:
-            where = ", ".join(
-                str(row[key]) for key in ("model", "shape", "rows", "dtype") if key in row
-            )
-            lines += [(stage, f"{where}: {who}", why) for who, why in row.get("failed", {}).items()]
-    return Table("Not measured", ("stage", "what", "why"), tuple(lines))
+            keys = ("model", "shape", "rows", "dtype", "group")
+            where = ", ".join(str(row[key]) for key in keys if key in row)
+            wrong = row["wrong"] if isinstance(row.get("wrong"), dict) else {}
+            for kind, found in (("", row.get("failed", {})), ("WRONG: ", wrong)):
+                lines += [(stage, f"{where}: {who}", kind + why) for who, why in found.items()]
+    return Table("Wrong, or not measured", ("stage", "what", "why"), tuple(lines))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import flashnorm
 from benchmarks.gpu.memory import peak
-from benchmarks.gpu.timing import wall
+from benchmarks.gpu.timing import in_turn, wall
 from flashnorm.bench.models import sharing_copy
 from flashnorm.bench.nouns import EAGER, OURS
-from flashnorm.bench.timing import in_words, interleaved
+from flashnorm.bench.timing import in_words
 
 TOKENS = 2048
 ROUNDS, SECONDS = 5, 10.0
@@ -36,7 +36,7 @@ def measure(model: nn.Module, ids: Tensor, device: str) -> dict[str, Any]:
             runs[name] = wall(lambda each=each: step(each, ids), device)
         except Exception as error:
             failed[name] = in_words(error)
-    timings, errors = interleaved(runs, ROUNDS, SECONDS)
+    timings, errors = in_turn(runs, ROUNDS, SECONDS)
     model.eval()
     found["milliseconds"] = {name: timing.to_json() for name, timing in timings.items()}
     return {**found, "failed": {**failed, **errors}}

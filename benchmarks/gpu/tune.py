@@ -1,6 +1,6 @@
 """Launches and crossovers, measured: the fastest way of every call here, and the tile it takes.
 
-What is found goes into OUT/gpu.json, the file that the library reads (`FLASHNORM_GPU_CACHE`), call
+What is found goes into WORK/gpu.json, the file that the library reads (`FLASHNORM_GPU_CACHE`), call
 by call; the stages after this one run on it.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import correctness, operations, ours
-from benchmarks.gpu.nouns import Run, Shape
+from benchmarks.gpu.nouns import Piece, Row, Run, Shape
 from benchmarks.gpu.timing import per_call
 from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.kernels.call import Call
@@ -77,21 +78,23 @@ def _calls_of(shape: dict[str, Any]) -> Iterator[Task]:
         yield Task(width, (k,), 1, "none")
 
 
-def tune(run: Run) -> None:
+def pieces(run: Run) -> Iterator[Piece]:
     """As many calls as the stage's time reaches; a later run goes on."""
     if run.settings.device == "cpu" or ours.kernels() is None:
         run.say("tune: there are no kernels of a GPU to tune here")
         return
     for task in tasks(run.settings.models):
-        if not run.store.find(STAGE, task=str(task)):
-            run.budget.check(SECONDS)
-            with torch.no_grad():
-                found = _tuned(run, task)
-            run.store.put(STAGE, {"task": str(task)}, found)
-            run.say(f"{task}: {found['note']}")
+        yield Piece(STAGE, {"task": str(task)}, SECONDS, partial(_row, run, task))
 
 
-def _tuned(run: Run, task: Task) -> dict[str, Any]:
+@torch.no_grad()
+def _row(run: Run, task: Task) -> Row:
+    found = _tuned(run, task)
+    run.say(f"{task}: {found['note']}")
+    return found
+
+
+def _tuned(run: Run, task: Task) -> Row:
     """Measure all ways of one call and keep the fastest that is right."""
     from flashnorm.kernels.gpu import cached, launch
 
@@ -130,7 +133,7 @@ def _calls(task: Task, device: str) -> list[Call]:
             gain=gain,
             activation=task.activation,
         )
-        for weight in operations.copies(task.shape, device)
+        for weight in operations.copies(task.shape, device, torch.bfloat16)
     ]
 
 

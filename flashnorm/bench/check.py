@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,22 @@ class Truth:
         return torch.cat([self.prompt, self.written[:-1]])
 
 
-def find_truth(eager: Variant, model: nn.Module, prompt: Tensor, tokens: int) -> Truth:
-    """What every variant is held against. The weights are held in float64 meanwhile."""
+def find_truth(
+    eager: Variant,
+    model: nn.Module,
+    prompt: Tensor,
+    tokens: int,
+    wide: torch.dtype = torch.float64,
+) -> Truth:
+    """What every variant is held against. The weights are held in `wide` meanwhile.
+
+    Float32 is enough to hold half precision against, where there is no memory for float64.
+    """
     written = eager.generate(prompt, tokens)[1]
     ids = torch.cat([prompt, written[:-1]])
     kept = min(len(ids), max(MOST_POSITIONS, tokens))
-    with in_dtype(model, torch.float64), float64_truth():
+    exactly = float64_truth() if wide == torch.float64 else nullcontext()
+    with in_dtype(model, wide), exactly:
         if eager.keeps_logits:
             exact = eager.model(ids[None], use_cache=False, logits_to_keep=kept).logits[0]
         else:

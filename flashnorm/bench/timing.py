@@ -17,19 +17,23 @@ SHORT = 0.02  # what takes less is repeated within a round
 
 
 def interleaved(
-    runs: Mapping[Key, Callable[[], float]], rounds: int, budget: float = BUDGET
+    runs: Mapping[Key, Callable[[], float]],
+    rounds: int,
+    budget: float = BUDGET,
+    settle: float = SETTLE,
 ) -> tuple[dict[Key, Timing], dict[Key, str]]:
     """The timings of all `runs`, which return seconds, and why those that raised have none.
 
     Every round calls each of them once, beginning with another one each time. A first round warms
     up and is not counted. There are fewer than `rounds` where these would take over `budget`.
+    Before each run there are `settle` seconds of rest, which nothing on a GPU needs.
     """
     left, errors = dict(runs), dict[Key, str]()
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
     start = time.perf_counter()
     for number in range(rounds + 1):
         for key in _turned(list(left), number):
-            time.sleep(SETTLE)
+            time.sleep(settle)
             try:
                 took = left[key]()
             except Exception as error:

@@ -29,6 +29,7 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LARGEST = {FP8: 448.0, INT8: 127.0}
 MULTIPLE = 16  # of both sides of a weight, as the products on GPUs ask for
 LEAST_ROWS = 32  # of an int8 product on a GPU, which takes more than 16
+EXACT_PRODUCTS = 1024  # of two int8 numbers, whose sum is below 2²⁴: float32 holds it
 FP8_CAPABILITY, INT8_CAPABILITY = (8, 9), (8, 0)
 
 
@@ -144,6 +145,8 @@ def scaled_norm_linear(
 
 def scaled_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """`scale ⊙ (q W_qᵀ) ⊙ b`: q [M, n] and scale [M, 1] of `quantize_rows`; [M, k] in `dtype`."""
+    if not q.is_cuda:
+        return _cpu_product(q, scale, weight, dtype)
     product = _fp8_product if weight.dtype == FP8 else _int8_product
     y = product(_filled(q, weight), scale, weight, dtype)
     return y[: q.shape[0], : weight.outputs]
@@ -205,23 +208,29 @@ def _quantized(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), top / largest
 
 
+def _cpu_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The sums of so few products that float32 holds those of int8 exactly, whoever adds them.
+
+    The library's own products are not to be had on every processor: without VNNI those of int8
+    add pairs in 16 bits, which overflow in silence, and those of FP8 do not exist.
+    """
+    found = torch.zeros(q.shape[0], weight.outputs, dtype=torch.float64)
+    for first in range(0, weight.features, EXACT_PRODUCTS):
+        some = slice(first, min(first + EXACT_PRODUCTS, weight.features))
+        found += q[:, some].float() @ weight.values[: weight.outputs, some].float().T
+    return (found.float() * scale * weight.scale[: weight.outputs].T).to(dtype)
+
+
 def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
-    """q [M, n] with the columns, and for int8 on a GPU the rows, that its product asks for."""
+    """q [M, n] with the columns, and for int8 the rows, that a product on a GPU asks for."""
     columns = weight.values.shape[1] - q.shape[1]
-    short = q.is_cuda and q.dtype == INT8
-    rows = max(0, LEAST_ROWS - q.shape[0]) if short else 0
+    rows = max(0, LEAST_ROWS - q.shape[0]) if q.dtype == INT8 else 0
     if not (rows or columns):
         return q
     return F.pad(q.view(torch.uint8), (0, columns, 0, rows)).view(q.dtype)
 
 
 def _fp8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    if not q.is_cuda:  # not every release of torch has scales of rows there
-        one = torch.ones((), device=q.device)
-        found = torch._scaled_mm(
-            q, weight.values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32
-        )
-        return (found * scale * weight.scale.t()).to(dtype)
     return torch._scaled_mm(
         q, weight.values.t(), scale_a=scale, scale_b=weight.scale.t(), out_dtype=dtype
     )

@@ -26,7 +26,8 @@ compiled = pytest.mark.skipif(
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
-    made = torch.Generator().manual_seed(seed + sum(shape))
+    """On torch's default device."""
+    made = torch.Generator(torch.get_default_device()).manual_seed(seed + sum(shape))
     return (torch.randn(*shape, generator=made, dtype=torch.float64) * scale).to(dtype)
 
 

@@ -1,0 +1,103 @@
+"""A model in every way to run it, each without and with `accelerate_`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.gpu import timing
+from flashnorm.bench.models import accelerated_copy, sharing_copy
+from flashnorm.bench.nouns import EAGER, OURS
+from flashnorm.bench.variants import Variant
+
+CAPTURED, REDUCED, TUNED, HUB = "captured", "reduce-overhead", "max-autotune", "hub kernels"
+COMPILED = "compile"  # of a prefill: no CUDA graphs
+WARM = 3  # steps before a capture
+Graph = tuple[Callable[[], None], Tensor, Tensor]  # its replay, the token it reads, its logits
+
+
+def ours(way: str) -> str:
+    return f"{OURS}, {way}"
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(OURS)
+
+
+# What is measured in one go, beside eager and ours; the second of two is ours.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    CAPTURED: (CAPTURED, ours(CAPTURED)),
+    REDUCED: (REDUCED, ours(REDUCED)),
+    TUNED: (TUNED, ours(TUNED)),
+    HUB: (HUB,),
+}
+# Ours, and the same without us.
+PAIRS = (
+    (EAGER, OURS),
+    (COMPILED, ours(COMPILED)),
+    *((pair[0], pair[1]) for pair in GROUPS.values() if len(pair) == 2),
+)
+
+
+class Static(Variant):
+    """Steps on a static cache that are not compiled."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__(name, model, False)
+        self.compiled = True  # in what it means for caches
+
+
+class Captured(Static):
+    """A step on a static cache as one CUDA graph, captured by hand: no compiler, no Python.
+
+    The cache counts its tokens on the device, so that every replay writes the next one.
+    """
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__(name, model)
+        self._graphs: dict[int, Graph] = {}
+        self._current: Graph | None = None
+
+    def start(self, prompt: Tensor, room: int) -> tuple[Any, Tensor]:
+        length = len(prompt) + room
+        if length not in self._graphs:
+            self._graphs[length] = self._capture(prompt, room)
+        self._current = self._graphs[length]
+        return super().start(prompt, room)
+
+    def _capture(self, prompt: Tensor, room: int) -> Graph:
+        cache, _ = super().start(prompt, room)
+        token, step = prompt[-1:].clone(), super().step
+        replay, logits = timing.capture(
+            lambda: [step(token, cache) for _ in range(WARM)], lambda: step(token, cache)
+        )
+        return replay, token, logits
+
+    def step(self, token: Tensor, cache: Any) -> Tensor:
+        assert self._current is not None, "start comes before the first step"
+        replay, place, logits = self._current
+        place.copy_(token)
+        replay()
+        return logits
+
+
+def build(name: str, model: nn.Module, device: str) -> Variant:
+    """The variant `name` of `model`, which is left as it is; weights are shared.
+
+    On a CPU (a dry run) nothing is captured or compiled: the same steps run on the same caches.
+    """
+    own, way = is_ours(name), name.removeprefix(f"{OURS}, ")
+    made = accelerated_copy(model) if own else sharing_copy(model)
+    if way in (EAGER, OURS):
+        return Variant(name, made, False)
+    if way == HUB:
+        made.set_use_kernels(True)  # type: ignore[operator]
+        return Variant(name, made, False)
+    if device == "cpu":
+        return Static(name, made)
+    if way == CAPTURED:
+        return Captured(name, made)
+    return Variant(name, made, True, None if way == COMPILED else way)
