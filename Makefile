@@ -14,7 +14,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # Says how long a recipe took, whatever became of it.
 TIMED := start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT;
 
-.PHONY: venv demo test test-all sanitize lint bench clean
+# What the machines with a GPU have that we measure on: constraints-gpu.txt. Python 3.12, or the
+# nearest that is here.
+GPU_ENV := build/gpu-env
+GPU_BIN := $(GPU_ENV)/bin
+GPU_STAMP := $(GPU_ENV)/.installed
+GPU_PYTHON ?= $(shell for found in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python python3.13 \
+	python3.11 $(PYTHON); do $$found -c "" 2>/dev/null && echo $$found && break; done)
+
+.PHONY: venv demo test test-avx2 test-all sanitize lint bench gpu-env clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -44,11 +52,30 @@ bench: demo
 	$(BIN)/flashnorm bench $(BENCH)/models/llama-1b --dtype bf16 --out $(RESULTS)/llama-1b-$(DATE)
 	$(BIN)/python benchmarks/operations.py --out $(RESULTS)/operations-$(DATE)
 
+$(GPU_STAMP): constraints-gpu.txt
+	test -x $(GPU_BIN)/python || $(GPU_PYTHON) -m venv $(GPU_ENV)
+	$(GPU_BIN)/python -m pip install -q -c constraints-gpu.txt torch
+	$(GPU_BIN)/python -m pip install -q -c constraints-gpu.txt transformers triton numpy rich typer \
+		pytest hypothesis
+	touch $@
+
+# Everything of the GPU that can be tried without one, on those versions: forwards, kernels in the
+# interpreter, their table compiled again, and the benchmark from end to end. Gigabytes, once.
+gpu-env: venv $(GPU_STAMP)
+	@$(TIMED) OMP_NUM_THREADS=1 $(GPU_BIN)/python -m pytest tests/runtime/test_gpu.py \
+		tests/kernels/gpu tests/bench/test_gpu*.py \
+	&& rm -rf build/gpu-dry && $(GPU_BIN)/python -m benchmarks.gpu --dry-run
+
 lint: venv
 	$(LINT)
 
 test: venv
 	@$(TIMED) $(LINT) && $(PYTEST) -m "not slow"
+
+# As on a processor that has AVX2 and no more: CONTRIBUTING.md says what else to try.
+test-avx2: venv
+	@$(TIMED) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		FLASHNORM_CPU_ISA=avx2 $(PYTEST) -m "not slow"
 
 test-all: venv
 	@$(TIMED) $(LINT) && $(PYTEST)

@@ -93,7 +93,8 @@ def _pieces(run: Run, cases: list[Arguments]) -> Iterator[Piece]:
         for way in ours.ways(case["rows"], run.settings.device)
         if not run.store.find(STAGE, way=way, **case)
     ]
-    made: dict[str, Made] = {str(case): Made(run, case) for _, case in left}
+    different = {str(case): case for _, case in left}
+    made = {name: Made(run, case) for name, case in different.items()}
     ours.compile_ahead([(made[str(case)].call, way, None) for way, case in left])
     for way, case in left:
         yield Piece(

@@ -16,25 +16,38 @@ def stages(settings: Settings) -> list[Stage]:
     """All that was asked for, in order."""
     first, *others = settings.models
     found = [
-        Stage("ceilings", 10, "what the card can do", environment.pieces),
+        Stage("ceilings", 10, "what can this card do: bytes and operations", environment.pieces),
         Stage("checks", 30, "is every kernel right, in bf16", correctness.some),
-        *([Stage("tune", 120, "the fastest way of every call", tune.pieces)] * settings.tune),
+        *(
+            [Stage("tune", 120, "which way and tile is fastest (`--tune` only)", tune.pieces)]
+            * settings.tune
+        ),
         _decode(first, 150),
-        Stage("few-rows", 120, "norm + linear at 1 and 16 rows", operations.few),
         Stage(
-            f"prefill-{first}", 25, "one pass over a prompt", partial(models.prefill, name=first)
+            "few-rows", 120, "norm + linear at 1 and 16 rows, against max-autotune", operations.few
+        ),
+        Stage(
+            f"prefill-{first}",
+            25,
+            "a prompt of 2048 and of 8192 tokens",
+            partial(models.prefill, name=first),
         ),
         *(_decode(name, 120) for name in others),
-        Stage(f"memory-{first}", 16, "peaks", partial(models.memory, name=first)),
+        Stage(
+            f"memory-{first}",
+            16,
+            "the peaks of a prefill and of a training step",
+            partial(models.memory, name=first),
+        ),
         Stage("many-rows", 60, "norm + linear at 64 rows and more", operations.many),
         Stage(
             f"prefill-{first}-compiled",
             45,
-            "the same beside torch.compile",
+            "the prompt of 2048 beside torch.compile",
             partial(models.compiled_prefill, name=first),
         ),
         Stage("scaled", 48, "FP8 and INT8 with the norm in the scale", scaled.pieces),
-        Stage("float32", 10, "norm + linear in float32", operations.single),
+        Stage("float32", 10, "norm + linear at one row in float32", operations.single),
         Stage("all-checks", 240, "is every kernel right, in every dtype", correctness.all_of),
     ]
     asked = settings.stages
@@ -42,7 +55,12 @@ def stages(settings: Settings) -> list[Stage]:
 
 
 def _decode(name: str, seconds: float) -> Stage:
-    return Stage(f"decode-{name}", seconds, f"a token of {name}", partial(models.decode, name=name))
+    return Stage(
+        f"decode-{name}",
+        seconds,
+        "a decoded token, in every way to run it",
+        partial(models.decode, name=name),
+    )
 
 
 def failures(run: Run) -> int:

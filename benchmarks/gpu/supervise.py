@@ -63,6 +63,7 @@ def supervise(watch: Watch, arguments: list[str], resume: bool) -> int:
 
 def _measure(watch: Watch, arguments: list[str], resume: bool) -> int:
     while True:
+        (watch.work / NOW).unlink(missing_ok=True)
         ended, what, why = _watched(watch, _started(watch, arguments, resume))
         if watch.stopped:
             return CUT
@@ -76,8 +77,8 @@ def _measure(watch: Watch, arguments: list[str], resume: bool) -> int:
 
 
 def _started(watch: Watch, arguments: list[str], resume: bool) -> subprocess.Popen[bytes]:
-    (watch.work / NOW).unlink(missing_ok=True)
-    more = ["--worker", "--minutes", f"{watch.left() / 60:.3f}", *(["--resume"] * resume)]
+    until = f"{time.time() + watch.left():.1f}"
+    more = ["--worker", "--until", until, *(["--resume"] * resume)]
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, *more]
     environment = {**os.environ, SKIPPED: json.dumps(watch.skipped), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, env=environment, pass_fds=watch.held)

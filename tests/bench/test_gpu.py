@@ -1,53 +1,117 @@
-"""The GPU benchmark on a CPU: its stages, its files, its exit codes and what it does when cut."""
+"""The GPU benchmark on a CPU: its pieces, what is wrong, and what a run that is cut has found."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import correctness, models, operations, ours, scaled, tune
-from benchmarks.gpu.budget import Budget, OutOfTime
+from benchmarks import gpu as benchmark
+from benchmarks.gpu import (
+    baselines,
+    correctness,
+    models,
+    operations,
+    ours,
+    scaled,
+    schedule,
+    summary,
+    worker,
+)
+from benchmarks.gpu.budget import Budget, OutOfTime, Simulated
+from benchmarks.gpu.handoff import MOST_FILES, deliver
 from benchmarks.gpu.nouns import Run, Settings, Shape
 from benchmarks.gpu.store import Store
-from flashnorm.bench.nouns import COMPILE, EAGER, OURS_COMPILED, Timing
+from benchmarks.gpu.variants import GROUPS, REDUCED, TUNED
+from benchmarks.gpu.variants import ours as with_us
+from flashnorm.bench.nouns import EAGER, OURS, Timing
 from tests.kernels.cases import make
 
 CEILING = {"bytes": 4e12, "operations": 8e14}
+ONE = "llama-3.2-1b"
 
 
-def dry(out, *more):
-    return gpu.main(["--dry-run", "--out", str(out), *more])
+@pytest.fixture(autouse=True)
+def _kept(monkeypatch, tmp_path_factory):
+    """What a run sets for its process is put back."""
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHNORM_GPU_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / name))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-def results(out):
-    return json.loads((out / "results.json").read_text("utf-8"))
+def work(folder, *stages, seconds=600.0, rounds=1, **options):
+    settings = Settings(folder, "cpu", seconds, rounds, dry=True, stages=stages)
+    return worker.work(settings, **options)
 
 
-def test_a_dry_run_writes_everything_and_a_resumed_one_measures_nothing_again(tmp_path, capsys):
-    assert dry(tmp_path) == 0
-    first = results(tmp_path)
-    assert set(first["stages"]) >= {"correctness", "operations", "decode", "scaled"}
-    assert not any(row["wrong"] for row in first["stages"]["correctness"])
-    text = (tmp_path / "tables.md").read_text("utf-8")
+def results(folder):
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+
+def rows(folder, stage):
+    return results(folder)["stages"].get(stage, [])
+
+
+@pytest.mark.parametrize("minutes", [2, 5, 9])
+def test_what_a_run_has_found_when_it_is_cut(tmp_path, minutes):
+    """By the clock of a card: the seconds of the schedule, which are those of GPU pieces."""
+    seconds = 60.0 * minutes
+    assert work(tmp_path / "work", seconds=seconds, simulate=True) == worker.CUT
+    folder, out = tmp_path / "work", tmp_path / "out"
+    assert len(rows(folder, "correctness")) >= 25
+    groups = [(row["model"], row["group"]) for row in rows(folder, "decode")]
+    counts = [row["rows"] for row in rows(folder, "operations") if row["dtype"] == "bf16"]
+    if minutes == 2:
+        assert groups == [(ONE, "plain"), (ONE, "captured"), (ONE, REDUCED)]
+    else:
+        assert groups[:5] == [(ONE, group) for group in GROUPS]
+        assert counts.count(1) == counts.count(16) == len(operations.SHAPES)
+    if minutes == 9:
+        assert ("mistral-7b", REDUCED) in groups
+        assert {row["tokens"] for row in rows(folder, "prefill")} == set(models.LENGTHS)
+        assert rows(folder, "memory")
+        assert rows(folder, "training")
+        assert counts.count(64) == 6
+    text = (folder / "tables.md").read_text("utf-8")
     assert "A dry run on a CPU" in text
-    assert "| 32→64 GLU | 16 |" in text
-    assert "32 of 32" in text
-    assert "| 32→48, int8 | 16 |" in text
-    assert (tmp_path / "operations.csv").read_text("utf-8").count("\n") == 1 + 4
+    assert f"| {ONE}, {REDUCED} | {with_us(REDUCED)} |" in text
+    assert "out of time" in text
+    assert not deliver(folder, out)
+    assert 4 <= len(list(out.iterdir())) <= MOST_FILES
+    said = (out / "summary.txt").read_text("utf-8")
+    assert len(said) <= summary.MOST
+    assert f"{REDUCED} " in said
+
+
+def test_a_summary_that_is_too_long_is_cut_between_lines(tmp_path):
+    store = Store(tmp_path, False)
+    store.begin({"card": "cpu dry run"})
+    store.ended.update({f"piece {i}": "out of time " * 5 for i in range(100)})
+    said = summary.text(store)
+    assert summary.MOST - 200 < len(said) <= summary.MOST
+    assert said.endswith(f"{summary.MORE}\n")
+
+
+def test_a_resumed_run_measures_nothing_again(tmp_path):
+    stages = ("ceilings", "few-rows", "scaled")
+    assert work(tmp_path, *stages, seconds=75.0, simulate=True) == worker.CUT
+    first = results(tmp_path)["stages"]
+    assert 0 < len(first["operations"]) < 18
     with pytest.raises(SystemExit, match="give --resume to go on"):
-        dry(tmp_path)
-    assert dry(tmp_path, "--resume") == 0
-    assert results(tmp_path)["stages"] == first["stages"]
-    assert "exit code 0" in capsys.readouterr().out
+        work(tmp_path, *stages)
+    assert work(tmp_path, *stages, resume=True) == 0
+    again = results(tmp_path)["stages"]
+    for stage, found in first.items():
+        assert again[stage][: len(found)] == found
+    assert {row["run"] for row in again["operations"]} == {0, 1}
+    assert len(again["scaled"]) == 12
 
 
 def test_a_wrong_kernel_is_listed_and_not_timed(tmp_path, monkeypatch):
@@ -57,32 +121,120 @@ def test_a_wrong_kernel_is_listed_and_not_timed(tmp_path, monkeypatch):
         return [y * 1.1 if call.activation and len(call.x) == 16 else y for y in right(call, way)]
 
     monkeypatch.setattr(ours, "run", wrong)
-    assert dry(tmp_path, "--stages", "operations") == gpu.WRONG
-    rows = results(tmp_path)["stages"]["operations"]
-    bad = [row for row in rows if row["excluded"]]
-    assert [(row["shape"], row["rows"]) for row in bad] == [("32→64 GLU", 16)]
-    assert "times what rounding explains" in bad[0]["excluded"]
-    assert "times what rounding explains" in (tmp_path / "tables.md").read_text("utf-8")
+    assert work(tmp_path, "few-rows") == worker.WRONG
+    bad = [row for row in rows(tmp_path, "operations") if row["excluded"]]
+    assert [(row["shape"], row["rows"]) for row in bad] == [(str(s), 16) for s in operations.GLU]
+    assert all("times what rounding explains" in row["excluded"] for row in bad)
+    assert all("microseconds" not in row for row in bad)
+    assert "WRONG 576→3072 GLU, 16 rows" in (tmp_path / "summary.txt").read_text("utf-8")
+
+
+def test_another_side_that_is_wrong_is_timed_and_marked(tmp_path, monkeypatch):
+    right = baselines.torch_norm
+
+    def wrong(given):
+        run = right(given)
+        return lambda i: run(i) * 1.1
+
+    monkeypatch.setattr(baselines, "torch_norm", wrong)
+    assert work(tmp_path, "few-rows") == 0
+    for row in rows(tmp_path, "operations"):
+        assert "times what rounding explains" in row["wrong"][operations.TORCH]
+        assert row["microseconds"][operations.TORCH] > 0
+        assert row["best"] == operations.TORCH
+    assert "RIVAL WRONG 576→960, 1 rows" in (tmp_path / "summary.txt").read_text("utf-8")
+    text = (tmp_path / "tables.md").read_text("utf-8")
+    assert " ! |" in text
+    assert "WRONG: the error is" in text
 
 
 def test_a_wrong_product_makes_the_exit_code(tmp_path, monkeypatch):
     right = scaled.scaled_product
     monkeypatch.setattr(scaled, "scaled_product", lambda *args: right(*args) * 1.1)
-    assert dry(tmp_path, "--stages", "scaled") == gpu.WRONG
+    assert work(tmp_path, "scaled") == worker.WRONG
     assert "off its own terms" in (tmp_path / "tables.md").read_text("utf-8")
 
 
 def test_a_wrong_check_makes_the_exit_code(tmp_path, monkeypatch):
     right = ours.run
     monkeypatch.setattr(ours, "run", lambda call, way: [y + 1 for y in right(call, way)])
-    assert dry(tmp_path, "--stages", "correctness") == gpu.WRONG
+    assert work(tmp_path, "checks") == worker.WRONG
     assert "WRONG: way=chosen" in (tmp_path / "tables.md").read_text("utf-8")
 
 
-def test_a_run_without_time_says_what_is_missing(tmp_path):
-    assert dry(tmp_path, "--minutes", "0.001", "--stages", "operations") == gpu.CUT
-    assert "out of time" in results(tmp_path)["incomplete"]["operations"]
-    assert "| operations |  | out of time" in (tmp_path / "tables.md").read_text("utf-8")
+@pytest.mark.parametrize(("who", "code"), [(REDUCED, 0), (with_us(REDUCED), worker.WRONG)])
+def test_a_variant_that_is_wrong_is_said_and_ours_is_not_timed(tmp_path, monkeypatch, who, code):
+    build = models.build
+
+    def built(name, model, device):
+        variant = build(name, model, device)
+        if name == who:
+            step = variant.step
+            variant.step = lambda token, cache: step(token, cache).roll(1)
+        return variant
+
+    monkeypatch.setattr(models, "build", built)
+    assert work(tmp_path, f"decode-{ONE}") == code
+    (row,) = (row for row in rows(tmp_path, "decode") if row["group"] == REDUCED)
+    assert "its logits err by" in row["wrong"][who]
+    assert (who in row["milliseconds"]) == (who == REDUCED)
+    said = (tmp_path / "summary.txt").read_text("utf-8")
+    assert f"{'RIVAL ' if who == REDUCED else ''}WRONG {ONE}, {who}" in said
+
+
+def test_every_way_to_decode_stands_beside_eager_and_ours(tmp_path):
+    work(tmp_path, f"decode-{ONE}")
+    for row in rows(tmp_path, "decode"):
+        timed = set(row["milliseconds"])
+        assert timed | set(row["failed"]) >= {EAGER, OURS, *GROUPS[row["group"]]}
+        assert row["device_milliseconds"].keys() == timed
+        assert all(row["checks"][name]["equal"] == 32 for name in timed)
+        if row["group"] == TUNED:
+            assert timed >= set(GROUPS[REDUCED])
+
+
+def test_a_piece_that_fails_is_said_and_tried_again(tmp_path, monkeypatch):
+    right = ours.run
+    measured = operations._measure
+
+    def fails(run, shape, given, mode):
+        if shape.n == 32:
+            raise RuntimeError("out of memory")
+        return measured(run, shape, given, mode)
+
+    monkeypatch.setattr(operations, "_measure", fails)
+    assert work(tmp_path, "few-rows") == worker.CUT
+    found = results(tmp_path)
+    assert len(found["stages"]["operations"]) == 12
+    assert found["incomplete"]["operations, 2048→2560, 1, bf16"] == "RuntimeError: out of memory"
+    assert ours.run is right
+    monkeypatch.setattr(operations, "_measure", measured)
+    assert work(tmp_path, "few-rows", resume=True) == 0
+    assert len(rows(tmp_path, "operations")) == 18
+
+
+def test_a_device_that_stopped_answering_ends_the_process(tmp_path, monkeypatch):
+    """On a CPU there is none: as it would be on one."""
+    run = Run(Settings(tmp_path, "cuda"), Store(tmp_path, False), Budget(100))
+    monkeypatch.setattr(worker, "_answers", lambda: False)
+    with pytest.raises(worker.Broken, match="an illegal memory access"):
+        worker._failed(run, "a piece", RuntimeError("an illegal memory access"))
+
+
+def test_a_full_disk_loses_nothing_that_is_printed(tmp_path, monkeypatch, capsys):
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith("results.json") and len(list(tmp_path.glob("*.csv"))):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert work(tmp_path, "ceilings", "few-rows") == worker.CUT
+    said = capsys.readouterr().out
+    assert said.count("rows, bf16:") == 18
+    assert "NOT MEASURED results.json" in (tmp_path / "summary.txt").read_text("utf-8")
+    assert len(rows(tmp_path, "operations")) == 0
 
 
 def test_sigterm_ends_a_run_with_what_it_has(tmp_path, monkeypatch):
@@ -96,27 +248,45 @@ def test_sigterm_ends_a_run_with_what_it_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ours, "run", killed)
     before = signal.getsignal(signal.SIGTERM)
-    assert dry(tmp_path, "--stages", "correctness", "operations") == gpu.CUT
-    found = results(tmp_path)
-    assert len(found["stages"]["correctness"]) == 2
-    assert found["incomplete"] == {"correctness": "interrupted"}
+    assert work(tmp_path, "checks", "few-rows") == worker.CUT
+    assert len(rows(tmp_path, "correctness")) == 2
+    assert results(tmp_path)["incomplete"] == {"run": "interrupted"}
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_stage_has_its_own_time_and_never_more_than_the_run():
-    budget = Budget(100)
+def test_a_stage_has_its_own_time_and_what_was_left_before_it():
+    budget = Budget(100, clock := Simulated())
     with budget.stage(10):
-        assert 9 < budget.left() <= 10
+        assert budget.left() == 10
         with pytest.raises(OutOfTime, match="11 s were needed"):
             budget.check(11)
+        clock.spend(4)
+    with budget.stage(20):
+        assert budget.left() == 26
+        clock.spend(30)
+        with pytest.raises(OutOfTime, match="0 s were left"):
+            budget.check()
     with budget.stage(1000):
-        assert 90 < budget.left() <= 100
+        assert budget.left() == 66
 
 
 def test_results_of_another_card_are_not_continued(tmp_path):
     Store(tmp_path, False).begin({"card": "one"})
     with pytest.raises(SystemExit, match="holds results of one, and this is two"):
         Store(tmp_path, True).begin({"card": "two"})
+
+
+def test_inputs_of_a_check_are_made_once_for_all_ways(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(correctness, "make", lambda *a, **k: made.append(1) or make(*a, **k))
+    monkeypatch.setattr(ours, "ways", lambda rows, device: (ours.CHOSEN, "matmul", "again"))
+    monkeypatch.setattr(ours, "run", lambda call, way, right=ours.run: right(call))
+    monkeypatch.setattr(ours, "way_of", lambda call, way: "cpu")
+    run = Run(Settings(tmp_path, "cpu", dry=True), Store(tmp_path, False), Budget(100))
+    pieces = list(correctness.some(run))
+    assert len(made) == len(pieces) / 3 == 25
+    first = pieces[0].measure.args[1]
+    assert first.expected("matmul") is first.expected("again")
 
 
 def test_roofline_counts_each_byte_and_operation_once():
@@ -129,6 +299,8 @@ def test_roofline_counts_each_byte_and_operation_once():
     assert many == pytest.approx(2 * 4096 * 4096 * 6144 / 8e14)
     gated, _ = operations.roofline(Shape(4096, 6144, True), 1, CEILING)
     assert gated == pytest.approx((4096 * 6144 + 4096 + 3072) * 2 / 4e12)
+    wide, _ = operations.roofline(Shape(4096, 6144), 1, CEILING, 4)
+    assert wide == pytest.approx(2 * one)
 
 
 def test_the_speedup_is_over_the_best_other_side():
@@ -149,113 +321,33 @@ def test_errors_are_weighed_in_parts_of_their_bound(change, least):
     assert expected.share(found) > least
 
 
-def test_compiled_variants_are_measured_beside_the_others(tmp_path, monkeypatch):
-    """On a CPU, with a torch.compile that does nothing: all stages of a model in one go."""
-    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    monkeypatch.setattr(models, "COMPILE_SECONDS", 0.0)
-    monkeypatch.setattr(models, "ROUNDS", 1)
-    run = Run(Settings(tmp_path, "cpu", models=("tiny",)), Store(tmp_path, False), Budget(100))
-    run.ceiling = CEILING
-    models.model(run, "tiny")
-    (row,) = run.store.rows("decode")
-    assert set(row["milliseconds"]) == {EAGER, "flashnorm", COMPILE, OURS_COMPILED}
-    assert row["failed"] == {}
-    assert row["checks"][OURS_COMPILED]["equal"] == 32
-    assert set(run.store.find("prefill", tokens=128)["milliseconds"]) == set(row["milliseconds"])
-    assert run.store.find("compiled", model="tiny", complete=True)
+def test_sums_in_half_precision_are_off_within_and_as_before_after():
+    cuda = torch.backends.cuda.matmul
+    before = cuda.allow_bf16_reduced_precision_reduction
+    with correctness.exact_sums():
+        assert not cuda.allow_bf16_reduced_precision_reduction
+        assert not cuda.allow_fp16_reduced_precision_reduction
+    assert cuda.allow_bf16_reduced_precision_reduction == before
 
 
-@dataclass(frozen=True)
-class Tile:
-    columns: int = 8
-    depth: int = 128
-    warps: int = 4
-    stages: int = 3
-    splits: int = 1
+def test_what_is_compiled_ahead_is_compiled_once_for_launches_that_are_alike():
+    def step(rows, dtype, warps):
+        arguments = {"x": torch.zeros(rows, dtype=dtype), "n": 64}
+        return SimpleNamespace(
+            kernel=SimpleNamespace(__name__="k"), warps=warps, stages=2, arguments=arguments
+        )
+
+    alike = [step(1, torch.float32, 4), step(5, torch.float32, 4)]
+    others = [step(1, torch.bfloat16, 4), step(1, torch.float32, 8)]
+    assert len({ours._alike(each) for each in alike}) == 1
+    assert len({ours._alike(each) for each in (*alike, *others)}) == 3
 
 
-def test_tuning_walks_to_the_fastest_tile_and_compiles_it_before():
-    compiled = {Tile()}
-
-    def timer(tile):
-        assert tile in compiled
-        return 1 + abs(tile.columns - 32) + abs(tile.stages - 4) + 10 * (tile.splits - 1)
-
-    found, seconds = tune.search(Tile(), timer, lambda: True, compiled.update)
-    assert (found, seconds) == (Tile(columns=32, stages=4), 1)
-
-
-def test_tuning_keeps_what_it_has_when_its_time_is_over():
-    calls = []
-
-    def timer(tile):
-        calls.append(tile)
-        return 1 / len(calls)
-
-    found, seconds = tune.search(Tile(), timer, lambda: len(calls) < 3)
-    assert (found, seconds) == (calls[2], 1 / 3)
-
-
-def test_tuning_skips_what_cannot_run_and_ignores_noise():
-    found, seconds = tune.search(Tile(), lambda tile: 1 if tile == Tile() else 0.99, lambda: True)
-    assert (found, seconds) == (Tile(), 1)
-    far = tune.search(Tile(), lambda tile: 1 if tile == Tile() else math.inf, lambda: True)
-    assert far == (Tile(), 1)
-
-
-def test_the_calls_of_a_model_are_tuned_before_those_with_many_rows():
-    found = list(tune.tasks(("llama-3.2-1b",)))
-    assert tune.Task(2048, (2048, 512, 512), 1, gain=True) in found
-    assert tune.Task(2048, (128256,), 1, "none") in found
-    assert {task.rows for task in found[-6:]} == {4096}
-
-
-INTERPRETED = """
-import sys
-from pathlib import Path
-
-import torch
-from torch.nn import functional as F
-
-from benchmarks.gpu import correctness, ours, tune
-from benchmarks.gpu.baseline_kernels import rms_norm, silu_mul
-from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.nouns import Run, Settings
-from benchmarks.gpu.store import Store
-from flashnorm.kernels.gpu import cached, launch
-from tests.kernels.cases import make
-
-x, gain = torch.randn(3, 200), torch.rand(200) + 0.5
-torch.testing.assert_close(rms_norm(x, gain, 1e-5), F.rms_norm(x, (200,), gain, 1e-5))
-gate, up = x.chunk(2, -1)
-torch.testing.assert_close(silu_mul(x), F.silu(gate) * up)
-
-call = make((3, 40), (24,), torch.float32, gain=True)
-for way in ours.WAYS:
-    for tile in (None, launch.Tile(16, 16, 32, 1, 2)) if way in ours.TILED else (None,):
-        assert not correctness.Expected(call, way).wrong(ours.run(call, way, tile)), (way, tile)
-
-tune.SECONDS = 0.5
-folder = Path(sys.argv[1])
-run = Run(Settings(folder, "cpu"), Store(folder, False), Budget(2))
-task = tune.Task(64, (32, 32), 16, gain=True, activation="silu")
-with torch.no_grad():
-    found = tune._tuned(run, task)
-call = tune._calls(task, "cpu")[0]
-entry = cached.find(call, launch.device_of(call.x))
-assert entry.way == found["way"] == min(found["microseconds"], key=found["microseconds"].get)
-assert set(found["microseconds"]) == {"skinny", "matmul"}
-"""
-
-
-def test_kernels_of_both_sides_run_and_tuning_leaves_what_it_found(tmp_path):
-    """In Triton's interpreter, whose times are none, but are in a file as those of a GPU are."""
-    pytest.importorskip("triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "FLASHNORM_GPU_CACHE": str(tmp_path / tune.FILE),
-    }
-    command = [sys.executable, "-c", INTERPRETED, str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
-    assert "rows<=16" in (tmp_path / tune.FILE).read_text("utf-8")
+def test_the_readme_says_what_each_stage_answers(tmp_path):
+    text = (Path(benchmark.__file__).parents[1] / "README.md").read_text("utf-8")
+    stages = schedule.stages(Settings(tmp_path, tune=True))
+    rows = [f"| `{stage.name}` | {stage.seconds} | {stage.answers} |" for stage in stages]
+    assert "\n".join(rows) in text
+    until = [stage.name for stage in stages].index("decode-mistral-7b")
+    wanted = sum(stage.seconds for stage in stages[: until + 1] if stage.name != "tune")
+    assert wanted <= 9 * 60 - 60  # what is asked for first fits, with a minute for the rest
