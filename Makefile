@@ -10,6 +10,9 @@ RESULTS := benchmarks/results
 BENCH := build/bench
 DATE := $(shell date +%F)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+# What torch compiles belongs to the instruction sets it was compiled under, which its cache does not
+# know: a graph of another run may end in a segmentation fault. So every kind of run has its own.
+CACHE := TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # Says how long a recipe took, whatever became of it.
 TIMED := start=$$(date +%s); trap 'echo "total: $$(( $$(date +%s) - start )) s"' EXIT;
@@ -62,7 +65,7 @@ $(GPU_STAMP): constraints-gpu.txt
 # Everything of the GPU that can be tried without one, on those versions: forwards, kernels in the
 # interpreter, their table compiled again, and the benchmark from end to end. Gigabytes, once.
 gpu-env: venv $(GPU_STAMP)
-	@$(TIMED) OMP_NUM_THREADS=1 $(GPU_BIN)/python -m pytest tests/runtime/test_gpu.py \
+	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime/test_gpu.py \
 		tests/kernels/gpu tests/bench/test_gpu*.py \
 	&& rm -rf build/gpu-dry && $(GPU_BIN)/python -m benchmarks.gpu --dry-run
 
@@ -70,15 +73,15 @@ lint: venv
 	$(LINT)
 
 test: venv
-	@$(TIMED) $(LINT) && $(PYTEST) -m "not slow"
+	@$(TIMED) $(LINT) && $(CACHE) $(PYTEST) -m "not slow"
 
 # As on a processor that has AVX2 and no more: CONTRIBUTING.md says what else to try.
 test-avx2: venv
 	@$(TIMED) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		FLASHNORM_CPU_ISA=avx2 $(PYTEST) -m "not slow"
+		FLASHNORM_CPU_ISA=avx2 $(CACHE)-avx2 $(PYTEST) -m "not slow"
 
 test-all: venv
-	@$(TIMED) $(LINT) && $(PYTEST)
+	@$(TIMED) $(LINT) && $(CACHE) $(PYTEST)
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, on every instruction set.
 sanitize: venv
