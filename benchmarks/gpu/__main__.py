@@ -20,7 +20,8 @@ import time
 import traceback
 from pathlib import Path
 
-from benchmarks.gpu.supervise import CRASHED, SKIPPED, USAGE, Watch, supervise
+from benchmarks.gpu.handoff import CRASHED, RESULTS, USAGE
+from benchmarks.gpu.supervise import SKIPPED, Watch, supervise
 
 MODELS = ("llama-3.2-1b", "mistral-7b")
 WORK, DRY_WORK = Path("build/gpu"), Path("build/gpu-dry")
@@ -58,8 +59,8 @@ def main(given: list[str] | None = None) -> int:
         return _work(args)
     dry = args.work / "out" if args.dry_run else None
     out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else dry)
-    if (args.work / "results.json").exists() and not args.resume:
-        print(f"{args.work}/results.json exists: give --resume to go on, or another --work")
+    if (args.work / RESULTS).exists() and not args.resume:
+        print(f"{args.work / RESULTS} exists: give --resume to go on, or another --work")
         return USAGE
     return supervise(Watch(args.work, out, args.minutes * 60), given, args.resume)
 

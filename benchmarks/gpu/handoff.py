@@ -10,14 +10,33 @@ import os
 import shutil
 import tarfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-NOW = "now.json"
-SINGLE = ("results.json", "tables.md", "summary.txt", "plot.png", "gpu.json")
+# Exit codes. The last two are of the measuring process only, which is started again.
+WRONG, USAGE, CUT, BROKEN, CRASHED = 1, 2, 3, 4, 5
+NOW, RESULTS, SUMMARY, TUNED = "now.json", "results.json", "summary.txt", "gpu.json"
+SINGLE = (RESULTS, "tables.md", SUMMARY, "plot.png", TUNED)
 REST = "rest.tar.gz"  # the others: CSV files and the log
 MOST_FILES = 8
 MOST_BYTES = 16 * 2**20  # of one file
+
+
+def replaced(target: Path, fill: Callable[[Path], object]) -> str:
+    """Put a file that `fill` writes in the place of `target`, at once. Returns why not, or ""."""
+    partial = target.with_name("partial")
+    try:
+        fill(partial)
+        if partial.stat().st_size > MOST_BYTES:
+            raise OSError(f"it is larger than {MOST_BYTES >> 20} MiB")
+        os.replace(partial, target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -30,13 +49,9 @@ class Progress:
     since: float = 0.0
 
     def write(self, folder: Path) -> None:
-        content = {**asdict(self), "since": time.time()}
-        partial = folder / f"{NOW}.partial"
-        try:
-            partial.write_text(json.dumps(content), "utf-8")
-            os.replace(partial, folder / NOW)
-        except OSError:
-            pass  # a full disk: then nobody watches this piece
+        text = json.dumps({**asdict(self), "since": time.time()})
+        # On a full disk nobody watches this piece.
+        replaced(folder / NOW, lambda partial: partial.write_text(text, "utf-8"))
 
     @staticmethod
     def read(folder: Path) -> Progress | None:
@@ -65,18 +80,9 @@ def deliver(work: Path, out: Path) -> list[str]:
 
 
 def _copy(source: Path, target: Path) -> str:
-    if source.stat().st_size > MOST_BYTES:
-        return f"it is larger than {MOST_BYTES >> 20} MiB and stays at {source}"
     if target.exists() and source.stat().st_mtime_ns == target.stat().st_mtime_ns:
         return ""
-    partial = target.with_name("partial")
-    try:
-        shutil.copy2(source, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        return str(error)
-    return ""
+    return replaced(target, lambda partial: shutil.copy2(source, partial))
 
 
 def _pack(work: Path, target: Path) -> str:
@@ -86,16 +92,10 @@ def _pack(work: Path, target: Path) -> str:
         for path in work.iterdir()
         if path.suffix in (".csv", ".txt") and path.name not in SINGLE
     )
-    partial = target.with_name("partial")
-    try:
+
+    def fill(partial: Path) -> None:
         with tarfile.open(partial, "w:gz") as archive:
             for name in names:
                 archive.add(work / name, name)
-        if partial.stat().st_size > MOST_BYTES:
-            partial.unlink()
-            return f"it is larger than {MOST_BYTES >> 20} MiB; its files stay in {work}"
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        return str(error)
-    return ""
+
+    return replaced(target, fill)

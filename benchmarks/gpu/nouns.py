@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,7 @@ class Run:
     settings: Settings
     store: Store
     budget: Budget
-
-    def __post_init__(self) -> None:
-        self.kept: dict[str, Any] = {}
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ceiling(self) -> Row:

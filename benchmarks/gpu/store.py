@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.handoff import RESULTS, replaced
+
 Row = dict[str, Any]
-RESULTS, LOG = "results.json", "log.txt"
+LOG = "log.txt"
 
 
 class Store:
@@ -71,14 +72,8 @@ class Store:
 
     def write_text(self, name: str, text: str) -> None:
         """A file of the folder, replaced at once."""
-        partial = self.folder / f"{name}.partial"
-        try:
-            partial.write_text(text, "utf-8")
-            os.replace(partial, self.folder / name)
-        except OSError as error:
-            self.ended[name] = f"could not be written, its rows are in the output only: {error}"
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        if why := replaced(self.folder / name, lambda partial: partial.write_text(text, "utf-8")):
+            self.ended[name] = f"could not be written, its rows are in the output only: {why}"
 
     def log(self, line: str) -> None:
         # On a full disk it is at least printed.

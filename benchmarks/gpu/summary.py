@@ -10,7 +10,6 @@ from benchmarks.gpu.store import Row, Store
 from benchmarks.gpu.tables import machine, ratio
 from benchmarks.gpu.variants import PAIRS
 
-FILE = "summary.txt"
 MOST = 3000  # characters
 MORE = "... more in tables.md"
 

@@ -20,14 +20,23 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-from benchmarks.gpu.handoff import NOW, Progress, deliver
+from benchmarks.gpu.handoff import (
+    BROKEN,
+    CRASHED,
+    CUT,
+    NOW,
+    RESULTS,
+    SUMMARY,
+    USAGE,
+    Progress,
+    deliver,
+)
 
-RESULTS = Path("benchmarks/results")
+COMMITTED = Path("benchmarks/results")
 EVERY = 15.0  # seconds between two copies
 GRACE = 20.0  # seconds that a piece may take beyond the time of its stage
 LAST = 10.0  # seconds that the other process has to end when it is asked to
 LEAST = 25.0  # seconds that are worth starting it again
-USAGE, CUT, BROKEN, CRASHED = 2, 3, 4, 5
 SKIPPED = "FLASHNORM_BENCH_SKIPPED"  # why stages and pieces are not tried, for the other process
 
 
@@ -55,7 +64,7 @@ def supervise(watch: Watch, arguments: list[str], resume: bool) -> int:
     _hand_on(watch, loud=True)
     where = watch.out or watch.work
     print(f"written to {where}; exit code {code}", flush=True)
-    summary = watch.work / "summary.txt"
+    summary = watch.work / SUMMARY
     if code != USAGE and summary.exists():
         print(summary.read_text("utf-8"), end="", flush=True)
     return code
@@ -129,11 +138,11 @@ def _hand_on(watch: Watch, loud: bool = False) -> None:
 
 def _named_by_card(work: Path) -> Path | None:
     try:
-        card = json.loads((work / "results.json").read_text("utf-8"))["runs"][-1]["card"]
+        card = json.loads((work / RESULTS).read_text("utf-8"))["runs"][-1]["card"]
     except (OSError, ValueError, LookupError):
         return None
     name = re.sub(r"[^a-z0-9]+", "-", card.lower().removeprefix("nvidia ")).strip("-")
-    return RESULTS / f"gpu-{name}-{date.today()}"
+    return COMMITTED / f"gpu-{name}-{date.today()}"
 
 
 @contextmanager

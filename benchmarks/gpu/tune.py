@@ -21,7 +21,6 @@ from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.kernels.call import Call
 
 STAGE = "tune"
-FILE = "gpu.json"
 FEW, MANY = (1, 16, 64), (256, 1024, 4096)
 SECONDS = 5.0  # for one call, before it keeps what it has
 REPEATS = 3

@@ -15,16 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import correctness, plots, schedule, summary, tables
+from benchmarks.gpu import plots, schedule, summary, tables
 from benchmarks.gpu.budget import Budget, Clock, OutOfTime, Simulated
 from benchmarks.gpu.environment import describe
-from benchmarks.gpu.handoff import Progress
+from benchmarks.gpu.handoff import BROKEN, CUT, SUMMARY, TUNED, WRONG, Progress
 from benchmarks.gpu.nouns import Piece, Run, Settings, Stage
 from benchmarks.gpu.store import Store
 from flashnorm.bench.timing import in_words
-
-WRONG, CUT, BROKEN = 1, 3, 4
-TUNED = "gpu.json"
 
 
 class Broken(BaseException):
@@ -102,16 +99,13 @@ def _stage(run: Run, stage: Stage) -> None:
             Progress(stage.name, str(piece), run.budget.left()).write(run.settings.work)
             _piece(run, piece)
             run.budget.clock.spend(piece.seconds)
-            if piece.stage != correctness.STAGE:
-                _write(run)
+            _write(run)
 
 
 def _piece(run: Run, piece: Piece) -> None:
     """One row; what fails is said, is no row, and is tried again by a later run."""
     try:
         found = piece.measure()
-    except OutOfTime:
-        raise
     except Exception as error:
         _failed(run, str(piece), error)
         return
@@ -139,7 +133,7 @@ def _write(run: Run) -> None:
     store.write()
     store.write_csv()
     store.write_text("tables.md", tables.markdown(store))
-    store.write_text(summary.FILE, summary.text(store))
+    store.write_text(SUMMARY, summary.text(store))
 
 
 def _plot(run: Run) -> None:

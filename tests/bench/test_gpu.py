@@ -194,7 +194,6 @@ def test_every_way_to_decode_stands_beside_eager_and_ours(tmp_path):
 
 
 def test_a_piece_that_fails_is_said_and_tried_again(tmp_path, monkeypatch):
-    right = ours.run
     measured = operations._measure
 
     def fails(run, shape, given, mode):
@@ -207,7 +206,6 @@ def test_a_piece_that_fails_is_said_and_tried_again(tmp_path, monkeypatch):
     found = results(tmp_path)
     assert len(found["stages"]["operations"]) == 12
     assert found["incomplete"]["operations, 2048→2560, 1, bf16"] == "RuntimeError: out of memory"
-    assert ours.run is right
     monkeypatch.setattr(operations, "_measure", measured)
     assert work(tmp_path, "few-rows", resume=True) == 0
     assert len(rows(tmp_path, "operations")) == 18
