@@ -24,6 +24,7 @@ ORDER = [
     "flashnorm.plan",
     "flashnorm.algebra",
     "flashnorm.marker",
+    "flashnorm.content",
     "flashnorm.graph",
     "flashnorm.planner",
     "flashnorm.kernels",
