@@ -11,8 +11,8 @@ from flashnorm.marker import folded_by, marker
 from flashnorm.plan import Plan
 
 STRICT_NOTE = (
-    "transformers loads it and begins them at what changes nothing. llama.cpp converts it, but does "
-    "not load the result, and vLLM and SGLang refuse it; for those fold without strict"
+    "transformers loads it and begins them at what changes nothing. llama.cpp converts it, but "
+    "does not load the result, and vLLM and SGLang refuse it; for those fold without strict"
 )
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 

@@ -75,7 +75,7 @@ def _cast(candidate: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def cast(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return value.clamp(limits.min, limits.max).to(dtype)
+        return value.double().clamp(limits.min, limits.max).to(dtype)
 
     return {name: cast(value) for name, value in candidate.items()}
 
