@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flashnorm.checkpoint.config import quantization
 from flashnorm.checkpoint.mapping import Mapped, map_parameters
 from flashnorm.checkpoint.source import Source, open_source
+from flashnorm.checkpoint.twins import why_untied
 from flashnorm.checkpoint.values import read_parameter
 from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
@@ -123,9 +124,11 @@ def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[st
     if "gguf_file" in place or not path.is_dir():
         return None, ()
     try:
-        return open_source(path), ()
+        source = open_source(path)
     except FlashNormError as error:
         return None, (f"the weights were not read: {error}",)
+    untied = why_untied(path)
+    return source, ((untied,) if untied else ())
 
 
 def _gains(source: Source | None) -> Callable[[str], Tensor | None]:

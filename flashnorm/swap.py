@@ -98,7 +98,9 @@ def cancel_norms_(
         norm.row_scale = RowScale()
         for reader in scaled:
             hook = ScaleFeatures(norm.row_scale, reader.scaled)
-            _hook_(model.get_submodule(reader.path), "forward", hook, swaps, change)
+            # Before the user's own: they are given what the reader used to return.
+            module = model.get_submodule(reader.path)
+            _hook_(module, "forward", hook, swaps, change, prepend=True)
         for renorm in site.renorms if eps == "exact" else ():
             undoing = norms.linked(renorm.path)
             undoing.undoes, undoing.rows = norm.row_scale, renorm.rows
@@ -176,10 +178,16 @@ def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
 
 
 def _hook_(
-    module: nn.Module, kind: str, hook: Callable[..., Any], swaps: Swaps, change: Transaction
+    module: nn.Module,
+    kind: Literal["forward", "forward_pre"],
+    hook: Callable[..., Any],
+    swaps: Swaps,
+    change: Transaction,
+    *,
+    prepend: bool = False,
 ) -> None:
     with uninterrupted():
-        handle = getattr(module, f"register_{kind}_hook")(hook)
+        handle = getattr(module, f"register_{kind}_hook")(hook, prepend=prepend)
         change.step(handle.remove)
         swaps.hooks.append(handle)
 
