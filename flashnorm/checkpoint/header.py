@@ -87,7 +87,7 @@ def read_header(path: Path) -> Header:
     if size < header.file_bytes:
         raise CheckpointError(
             f"{path.name} is truncated: its header claims {header.file_bytes} bytes, the file has "
-            f"{size}; fetch it again"
+            f"{size}; {AGAIN}"
         )
     if size > header.file_bytes:
         raise CheckpointError(
