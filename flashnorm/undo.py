@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashnorm import algebra
 from flashnorm.errors import FoldError
-from flashnorm.graph.offload import why_offloaded
+from flashnorm.graph.offload import is_replaced, why_offloaded
 from flashnorm.plan import Centring, Consumer, Gain, Plan
 from flashnorm.swap import Swap, Swaps, swap_back_
 from flashnorm.transaction import Transaction, uninterrupted
@@ -168,7 +168,7 @@ def _check_swap(swap: Swap, undo: Undo) -> None:
         )
     ours = {handle.id for handle in undo.swaps.hooks}
     found = {*swap.new._forward_hooks, *swap.new._forward_pre_hooks} - ours
-    if found or "forward" in vars(swap.new):
+    if found or is_replaced(swap.new):
         raise FoldError(
             f"the norm {swap.attribute} of a {type(swap.owner).__name__} was given hooks or "
             "another forward since the fold, which would be lost with it: remove them first"

@@ -11,8 +11,19 @@ from torch import nn
 HOOK, FORWARD = "_hf_hook", "_old_forward"
 REMEDY = (
     "remove the hooks with accelerate.hooks.remove_hook_from_module(model, recurse=True), {}, and "
-    "offload again"
+    "offload again (on disk into a new directory: accelerate reads what an old one holds)"
 )
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own that is not its class's.
+
+    Where hooks were taken off again, accelerate leaves the class's forward on the module.
+    """
+    forward = vars(module).get("forward")
+    if getattr(forward, "__self__", None) is module:
+        return getattr(forward, "__func__", None) is not type(module).forward
+    return forward is not None
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from flashnorm.errors import FlashNormError
-from flashnorm.runtime.accelerate import RECORD
+from flashnorm.graph.offload import is_replaced
+from flashnorm.runtime.accelerate import RECORD, acceleration
 from flashnorm.runtime.attention import NAME, restore_attention_
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,9 +34,10 @@ def original(model: Model) -> Iterator[Model]:
     """
     if RECORD not in model.__dict__:
         raise FlashNormError("this model was not accelerated by accelerate_: it is the original")
-    undo = model.__dict__[RECORD]
-    found = [_place(module) for module in undo.modules]
-    attends = not isinstance(undo.attention, str)
+    attention = model.__dict__[RECORD].attention
+    found = list(_ours(model))
+    _check_not_hidden(model)
+    attends = not isinstance(attention, str)
     attends = attends and model.config._attn_implementation == NAME  # type: ignore[union-attr]
     taken: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -43,7 +45,7 @@ def original(model: Model) -> Iterator[Model]:
             taken.append((module, place, vars(module)[place]))
             _take(module, place)
         if attends:
-            restore_attention_(model, undo.attention)
+            restore_attention_(model, attention)
         yield model
     finally:
         for module, place, forward in taken:
@@ -52,15 +54,28 @@ def original(model: Model) -> Iterator[Model]:
             model.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
-def _place(module: nn.Module) -> tuple[nn.Module, str]:
-    """Where a module keeps the forward that `accelerate_` gave it."""
-    for place in _PLACES:
-        if type(vars(module).get(place)).__module__.startswith(f"{__package__}."):
-            return module, place
-    raise FlashNormError(
-        f"the forward of a {type(module).__name__} was wrapped or replaced since the model was "
-        "accelerated: take the wrapper off first"
-    )
+def _ours(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every module that has a forward of `accelerate_`, and where it keeps it."""
+    for module in model.modules():
+        for place in _PLACES:
+            if _is_ours(vars(module).get(place)):
+                yield module, place
+
+
+def _is_ours(forward: Any) -> bool:
+    return type(forward).__module__.startswith(f"{__package__}.")
+
+
+def _check_not_hidden(model: nn.Module) -> None:
+    """Raise FlashNormError where a forward of ours may be called by another one."""
+    found = acceleration(model)
+    for path in {part.path for part in (*found.fused, *found.training) if not part.reason}:
+        module = model.get_submodule(path)
+        if not any(_is_ours(vars(module).get(place)) for place in _PLACES) and is_replaced(module):
+            raise FlashNormError(
+                f"the forward of {path or type(module).__name__} was wrapped or replaced since the "
+                "model was accelerated: take the wrapper off first"
+            )
 
 
 def _take(module: nn.Module, place: str) -> None:
