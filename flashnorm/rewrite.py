@@ -43,7 +43,8 @@ def fold_(
     with the norm as β/g (E13). Weights keep their dtype (float16, bfloat16, float32 or float64) and
     are rounded once. `example_inputs`
     is a dict or tuple for the model's forward, needed for modules that are not from transformers.
-    `untie` gives a tied head a weight of its own, which costs vocab × width elements.
+    `untie` gives a tied head a weight of its own, which costs vocab × width elements; the config
+    says so, and the state dict fits only a model whose config does.
 
     `centre` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
     the features, `V* = V − mean(V)` (E3), and `flashnorm.nn.FlashRMSNorm` takes the norm's place.

@@ -55,13 +55,12 @@ class Candidates:
 
 
 def _dtypes(model: nn.Module) -> list[torch.dtype]:
-    """What numbers may have to be: most of the parameters first, what a parameter meets among the
-    others, and float32, which a forward may take and cast by itself."""
-    found: Counter[torch.dtype] = Counter({torch.float32: 0})
+    """What numbers may have to be, for the parameters that they meet: the dtype of most first."""
+    found: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.dtype in COMPUTED:
             found[parameter.dtype] += parameter.numel()
-    return [dtype for dtype, _ in found.most_common()]
+    return [dtype for dtype, _ in found.most_common()] or [torch.float32]
 
 
 def _has_numbers(candidate: Mapping[str, Any]) -> bool:
