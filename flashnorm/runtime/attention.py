@@ -56,6 +56,8 @@ def attention(
 
 def _plain(given: tuple[Tensor, ...]) -> bool:
     """Whether nothing but the values of these tensors matters."""
+    if torch.compiler.is_exporting():
+        return False
     if torch.compiler.is_compiling():
         return not torch.is_grad_enabled() and not fused.wants_torch(given)
     if dispatch.watched(*given) or dispatch.transformed():

@@ -64,7 +64,9 @@ def available(device: torch.device) -> tuple[bool, str]:
 
 def worth_compiling(x: Tensor) -> bool:
     """Whether a compiled graph should call a kernel: no gradient, few rows, as far as is known."""
-    if torch.is_grad_enabled() or not on_gpu(x) or x.dtype not in COMPILED:
+    if torch.compiler.is_exporting() or torch.is_grad_enabled():
+        return False
+    if not on_gpu(x) or x.dtype not in COMPILED:
         return False
     rows = x.numel() // x.shape[-1]
     return isinstance(rows, int) and rows <= FEW_COMPILED
