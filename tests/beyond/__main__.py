@@ -1,8 +1,8 @@
 """`python -m tests.beyond [--out FILE] [--again] [library or key ...]`: measure the zoo.
 
-Appends a line of JSON per class to FILE (build/beyond.jsonl), so that a run that was cut off goes on
-where it was; with `--again` those that are named are measured anew. Then writes docs/beyond.json, and
-the section of docs/coverage.md that is made of it.
+Appends a line of JSON per class to FILE (build/beyond.jsonl), so that a run that was cut off goes
+on where it was; with `--again` those that are named are measured anew. Then writes
+docs/beyond.json, and the section of docs/coverage.md that is made of it.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ def _blocks(kind: str) -> dict[str, Any]:
     }
 
 
+def _same(names: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same options for several classes."""
+    return dict.fromkeys(names.split(), options)
+
+
 OWN: dict[str, dict[str, Any]] = {
     # transformers
     "AceStepTransformer1DModel": {"in_channels": 12, "audio_acoustic_hidden_dim": 4},
@@ -126,10 +131,11 @@ OWN: dict[str, dict[str, Any]] = {
                       "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
                       "encoder_qkv_multiscales": ((), (5,)),
                       "decoder_qkv_multiscales": ((), (5,)), "in_channels": 3},
-    **dict.fromkeys(("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo",
-                     "AutoencoderKLMagvit"), {"block_out_channels": (32, 32, 32, 32)}),
-    **dict.fromkeys(("AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo15"),
-                    {"block_out_channels": (32, 32, 64, 64, 64)}),
+    **_same("AutoencoderKLAllegro AutoencoderKLCogVideoX AutoencoderKLHunyuanVideo "
+            "AutoencoderKLMagvit",
+            {"block_out_channels": (32, 32, 32, 32)}),
+    **_same("AutoencoderKLHunyuanImageRefiner AutoencoderKLHunyuanVideo15",
+            {"block_out_channels": (32, 32, 64, 64, 64)}),
     "AutoencoderKLHunyuanImage": {"spatial_compression_ratio": 2},
     "AutoencoderKLCosmos": {"encoder_block_out_channels": (16, 32),
                             "decode_block_out_channels": (16, 32), "resolution": 32,
@@ -271,16 +277,17 @@ INPUTS: dict[str, Given | Callable[[Given], Given]] = {
     "QwenImageControlNetModel": {"controlnet_cond": normal(1, 16, 4)},
     "SanaControlNetModel": {"controlnet_cond": normal(1, 4, 8, 8)},
     # autoencoders
-    **dict.fromkeys(("AutoencoderOobleck",), AUDIO),
+    **_same("AutoencoderOobleck",
+            AUDIO),
     "MMAudioVAE": {"sample": normal(1, 16, 32)},
-    **dict.fromkeys(("AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderKLQwenImage21"),
-                    {"sample": normal(1, 3, 5, 16, 16)}),
+    **_same("AutoencoderKLQwenImage AutoencoderKLWan AutoencoderKLQwenImage21",
+            {"sample": normal(1, 3, 5, 16, 16)}),
     "AutoencoderKLCosmos": {"sample": normal(1, 3, 9, 32, 32)},
     "AutoencoderKLLTXVideo": {"sample": normal(1, 3, 9, 32, 32)},
     "AutoencoderKLLTX2Video": {"sample": normal(1, 3, 9, 64, 64)},
     "AutoencoderKLMochi": {"sample": normal(1, 3, 7, 32, 32)},
-    **dict.fromkeys(("AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo15"),
-                    {"sample": normal(1, 4, 5, 32, 32)}),
+    **_same("AutoencoderKLHunyuanImageRefiner AutoencoderKLHunyuanVideo15",
+            {"sample": normal(1, 4, 5, 32, 32)}),
     "AutoencoderDC": {"sample": normal(1, 3, 32, 32)},
     "AutoencoderKLTemporalDecoder": {"num_frames": 1},
 }  # fmt: skip

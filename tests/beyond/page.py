@@ -37,12 +37,6 @@ def with_section(page: str, new: str) -> str:
     return page.partition(TITLE)[0].rstrip() + "\n\n" + new
 
 
-def own_section(page: str) -> str:
-    """The section that a page has; empty without one."""
-    before, title, after = page.partition(TITLE)
-    return title + after
-
-
 def section(rows: list[Row]) -> str:
     lines = [
         TITLE,

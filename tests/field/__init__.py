@@ -1,0 +1,1 @@
+"""What people do with models, each kind as a test."""
