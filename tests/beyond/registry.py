@@ -13,6 +13,10 @@ FILES = {
     "x_transformers": ("SPECIMENS",),
     "timm": ("SPECIMENS",),
     "diffusers": ("SPECIMENS",),
+    "language": ("LITGPT", "TORCHTUNE", "CLIP", "SENTENCE"),
+    "lucidrains": ("SPECIMENS",),
+    "science": ("MONAI", "OTHERS"),
+    "plain": ("SPECIMENS", "TRANSFORMERS"),
 }
 
 
