@@ -1,1 +1,1 @@
-"""What people do with models, each kind as a test."""
+"""What people do with models, each kind of it once: nothing may be silently wrong."""
