@@ -20,7 +20,7 @@ from .registry import specimens
 from .rows import Row
 
 PROCESSES = 1
-LIMIT = 150.0  # seconds for one class
+LIMIT = 400.0  # seconds for one class
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -141,24 +141,26 @@ WATCHES = {"operation": _on_operations, "line": _on_lines}
 
 
 def attempt(
-    action: str, model: nn.Module, inputs: Any, kind: str, counter: Counter
+    action: str, model: nn.Module, inputs: Any, counters: dict[str, Counter]
 ) -> BaseException | None:
-    """Do it under a watch; returns what was raised."""
+    """Do it under a watch for each kind; returns what was raised."""
     torch.manual_seed(0)
     try:
-        with WATCHES[kind](counter):
+        with ExitStack() as stack:
+            for kind, counter in counters.items():
+                stack.enter_context(WATCHES[kind](counter))
             ACTIONS[action](model, inputs)
     except (Exception, KeyboardInterrupt) as error:
         return error
     return None
 
 
-def events(action: str, specimen: Specimen, kind: str) -> dict[str, list[int]]:
-    """The numbers of the events of a kind, by where they are; empty where the action fails."""
+def events(action: str, specimen: Specimen) -> dict[str, dict[str, list[int]]]:
+    """The numbers of the events of each kind, by where they are; empty where the action fails."""
     model, inputs = made(specimen)
-    counter = Counter()
-    error = attempt(action, model, inputs, kind, counter)
-    return {} if error is not None else counter.seen
+    counters = {kind: Counter() for kind in WATCHES}
+    error = attempt(action, model, inputs, counters)
+    return {} if error is not None else {kind: c.seen for kind, c in counters.items()}
 
 
 def places(seen: dict[str, dict[str, list[int]]], number: int, seed: int) -> list[Place]:
@@ -193,7 +195,7 @@ def inject(specimen: Specimen, action: str, number: int, seed: int = 0) -> Trial
     What a failure did not end (a second way was found) is compared for `inspect` only: the others
     have then done what they were asked for.
     """
-    seen = {kind: events(action, specimen, kind) for kind in WATCHES}
+    seen = events(action, specimen)
     trial = Trial(0, 0, [])
     model = None
     for place in places(seen, number, seed):
@@ -216,7 +218,7 @@ def _one(specimen: Specimen, action: str, place: Place, model: nn.Module, inputs
     given = copy.deepcopy(inputs)
     before = Snapshot.of(model, given)
     counter = Counter(place)
-    error = attempt(action, model, given, place.kind, counter)
+    error = attempt(action, model, given, {place.kind: counter})
     raised = "nothing" if error is None else f"{type(error).__name__}: {error}"[:200]
     differences: tuple[str, ...] = ()
     if error is not None or action == "inspect":

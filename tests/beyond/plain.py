@@ -22,14 +22,10 @@ TYPES = (
 class Frozen(dict):
     """A configuration as some libraries have it: it can be emptied, and not be filled again."""
 
-    def __setitem__(self, *_: Any) -> None:
-        raise TypeError("this configuration is frozen")
-
     def update(self, *_: Any, **__: Any) -> None:
         raise TypeError("this configuration is frozen")
 
-    def pop(self, *_: Any) -> None:
-        raise TypeError("this configuration is frozen")
+    pop = setdefault = __delitem__ = update
 
 
 class Block(nn.Module):

@@ -106,11 +106,11 @@ def test_a_snapshot_sees_values_identities_keys_and_flags():
 
 @pytest.mark.parametrize("kind", ["operation", "line"])
 def test_an_injected_failure_comes_where_it_should(kind):
-    seen = events("inspect", BY_NAME["blocks"], kind)
+    seen = events("inspect", BY_NAME["blocks"])[kind]
     count = max(number for numbers in seen.values() for number in numbers)
     assert count > 50
     model, inputs = made(BY_NAME["blocks"])
     counter = Events(Place(kind, count // 2, KeyboardInterrupt, lasting=False))
-    assert isinstance(attempt("inspect", model, inputs, kind, counter), KeyboardInterrupt)
+    assert isinstance(attempt("inspect", model, inputs, {kind: counter}), KeyboardInterrupt)
     assert counter.count == count // 2
     assert places({kind: seen}, 20, 0) == places({kind: seen}, 20, 0) != places({kind: seen}, 20, 1)
