@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from tests.zoo.page import _first, _short
+from tests.zoo.page import BEYOND, _first, _short, with_beyond
 
 from .rows import EXACT, Row, counted
 
 DOCS = Path(__file__).parents[2] / "docs"
-TITLE = "## Beyond transformers"
 HEAD = (
     "| class | model | norms | folded | kept | none | error | modules accelerated | f32 ours "
     "| f32 theirs | kept or refused because |"
@@ -29,17 +28,12 @@ def write(rows: list[Row]) -> None:
     data = json.dumps([asdict(row) for row in rows], indent=1)
     (DOCS / "beyond.json").write_text(data + "\n")
     page = DOCS / "coverage.md"
-    page.write_text(with_section(page.read_text(), section(rows)))
-
-
-def with_section(page: str, new: str) -> str:
-    """The page with the section, which is the last of it, in the place of an older one."""
-    return page.partition(TITLE)[0].rstrip() + "\n\n" + new
+    page.write_text(with_beyond(page.read_text(), "\n" + section(rows)))
 
 
 def section(rows: list[Row]) -> str:
     lines = [
-        TITLE,
+        BEYOND,
         "",
         f"Made by `make field-env` (`python -m tests.beyond`) with torch "
         f"{torch.__version__.split('+')[0]} on Python {platform.python_version()}: tiny models of "
