@@ -7,8 +7,8 @@ from tests.zoo.page import beyond, with_beyond
 
 FOLDED = Row(
     "some:Model", "some", "some.Model", 10, {"layer": 2}, {"folded": 1, "kept": 1},
-    {"norm": "its output is also added to another value"}, 1e-16, 1e-16, 2e-7, 2e-7, 1e-7, 1e-6, 1e-7,
-    3, 4, restored=True,
+    {"norm": "its output is also added to another value"}, 1e-16, 1e-16, 2e-7, 2e-7, 1e-7, 1e-6,
+    1e-7, 3, 4, restored=True,
 )  # fmt: skip
 
 
