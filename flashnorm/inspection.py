@@ -106,10 +106,10 @@ def record(
 
     if example_inputs is None:
         return traced(inputs.example_inputs(model))
-    return united([traced([given]) for given in _input_sets(example_inputs)])
+    return united([traced([given]) for given in input_sets(example_inputs)])
 
 
-def _input_sets(given: Any) -> list[Any]:
+def input_sets(given: Any) -> list[Any]:
     """A list holds several sets of inputs; a tensor by itself is a forward's one argument."""
     sets = given if isinstance(given, list) else [given]
     if not sets:

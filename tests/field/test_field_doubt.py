@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import flashnorm
+from flashnorm.cli import app
 from tests.field.test_field_recording import WIDTH, X, randomize_
 
 X64 = X.double()
@@ -206,3 +209,56 @@ def test_field_acceleration_takes_several_sets_too():
         for kind, truth in enumerate(expected):
             torch.testing.assert_close(model(X, kind), truth)
     assert {part.path for part in flashnorm.acceleration(model).fused} >= {"heads.0", "heads.1"}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A model on disk, and inputs for it as files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+    )
+    model = randomize_(transformers.LlamaForCausalLM(config))
+    model.save_pretrained(folder / "model")
+    save_file({"input_ids": torch.tensor([[1, 2, 3]])}, folder / "a.safetensors")
+    (folder / "b.json").write_text(json.dumps([{"input_ids": [[4, 5]], "use_cache": False}]))
+    return folder
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def test_field_inputs_on_the_command_line(moe, tmp_path):
+    model, files = moe / "model", ["--inputs", moe / "a.safetensors", "--inputs", moe / "b.json"]
+    code, out, _ = command("inspect", model, *files, "--json")
+    plan = flashnorm.Plan.from_json(json.loads(out))
+    sets = [{"input_ids": torch.tensor([[1, 2, 3]])}, {"input_ids": torch.tensor([[4, 5]])}]
+    assert (code, plan) == (0, flashnorm.inspect(model, sets))
+    assert command("fold", model, tmp_path / "folded", *files)[0] == 0
+    assert command("verify", model, tmp_path / "folded")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("none.json", None, "holds no inputs that can be read"),
+        ("broken.json", "{", "holds no inputs that can be read"),
+        ("numbers.json", "[1, 2]", "holds no arguments by name"),
+        ("ragged.json", '{"input_ids": [[1, 2], [3]]}', "input_ids is no tensor"),
+        ("not.safetensors", "x", "holds no inputs that can be read"),
+        ("other.json", '{"pixels": [[1.5]]}', "could not be recorded"),
+    ],
+)
+def test_field_inputs_that_cannot_be_used_are_named(moe, tmp_path, name, text, says):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    code, _, error = command("inspect", moe / "model", "--inputs", tmp_path / name)
+    assert code == 2
+    assert says in error
