@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .fill import maker
-from .specimen import normal, specimen_maker, tokens
+from .fill import load, maker
+from .specimen import Made, normal, specimen_maker, tokens
 
 add, SPECIMENS = specimen_maker("lucidrains")
 VOCAB = 64
@@ -56,14 +56,13 @@ TABLE: list[tuple[str, dict[str, Any], Any]] = [
     ("perceiver_pytorch:Perceiver", {"num_freq_bands": 4, "max_freq": 10.0}, (normal(2, 8, 8, 3),)),
     ("perceiver_pytorch:PerceiverIO", {"queries_dim": 24, "logits_dim": 8},
      {"data": normal(2, 16, 32), "queries": normal(5, 24)}),
-    ("perceiver_pytorch:PerceiverLM", {"queries_dim": 32}, IDS),
+    ("perceiver_pytorch:PerceiverLM", {}, IDS),
     ("tab_transformer_pytorch:TabTransformer", {"categories": (5, 7), "num_continuous": 4,
-                                                "dim_out": 3},
+                                                "dim_out": 3, "mlp_act": torch.nn.ReLU()},
      (tokens(5, 3, 2), normal(3, 4))),
     ("tab_transformer_pytorch:FTTransformer", {"categories": (5, 7), "num_continuous": 4,
                                                "dim_out": 3}, (tokens(5, 3, 2), normal(3, 4))),
     ("mlp_mixer_pytorch:MLPMixer", {}, IMAGE),
-    ("mambapy.mamba:Mamba", {}, SEQUENCE),
     ("local_attention:LocalTransformer", {"local_attn_window_size": 8}, IDS),
     ("local_attention:LocalTransformer", {"local_attn_window_size": 8, "use_xpos": True,
                                           "xpos_scale_base": 4, "causal": True}, IDS),
@@ -95,8 +94,15 @@ TABLE: list[tuple[str, dict[str, Any], Any]] = [
                                        "use_vgg_and_gan": False}, IMAGE),
     ("reformer_pytorch:ReformerLM", {"use_full_attn": True}, IDS),
     ("routing_transformer:RoutingTransformerLM", {"n_local_attn_heads": 2}, IDS),
-    ("x_clip:TextTransformer", {}, IDS),
 ]  # fmt: skip
 for _path, _own, _inputs in TABLE:
     _name = _path if not any(s.name == _path for s in SPECIMENS) else f"{_path} {' '.join(_own)}"
     add(_name, maker(_path, SMALL, _own, _inputs))
+
+
+def _mamba() -> Made:
+    config = load("mambapy.mamba:MambaConfig")(d_model=32, n_layers=2, d_state=4)
+    return load("mambapy.mamba:Mamba")(config), SEQUENCE
+
+
+add("mambapy.mamba:Mamba", _mamba)

@@ -21,7 +21,7 @@ VIT: dict[str, Any] = {
 }  # fmt: skip
 NETS: list[tuple[str, dict[str, Any], Any]] = [
     ("ViT", {**VIT, "classification": True}, FLAT),
-    ("ViTAutoEnc", VIT, FLAT),
+    ("ViTAutoEnc", {**VIT, "patch_size": (4, 4)}, FLAT),
     ("MaskedAutoEncoderViT", {**VIT, "decoder_hidden_size": 24, "decoder_mlp_dim": 32,
                               "decoder_num_layers": 1, "decoder_num_heads": 2}, FLAT),
     ("UNETR", {"in_channels": 1, "out_channels": 2, "img_size": (32, 32), "feature_size": 8,
@@ -137,7 +137,7 @@ add_other("kornia LightGlue layer", _light_glue)
 add_other("segment-anything ImageEncoderViT", _sam)
 add_other("segment-anything MaskDecoder", _sam_decoder)
 add_other("fair-esm ESM2", _esm2)
-for _name in ("Unet", "Segformer", "DPT", "UPerNet"):
+for _name in ("Unet", "Segformer", "UPerNet"):
     add_other(f"segmentation-models-pytorch {_name}", _segmentation(_name))
 for _name in ("GPSConv", "GCN", "GIN"):
     add_other(f"torch-geometric {_name}", _graph(_name))
