@@ -77,7 +77,18 @@ def chosen() -> list[str]:
             keys.append(word)
         else:
             keys[-1] += f" {word}"
-    return keys
+    return _in_turn(keys)
+
+
+def _in_turn(keys: list[str]) -> list[str]:
+    """One of every library, then the next of every library."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for key in keys:
+        library = key.partition(":")[0]
+        turns.append((seen[library], key))
+        seen[library] += 1
+    return [key for _, key in sorted(turns, key=lambda turn: turn[0])]
 
 
 def main(arguments: list[str]) -> int:
@@ -87,13 +98,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("keys", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("build/failures.jsonl"))
     parser.add_argument("--number", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args(arguments)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     lines = given.out.read_text().splitlines() if given.out.exists() else []
     rows = {row["key"]: Row(**row) for row in map(json.loads, lines)}
     keys = [key for key in given.keys or chosen() if key not in rows]
     with given.out.open("a") as out:
-        for key, row, cause in spread(partial(work, number=given.number), keys, 1, LIMIT):
+        for key, row, cause in spread(
+            partial(work, number=given.number), keys, given.processes, LIMIT
+        ):
             rows[key] = row or Row(key, cause=cause)
             print(json.dumps(asdict(rows[key])), file=out, flush=True)
             print(said(rows[key]), flush=True)
