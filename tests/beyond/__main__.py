@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
             rows[key] = row or failed
             print(json.dumps(asdict(rows[key])), file=out, flush=True)
             print(f"{done:4d}/{len(keys)} {line(rows[key])}", flush=True)
-    known = [s.key for s in specimens()]
+    known = [s.key for s in specimens(given.names)]
     found = sorted((r for r in rows.values() if r.key in known), key=lambda r: known.index(r.key))
     print(total(found), f"{time.perf_counter() - started:.0f} s")
     if given.page or not given.names:
