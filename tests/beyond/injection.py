@@ -26,6 +26,7 @@ from flashnorm.graph.record import Recorder
 from .snapshot import Snapshot
 from .specimen import Specimen, made
 
+RECORDED = "recorded"
 PACKAGE = str(Path(flashnorm.__file__).parent)
 ACTIONS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "inspect": lambda model, inputs: flashnorm.inspect(model, inputs),
@@ -47,7 +48,11 @@ FAILURES: tuple[type[BaseException], ...] = (Injected, InjectedRuntime, Keyboard
 
 @dataclass(frozen=True)
 class Place:
-    """The `number`-th event of a kind raises; `lasting`: so does every later one."""
+    """The `number`-th event of a kind raises; `lasting`: so does every later recorded operation.
+
+    What lasts is a forward that fails whichever way it is tried. A torch that fails whatever it is
+    asked for would leave nobody a way back.
+    """
 
     kind: str  # "operation" or "line"
     number: int
@@ -82,7 +87,7 @@ class Counter:
             return
         if self.count < place.number:
             return
-        if self.count == place.number or place.lasting:
+        if self.count == place.number or (place.lasting and where.startswith(RECORDED)):
             self.where = self.where or where
             raise place.failure(f"injected at {place.kind} {place.number}")
 
@@ -105,7 +110,7 @@ def _on_operations(counter: Counter) -> Iterator[None]:
     recorded = Recorder.__torch_dispatch__
 
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        counter.event(f"recorded {func}")
+        counter.event(f"{RECORDED} {func}")
         return recorded(self, func, types, args, kwargs)
 
     Recorder.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
