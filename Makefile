@@ -25,7 +25,18 @@ GPU_STAMP := $(GPU_ENV)/.installed
 GPU_PYTHON ?= $(shell for found in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python python3.13 \
 	python3.11 $(PYTHON); do $$found -c "" 2>/dev/null && echo $$found && break; done)
 
-.PHONY: venv demo test test-avx2 test-all sanitize lint bench gpu-env clean
+# The libraries of the zoo beyond transformers: constraints-field.txt.
+FIELD_ENV := build/field-env
+FIELD_BIN := $(FIELD_ENV)/bin
+FIELD_STAMP := $(FIELD_ENV)/.installed
+FIELD_PYTHON ?= $(shell for found in python3.11 $(HOME)/.pyenv/versions/3.11*/bin/python \
+	python3.12 $(PYTHON); do $$found -c "" 2>/dev/null && echo $$found && break; done)
+# One of them asks for versions that the others cannot do with, and runs without.
+FIELD_ALONE := litgpt
+FIELD := $(shell sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' constraints-field.txt \
+	| grep -v -x $(FIELD_ALONE))
+
+.PHONY: venv demo test test-avx2 test-all sanitize lint bench gpu-env field-env clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -68,6 +79,19 @@ gpu-env: venv $(GPU_STAMP)
 	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime/test_gpu.py \
 		tests/kernels/gpu tests/bench/test_gpu*.py \
 	&& rm -rf build/gpu-dry && $(GPU_BIN)/python -m benchmarks.gpu --dry-run
+
+$(FIELD_STAMP): constraints-field.txt
+	test -x $(FIELD_BIN)/python || $(FIELD_PYTHON) -m venv $(FIELD_ENV)
+	$(FIELD_BIN)/python -m pip install -q -c constraints-field.txt torch torchvision
+	$(FIELD_BIN)/python -m pip install -q -c constraints-field.txt $(FIELD)
+	$(FIELD_BIN)/python -m pip install -q --no-deps -c constraints-field.txt $(FIELD_ALONE)
+	touch $@
+
+# Models of other libraries, folded, accelerated and interrupted: an hour or two, and gigabytes once.
+# What was measured stays in build/beyond.jsonl and build/failures.jsonl: remove them to begin anew.
+field-env: venv $(FIELD_STAMP)
+	@$(TIMED) export OMP_NUM_THREADS=1; $(FIELD_BIN)/python -m tests.beyond; \
+		zoo=$$?; $(FIELD_BIN)/python -m tests.beyond.failures && exit $$zoo
 
 lint: venv
 	$(LINT)

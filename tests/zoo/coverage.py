@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .build import causal_lm_types, variants
 from .classes import further_types, whole_models
-from .page import line, page, total
+from .page import beyond, line, page, total, with_beyond
 from .parallel import spread
 from .rows import EXACT, Row, group_of, work
 
@@ -52,7 +52,9 @@ def write(rows: list[Row]) -> None:
     DOCS.mkdir(exist_ok=True)
     data = json.dumps([asdict(row) for row in rows], indent=1)
     (DOCS / "coverage.json").write_text(data + "\n")
-    (DOCS / "coverage.md").write_text(page(rows))
+    file = DOCS / "coverage.md"
+    known = beyond(file.read_text()) if file.exists() else ""
+    file.write_text(with_beyond(page(rows), known))
 
 
 def recorded() -> list[Row]:

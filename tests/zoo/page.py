@@ -10,6 +10,8 @@ import torch
 
 from .rows import Row
 
+# The last section of the page, which `python -m tests.beyond` makes.
+BEYOND = "## Beyond transformers"
 HEAD = (
     "| type | model | norms | gain folded | kept | none | bias | centring | scale | error | noise "
     "| needed | kept because |"
@@ -53,6 +55,16 @@ def page(rows: list[Row]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def beyond(text: str) -> str:
+    """The last section of a page that there is; empty without one."""
+    return "".join(text.partition(f"\n{BEYOND}\n")[1:])
+
+
+def with_beyond(text: str, section: str) -> str:
+    """The page with this last section in the place of the one that it has."""
+    return text.removesuffix(beyond(text)).rstrip() + "\n" + (section or "")
 
 
 def of_group(rows: list[Row], *groups: str) -> list[Row]:
