@@ -64,7 +64,9 @@ def cancel_norms_(model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps) -> None:
         norm.row_scale = RowScale()
         for reader in scaled:
             hook = ScaleFeatures(norm.row_scale, reader.scaled)
-            swaps.hooks.append(model.get_submodule(reader.path).register_forward_hook(hook))
+            # Before the user's own: they are given what the reader used to return.
+            module = model.get_submodule(reader.path)
+            swaps.hooks.append(module.register_forward_hook(hook, prepend=True))
         for renorm in site.renorms if eps == "exact" else ():
             undoing = norms.linked(renorm.path)
             undoing.undoes, undoing.rows = norm.row_scale, renorm.rows
@@ -106,12 +108,31 @@ def _swap_(model: nn.Module, site: Site, kind: type[Norm], swaps: Swaps) -> Norm
     if not can_swap(old, site):
         return None
     new = _norm(old, site, kind).train(old.training)
+    _share_hooks_(old, new)
     for owner in model.modules():
         for attribute, child in list(owner._modules.items()):
             if child is old:
                 swaps.modules.append((owner, attribute, old))
                 setattr(owner, attribute, new)
     return new
+
+
+def _share_hooks_(old: nn.Module, new: nn.Module) -> None:
+    """The very dicts, so that hooks go on running and their handles still remove them."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def can_swap(old: nn.Module, site: Site) -> bool:

@@ -80,8 +80,8 @@ GAINS = (
     "{n} * (2 - {g})",
     "{n} / {g}",
     "{n}.clone().mul_({g})",
-    "torch.einsum('...i,i->...i', {n}, {g})",
-    "{n} @ torch.diag({g})",
+    "torch.einsum('...i,i->...i', {n}, {g}.to({n}.dtype))",
+    "{n} @ torch.diag({g}).to({n}.dtype)",
     "{n} * {p}gate{s} * {g}",
 )
 BIASES = (

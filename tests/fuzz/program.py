@@ -109,7 +109,18 @@ class Program:
         return replace(self, statements=tuple(reversed(kept)))
 
 
-def build(program: Program, seed: int) -> nn.Module:
+@dataclass(frozen=True)
+class Written:
+    """A model whose code was written down: a counterexample. `inputs` as in `Program`."""
+
+    source: str
+    inputs: tuple[tuple[str, int], ...]
+    blind: bool = False
+    statements: tuple[Statement, ...] = ()
+    norms: tuple[Statement, ...] = ()
+
+
+def build(program: Program | Written, seed: int) -> nn.Module:
     """The model in float64, with random gains, biases and weights."""
     source = program.source
     name = f"<fuzz {next(_serial)}>.py"[1:].replace(">", "")
@@ -136,7 +147,7 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def inputs_of(program: Program, seed: int, batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
+def inputs_of(program: Program | Written, seed: int, batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _, width in program.inputs:
