@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashnorm.graph.flow import Flow
 from flashnorm.graph.modules import is_replaceable
-from flashnorm.graph.scales import ReaderUse, Renormed, Scales, find_scales
+from flashnorm.graph.scales import BIASED, ReaderUse, Renormed, Scales, find_scales
 from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
 
 SCALED = ("rms", "layer")
@@ -131,7 +131,10 @@ def _state(
     if all(reader.place == "nowhere" for reader in readers):
         return "cancelled", ""
     latent = [r for r in undone if any(use.norm == r.index for use in scales.readers)]
-    executable = all(reader.path for reader in readers if reader.place != "nowhere")
+    # A module's output is scaled as a whole, and a bias in it must not be.
+    executable = all(reader.path for reader in readers if reader.place != "nowhere") and not any(
+        use.reason == BIASED for use in uses
+    )
     if latent and executable:
         return "partial", reason
     return "deferred", reason

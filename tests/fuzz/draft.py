@@ -81,7 +81,7 @@ class _Draft:
         if self.chance(0.25):
             self.inputs.append(("y", self.width))
             self.values.append(("y", self.width))
-        return "x"
+        return self.reader("x", self.width) if self.chance(0.4) else "x"
 
     def finish(self, x: str) -> None:
         if self.chance(0.6):
@@ -102,8 +102,8 @@ class _Draft:
     # Blocks -----------------------------------------------------------------------------------
 
     def block(self, x: str) -> str:
-        kinds = ("pre", "post", "from", "parallel", "double", "sandwich", "concat")
-        kind = self.rng.choices(kinds, (8, 1, 1, 2, 2, 2, 1))[0]
+        kinds = ("pre", "post", "from", "parallel", "double", "sandwich", "concat", "product")
+        kind = self.rng.choices(kinds, (8, 1, 1, 2, 2, 3, 1, 1))[0]
         return getattr(self, f"block_{kind}")(x)
 
     def block_pre(self, x: str) -> str:
@@ -137,7 +137,15 @@ class _Draft:
         )
         return self.residual(x, self.reader(self.mischief(h), self.width))
 
+    def block_product(self, x: str) -> str:
+        h = self.norm(x)
+        other = self.norm(x) if self.chance(0.3) else self.mischief(h)
+        h = self.add("meet", (h, other), self.width, ("{out} = {0} * {1}",))
+        return self.residual(x, self.sublayer(h))
+
     def residual(self, x: str, y: str) -> str:
+        if self.chance(0.08):
+            return self.add("write", (x, y), self.width, ("{out} = {0}.add_({1})",))
         form = self.rng.choice(("{0} + {1}",) * 5 + ("{1}", "{0} + 0.5 * {1}", "{0}.add({1})"))
         return self.add("sum", (x, y), self.width, (f"{{out}} = {form}",))
 
@@ -175,6 +183,8 @@ class _Draft:
         again = [norm for norm in self.norms if norm[1] == width]
         if again and self.chance(0.08):
             attribute, _, gain = self.rng.choice(again)
+            again = [n for n in self.statements if n.path == attribute and n.gain is not None]
+            gain = again[0].gain if again else gain
             return self.add(
                 "norm", (x,), width, (f"{{out}} = self.{attribute}({{0}})",), gain, attribute
             )
@@ -200,12 +210,19 @@ class _Draft:
         gain = "" if "False)" in made and "affine" in made else f"n{s}.weight"
         return self.called_norm(x, width, f"n{s}", made, gain)
 
-    def called_norm(self, x: str, width: int, name: str, made: str, gain: str) -> str:
+    def called_norm(
+        self, x: str, width: int, name: str, made: str, gain: str, inner: int = 0
+    ) -> str:
         lines = (f"self.{name} = {made}",)
+        tied = [n for n in self.norms if n[1] == width and n[2].endswith(".weight")]
+        if not inner and gain.endswith(".weight") and tied and self.chance(0.06):
+            other = self.rng.choice(tied)[2]
+            lines += (f"self.{gain} = self.{other}",)
+            gain = other
         if self.chance(0.06):
             lines += (f"self.{name}.{self.hook()}",)
         self.made[name] = lines
-        self.norms.append((name, width, gain))
+        self.norms.append((name, width, "" if inner else gain))
         return self.add("norm", (x,), width, (f"{{out}} = self.{name}({{0}})",), gain, name)
 
     def hook(self) -> str:
@@ -233,7 +250,7 @@ class _Draft:
         )
         gain = f"n{s}.{spelling.gain}" if spelling.gain else ""
         if not gated:
-            return self.called_norm(x, width, f"n{s}", f"N{s}()", gain)
+            return self.called_norm(x, width, f"n{s}", f"N{s}()", gain, inner if heads else 0)
         self.made[f"n{s}"] = (f"self.n{s} = N{s}()",)
         body = (f"{{out}} = self.n{s}({{0}}, {{1}})",)
         return self.add("norm", (x, gated), width, body, gain, f"n{s}")
@@ -249,11 +266,17 @@ class _Draft:
         spelling = spell(self.rng, inner, "{0}" if not heads else f"x{s}", "{out}", "self.", str(s))
         for name, code in spelling.made.items():
             self.made[f"{name}{s}"] = (_buffered(f"self.{name}{s} = {code}"),)
-        lines = tuple(spelling.lines)
+        lines, gain = tuple(spelling.lines), spelling.gain
+        if gain and self.chance(0.1):
+            # A row of a bank of gains, which another norm may read as well.
+            bank, row = f"bank{inner}", self.rng.randrange(2)
+            self.made[bank] = (f"self.{bank} = nn.Parameter(torch.ones(2, {inner}))",)
+            lines = tuple(li.replace(f"self.{gain}", f"self.{bank}[{row}]") for li in lines)
+            gain = bank
         if heads:
             flat = "{out} = {out}.flatten(-2)"
             lines = (f"x{s} = {{0}}.unflatten(-1, (2, -1))", *lines, flat)
-        return self.add("norm", (x,), width, lines, spelling.gain, "")
+        return self.add("norm", (x,), width, lines, gain, "")
 
     def cold_norm(self, x: str, width: int) -> str:
         """Another norm for longer inputs, before the same readers."""
@@ -277,11 +300,19 @@ class _Draft:
             body, made = readers.reader(self.rng, width, out, s, h)
         for name, code in made.items():
             self.made[name] = (_buffered(f"self.{name} = {code}"),)
+        if f"l{s}" in made and self.linears and self.chance(0.04):
+            self.tie(f"l{s}", made[f"l{s}"], width, out)
         if f"l{s}" in made and made[f"l{s}"].startswith("nn.Linear") and len(made) == 1:
             self.linears.append((f"l{s}", width, self.rows(made[f"l{s}"])))
             if self.chance(0.05):
                 self.made[f"l{s}"] += (f"self.l{s}.{self.hook()}",)
         return self.add("reader", (h,), out, body)
+
+    def tie(self, name: str, made: str, width: int, out: int) -> None:
+        """Two linear layers with one weight."""
+        alike = [found for found, *widths in self.linears if widths == [width, out]]
+        if alike and made.startswith(f"nn.Linear({width}, {out}"):
+            self.made[name] += (f"self.{name}.weight = self.{self.rng.choice(alike)}.weight",)
 
     def rows(self, made: str) -> int:
         rows = made.split(",")[1].strip(" )")

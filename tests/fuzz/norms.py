@@ -110,7 +110,7 @@ def spell(rng: Random, width: int, x: str, out: str, prefix: str, tail: str) -> 
     spelling = Spelling()
     kind = rng.choices(("rms", "layer", "dyt"), (6, 4, 1))[0]
     gained = rng.random() < 0.93
-    biased = rng.random() < (0.6 if kind == "layer" else 0.15)
+    biased = rng.random() < (0.6 if kind == "layer" else 0.25)
     names = _Names(x, out, prefix, tail, width, rng.choice(("1e-6", "1e-5", "1e-3")))
     if gained:
         spelling.made["weight"] = f"nn.Parameter(torch.ones({width}))"

@@ -147,7 +147,9 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def inputs_of(program: Program | Written, seed: int, batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
+def inputs_of(
+    program: Program | Written, seed: int, batch: int, tokens: int
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _, width in program.inputs:

@@ -108,6 +108,22 @@ READERS: tuple[Reader, ...] = (
         ("{out} = self.l{s}({{0}}) + self.o{s}(self.i{s}({{0}}))",),
         _made(l=LINEAR, i="nn.Linear({a}, 2, bias=False)", o="nn.Linear(2, {b}, bias=False)"),
     ),
+    (
+        ("{out} = sum(e({{0}}) for e in self.e{s})",),
+        _made(e="nn.ModuleList([nn.Linear({a}, {b}), nn.Linear({a}, {b}, bias=False)])"),
+    ),
+    (
+        ("{out} = self.e{s}({{0}})",),
+        _made(e="nn.Sequential(nn.Linear({a}, {a}), nn.ReLU(), nn.Linear({a}, {b}))"),
+    ),
+    (
+        ("{out} = self.e{s}({{0}})",),
+        _made(e="nn.Sequential(nn.RMSNorm({a}), nn.Linear({a}, {b}))"),
+    ),
+    (
+        ("{out} = self.l{s}({{0}})",),
+        _made(l="nn.utils.parametrizations.weight_norm(nn.Linear({a}, {b}))"),
+    ),
     (("{out} = F.linear({{0}}, self.w{s} * 0.5)",), _made(w=OI)),
     (("{out} = F.linear({{0}}, self.w{s} * self.u{s})",), _made(w=OI, u=IN)),
     (("{out} = F.linear({{0}}, self.w{s} * self.u{s})",), _made(w=OI, u=OUT)),
@@ -159,6 +175,10 @@ READERS: tuple[Reader, ...] = (
 )
 # Those that need as much out as in.
 SQUARE: tuple[Reader, ...] = (
+    (
+        ("{out} = self.e{s}({{0}}, {{0}}, {{0}}, need_weights=False)[0]",),
+        _made(e="nn.MultiheadAttention({a}, 2, batch_first=True)"),
+    ),
     (("{out} = {{0}} @ self.w{s} @ self.w{s}.T",), _made(w=OI)),
     (("{out} = {{0}} @ self.w{s}.T + {{0}} @ self.w{s}",), _made(w=OI)),
     (
@@ -210,6 +230,10 @@ BRANCHES: dict[str, Reader] = {
     "cold reader": (
         ("{out} = self.l{s}({{0}}) if {{0}}.shape[1] <= 4 else self.k{s}({{0}})",),
         _made(l=LINEAR, k=LINEAR),
+    ),
+    "cold expert": (
+        ("{out} = self.e{s}[{{0}}.shape[1] // 5]({{0}})",),
+        _made(e="nn.ModuleList([nn.Linear({a}, {b}) for _ in range(2)])"),
     ),
     "cold vector": (
         (

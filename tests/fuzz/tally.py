@@ -39,13 +39,13 @@ class Tally:
 
     @property
     def settled(self) -> float:
-        """The part of all norms that were folded, have no gain, or were refused with need.
+        """The part of all norms with a gain that were folded, or refused with need.
 
         Refusals are sampled: the needless part of the forced ones is taken off all of them.
         """
         refusals = self.refused.total()
         needed = 1 - self.needless.total() / self.forced if self.forced else 0.0
-        return (self.folded + self.weightless + needed * refusals) / max(1, self.norms)
+        return (self.folded + needed * refusals) / max(1, self.norms - self.weightless)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "settled": self.settled}
@@ -54,9 +54,10 @@ class Tally:
         lines = [
             f"{self.models} models ({self.invalid} drafts did not run), {self.norms} norms: "
             f"{self.folded} folded, {self.weightless} without a gain, {self.refused.total()} "
-            f"refused, {self.missed} missed; {self.sites} sites, {self.fused} modules accelerated",
+            f"refused, {self.missed} missed (or their gain); {self.sites} sites, "
+            f"{self.fused} modules accelerated",
             f"{self.forced} refusals forced, {self.needless.total()} of them were not needed; "
-            f"{100 * self.settled:.1f} % of all norms folded or truly refused",
+            f"{100 * self.settled:.1f} % of the norms with a gain folded or truly refused",
             "refused because:",
             *(f"  {n:6d}  {reason}" for reason, n in self.refused.most_common(25)),
             "refused without need:",

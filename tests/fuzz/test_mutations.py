@@ -12,7 +12,7 @@ from flashnorm.plan import Span
 from tests.fuzz.draft import draft
 from tests.fuzz.oracle import Options, judge
 
-MODELS = 300
+MODELS = 400
 
 
 def sums_pass(monkeypatch):
