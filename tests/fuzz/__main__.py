@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 from tests.fuzz.draft import draft
@@ -36,13 +36,21 @@ def counterexample(seed: int, verdict: Verdict) -> str:
     return f"# seed {seed}: {verdict.wrong}; options: {said}\n{small.source}\n{detail}\n"
 
 
-def verdicts(seeds: range, jobs: int) -> Iterator[Verdict]:
+def verdicts(examine: Callable[[int], Verdict], seeds: range, jobs: int) -> Iterator[Verdict]:
     if jobs == 1:
         yield from map(examine, seeds)
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, initializer=_one_thread) as pool:
         yield from pool.imap(examine, seeds, chunksize=8)
+
+
+def _examiner(disk: bool) -> Callable[[int], Verdict]:
+    if not disk:
+        return examine
+    from tests.fuzz.disk import examine_disk
+
+    return examine_disk
 
 
 def _one_thread() -> None:
@@ -56,7 +64,8 @@ def main() -> int:
     _one_thread()
     tally, start = Tally(), time.monotonic()
     done = options.seed
-    for verdict in verdicts(range(options.seed, options.seed + options.count), options.jobs):
+    seeds = range(options.seed, options.seed + options.count)
+    for verdict in verdicts(_examiner(options.disk), seeds, options.jobs):
         tally.add(verdict)
         done = verdict.seed + 1
         if verdict.wrong:
@@ -80,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first one")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--minutes", type=float, help="stop after that long, and say where")
+    parser.add_argument("--disk", action="store_true", help="checkpoints of random configs instead")
     parser.add_argument("--json", action="store_true", help="the counts as JSON")
     return parser.parse_args()
 
