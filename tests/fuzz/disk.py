@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import transformers
 from torch import nn
 
 import flashnorm
@@ -37,6 +38,8 @@ SWITCHES = re.compile(
 
 def examine_disk(seed: int) -> Verdict:
     """The verdict on the checkpoint of a seed."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rng = Random(f"disk {seed}")
     name = rng.choice(TYPES)
     changes = _changes(rng, name)

@@ -320,7 +320,7 @@ class _Draft:
 
     def mischief(self, h: str) -> str:
         for _ in range(self.rng.choices((0, 1, 2), (6, 3, 1))[0]):
-            h = self.edit(h)
+            h = self.norm(h) if self.chance(0.06) else self.edit(h)
         return h
 
     def edit(self, h: str) -> str:

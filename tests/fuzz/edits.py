@@ -44,6 +44,23 @@ MOVES: tuple[Edit, ...] = (
 )
 # Numbers, vectors and functions: some a gain passes, most it does not.
 FACTORS: tuple[Edit, ...] = (
+    _edit(
+        "{out} = {{0}} * self.u{s} + torch.cat([-{{0}}[..., {a} // 2 :], "
+        "{{0}}[..., : {a} // 2]], -1) * self.v{s}",
+        u=VECTOR,
+        v=VECTOR,
+    ),
+    _edit("{out} = torch.fft.rfft({{0}}, n={{0}}.shape[1] * 2, dim=1).real[:, : {{0}}.shape[1]]"),
+    _edit("{out} = {{0}}.sort(1).values"),
+    _edit("{out} = {{0}}.amax(1, keepdim=True) + {{0}} * 0"),
+    _edit("{out} = {{0}}.unfold(1, 1, 1).squeeze(-1)"),
+    _edit("{out} = torch.where({{0}}.mean(-1, keepdim=True) > 0, {{0}}, 2 * {{0}})"),
+    _edit("{out} = {{0}}.tril()"),
+    _edit("{out} = F.normalize({{0}}, dim=-1)"),
+    _edit("{out} = {{0}} / {{0}}.norm(dim=-1, keepdim=True)"),
+    _edit("{out} = self.d{s}({{0}}.mT).mT", d="nn.GroupNorm(2, {a})"),
+    _edit("{out} = self.d{s}({{0}}.mT).mT", d="nn.BatchNorm1d({a})"),
+    _edit("{out} = self.d{s}({{0}}.mT).mT", d="nn.GroupNorm(1, {a})"),
     _edit("{out} = {{0}} * 0.7"),
     _edit("{out} = -{{0}} / 3"),
     _edit("{out} = {{0}} * self.u{s}", u=VECTOR),
@@ -111,6 +128,14 @@ WRITES: tuple[Edit, ...] = (
     _edit("{out} = {{0}}", "{out}[..., :2] = {out}[..., 2:4].clone()"),
     _edit("{out} = {{0}}", "{out}[:, 0] = self.u{s}", u=VECTOR),
     _edit("{out} = {{0}}", "{out}.unflatten(-1, (2, -1))[..., 0, :].mul_(3)"),
+    _edit("{out} = {{0}}.clone()", "{out}[{{0}}.sum(-1) > 0] *= 2"),
+    _edit("{out} = {{0}}.clone()", "{out}[{{0}} > 0] *= 2"),
+    _edit("{out} = {{0}}.clone()", "{out}[..., 0], {out}[..., 1] = {{0}}[..., 1], {{0}}[..., 0]"),
+    _edit("{out} = {{0}}", "{out}.transpose(0, 1)[0] += 1"),
+    _edit("{out} = {{0}}", "{out}.unbind(-1)[0].mul_(2)"),
+    _edit("{out} = {{0}}.add({{0}}.detach().mul_(2))"),
+    _edit("{out} = {{0}}", "{out}.swapaxes(1, 2).flip(1).add_(1)"),
+    _edit("{out} = {{0}}", "{out}.select(1, 0).copy_({out}.select(1, -1) * 2)"),
     _edit("{out} = {{0}}", "{out}.data.mul_(1.5)"),
     _edit("{out} = {{0}}", "{out}.mT.mul_(2)"),
     _edit("{out} = {{0}}.clone()", "{out}.view(-1, {a})[:, 1].zero_()"),

@@ -23,6 +23,7 @@ FACTORS = (
     "({m} + {e}).sqrt().reciprocal()",
     "1 / ({m}.sqrt() + {e})",
     "{m}.clamp(min={e}).rsqrt()",
+    "({m} + {p}eps{s}).rsqrt()",
 )
 CENTRED = (
     "{v} - {v}.mean(-1, keepdim=True)",
@@ -83,6 +84,15 @@ GAINS = (
     "torch.einsum('...i,i->...i', {n}, {g}.to({n}.dtype))",
     "{n} @ torch.diag({g}).to({n}.dtype)",
     "{n} * {p}gate{s} * {g}",
+    "{n}.flip(-1) * {g}",
+    "({n}.unflatten(-1, (2, -1)) * {g}.view(2, -1)).flatten(-2)",
+    "{n} * {g} * {n}.new_full((1,), 2.0)",
+    "torch.where({g} > 1, {n} * {g}, {n})",
+    "({n} * {g}) * torch.sigmoid({g})",
+    "{n} * ({g} + {p}gate{s})",
+    "{n} * {g}[None, None]",
+    "{n} * {g}.pow(2)",
+    "({n}.mT * {g}[:, None]).mT",
 )
 BIASES = (
     *("{n} + {b}", "{b} + {n}", "torch.add({n}, {b})") * 3,
@@ -129,6 +139,7 @@ def spell(rng: Random, width: int, x: str, out: str, prefix: str, tail: str) -> 
 
 
 _EXTRAS = {
+    "eps": "torch.ones(1)",
     "alpha": "nn.Parameter(torch.ones(1))",
     "gate": "nn.Parameter(torch.ones(1))",
     "u": "torch.ones({w})",
@@ -177,10 +188,11 @@ def _by_hand(
     result = f"n{names.s}"
     if cast and not late:
         lines.append(f"{result} = {result}.to({names.x}.dtype)")
-    if gained and not first:
-        lines.append(f"{result} = {names.fill(rng.choice(GAINS), n=result)}")
-    if biased:
-        lines.append(f"{result} = {names.fill(rng.choice(BIASES), n=result)}")
+    steps = [GAINS] if gained and not first else []
+    steps += [BIASES] if biased else []
+    if rng.random() < 0.1:
+        steps.reverse()
+    lines += [f"{result} = {names.fill(rng.choice(step), n=result)}" for step in steps]
     if cast and late:
         lines.append(f"{result} = {result}.to({names.x}.dtype)")
     lines.append(f"{names.out} = {result}")
@@ -198,6 +210,8 @@ def _normalized(
         statistic = names.fill(rng.choice(VARIANCES), v=v, c=centred)
     else:
         statistic = names.fill(rng.choice(SQUARES), v=v)
+    if rng.random() < 0.04:
+        statistic = statistic.replace("-1, keepdim", "1, keepdim")  # over the tokens
     lines.append(f"m{names.s} = {statistic}")
     factor = names.fill(rng.choice(FACTORS), m=f"m{names.s}")
     if first:

@@ -62,6 +62,7 @@ class Verdict:
     wrong: str = ""
     detail: str = ""
     invalid: bool = False
+    untraced: bool = False
     norms: int = 0
     missed: list[str] = field(default_factory=list)
     sites: int = 0
@@ -91,6 +92,9 @@ def judge(program: Program | Written, seed: int, options: Options) -> Verdict:
         verdict.wrong, verdict.detail = wrong.args
     except _Invalid:
         verdict.invalid = True
+    except flashnorm.TraceError:
+        verdict.untraced = True  # refused as a whole, by a name
+        verdict.missed = [norm.text for norm in program.norms]
     except Exception as error:
         verdict.wrong = f"crash: {type(error).__name__}"
         verdict.detail = f"{type(error).__name__}: {error}"
@@ -144,8 +148,10 @@ def _judge(case: _Case, options: Options, verdict: Verdict) -> None:
     before = _state(model)
     if options.fail:
         _fails(case, model, before)
-    plan = flashnorm.inspect(model, case.example(), untie=options.untie, centre=options.centre)
-    _same_bits(model, before, "inspect changed the model")
+    try:
+        plan = flashnorm.inspect(model, case.example(), untie=options.untie, centre=options.centre)
+    finally:
+        _same_bits(model, before, "inspect changed the model")
     _count(case.program, plan, verdict)
     folded = copy.deepcopy(model)
     kept = _state(folded)

@@ -124,6 +124,52 @@ READERS: tuple[Reader, ...] = (
         ("{out} = self.l{s}({{0}})",),
         _made(l="nn.utils.parametrizations.weight_norm(nn.Linear({a}, {b}))"),
     ),
+    (
+        (
+            "i{s} = {{0}}.detach().mean(-1) > 0",
+            "{out} = {{0}}.new_zeros(*{{0}}.shape[:-1], {b})",
+            "{out}[i{s}] = self.l{s}({{0}}[i{s}])",
+            "{out}[~i{s}] = self.k{s}({{0}}[~i{s}])",
+        ),
+        _made(l=LINEAR, k=LINEAR),
+    ),
+    (
+        (
+            "i{s} = torch.nonzero(self.l{s}({{0}}).flatten() > 0)[:, 0]",
+            "{out} = {{0}}.new_zeros({{0}}.shape[0] * {{0}}.shape[1], {b})",
+            "{out}.index_add_(0, i{s}, self.k{s}({{0}}.flatten(0, 1)[i{s}]))",
+            "{out} = {out}.view(*{{0}}.shape[:-1], {b})",
+        ),
+        _made(l="nn.Linear({a}, 1)", k="nn.Linear({a}, {b}, bias=False)"),
+    ),
+    (
+        (
+            "i{s} = torch.softmax(self.r{s}({{0}}), -1).argmax(-1)",
+            "{out} = torch.einsum('bti,btoi->bto', {{0}}, self.w{s}[i{s}])",
+        ),
+        _made(r="nn.Linear({a}, 2)", w=_parameter("2", "{b}", "{a}")),
+    ),
+    (("{out} = {{0}} @ self.w{s} + {{0}}[..., :1] * self.b{s}",), _made(w=IO, b=BIAS)),
+    (("{out} = torch.cat([{{0}} @ self.w{s}[:, 1:], {{0}} @ self.w{s}[:, :1]], -1)",), _made(w=IO)),
+    (("{out} = torch.vmap(self.l{s})({{0}})",), _made(l=LINEAR)),
+    (
+        ("{out} = torch.kron(torch.eye(1, dtype={{0}}.dtype), self.w{s}).matmul({{0}}.mT).mT",),
+        _made(w=OI),
+    ),
+    (
+        ("{out} = F.linear({{0}}, torch.cat([self.w{s}, self.v{s}], 1))",),
+        _made(w=_parameter("{b}", "{a} - 1"), v=_parameter("{b}", "1")),
+    ),
+    (("{out} = F.linear({{0}}, torch.stack([self.w{s}, self.w{s}]).mean(0))",), _made(w=OI)),
+    (("{out} = F.linear({{0}}, self.w{s} + self.v{s})",), _made(w=OI, v=OI)),
+    (
+        ("{out} = F.linear({{0}}, self.w{s} @ self.v{s})",),
+        _made(w=_parameter("{b}", "2"), v=_parameter("2", "{a}")),
+    ),
+    (
+        ("{out} = {{0}} @ (self.w{s} @ self.v{s})",),
+        _made(w=_parameter("{a}", "2"), v=_parameter("2", "{b}")),
+    ),
     (("{out} = F.linear({{0}}, self.w{s} * 0.5)",), _made(w=OI)),
     (("{out} = F.linear({{0}}, self.w{s} * self.u{s})",), _made(w=OI, u=IN)),
     (("{out} = F.linear({{0}}, self.w{s} * self.u{s})",), _made(w=OI, u=OUT)),

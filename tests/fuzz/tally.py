@@ -13,6 +13,7 @@ from tests.fuzz.oracle import Verdict
 class Tally:
     models: int = 0
     invalid: int = 0
+    untraced: int = 0
     norms: int = 0
     missed: int = 0
     sites: int = 0
@@ -29,6 +30,7 @@ class Tally:
             self.invalid += 1
             return
         self.models += 1
+        self.untraced += verdict.untraced
         for name in ("norms", "sites", "folded", "weightless", "forced", "fused"):
             setattr(self, name, getattr(self, name) + getattr(verdict, name))
         self.missed += len(verdict.missed)
@@ -52,7 +54,8 @@ class Tally:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.models} models ({self.invalid} drafts did not run), {self.norms} norms: "
+            f"{self.models} models ({self.invalid} drafts did not run, {self.untraced} "
+            f"could not be recorded), {self.norms} norms: "
             f"{self.folded} folded, {self.weightless} without a gain, {self.refused.total()} "
             f"refused, {self.missed} missed (or their gain); {self.sites} sites, "
             f"{self.fused} modules accelerated",

@@ -122,6 +122,44 @@ class Model(nn.Module):
 """,
         Options(accelerate=True),
     ),
+    "a gain in two conventions was read in the first": (
+        """
+class OnePlus(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(12))
+
+    def forward(self, x):
+        return F.rms_norm(x, (12,), 1 + self.weight, 1e-6)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = OnePlus()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second = nn.LayerNorm(12)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.b(self.second(self.a(self.first(x))))
+""",
+        Options(centre=True, accelerate=True),
+    ),
+    "a bias met one row of a bank of gains": (
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bank = nn.Parameter(torch.ones(2, 12))
+        self.bias = nn.Parameter(torch.zeros(12))
+        self.reader = nn.Linear(12, 12, bias=False)
+
+    def forward(self, x):
+        return self.reader(F.rms_norm(x, (12,)) * self.bank[0] + self.bias)
+""",
+        Options(),
+    ),
     "a write through another name had no schema": (
         """
 class Model(nn.Module):
