@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from flashnorm.errors import TraceError
 from flashnorm.plan import BiasState, Gain, GainState, Plan, Site
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def inspect(
     `model` is a live `torch.nn.Module`, a local directory, a bare config.json, a GGUF file or a hub
     id. Of a path only the config is read, and the gains themselves where the weights are at hand:
     parameters stay fake, so a model of any size takes seconds. `example_inputs`, a dict or tuple
-    for the model's forward, is needed for modules that are not from transformers. `untie` plans a
+    for the model's forward, or a list of several of them, is needed for modules that are not from
+    transformers; all are recorded, and what any of them reads counts. `untie` plans a
     copy of a tied head's weight, so that the final gain folds as well; `centre` plans to centre
     what LayerNorms read, so that they need no mean (E3).
 
@@ -75,33 +76,45 @@ def _plan(
     plan = make_plan(graph, untie=untie, centre=centre)
     if not plan.untied:
         return plan
-    with _declared_untied(model):
-        same = operations(record(model, example_inputs, allow_real)) == operations(graph)
+    untied = record(model, example_inputs, allow_real, _declare_untied)
+    same = operations(untied) == operations(graph)
     if same and _can_be_untied(getattr(model, "config", None)):
         return plan
     tied = make_plan(graph, centre=centre)
     return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
 
 
-def record(model: nn.Module, example_inputs: Any = None, allow_real: bool = True) -> Graph:
-    """The graph of a model, on the given inputs or on ones made from its signature."""
+def record(
+    model: nn.Module,
+    example_inputs: Any = None,
+    allow_real: bool = True,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> Graph:
+    """The graph of a model, on all of the given inputs or on ones made from its signature.
+
+    `prepare` may change the stand-in that is recorded. The model itself is only read.
+    """
     from flashnorm.graph import inputs
     from flashnorm.graph.trace import trace
+    from flashnorm.graph.unite import united
 
-    candidates = (
-        inputs.example_inputs(model) if example_inputs is None else [_as_inputs(example_inputs)]
-    )
-    return trace(
-        model,
-        candidates,
-        lambda given, output: inputs.decode_inputs(given, output, model),
-        allow_real=allow_real,
-    )
+    def decode(stand_in: nn.Module, given: Any, output: Any) -> Any:
+        return inputs.decode_inputs(given, output, stand_in)
+
+    def traced(candidates: Iterable[Any]) -> Graph:
+        return trace(model, candidates, decode, allow_real=allow_real, prepare=prepare)
+
+    if example_inputs is None:
+        return traced(inputs.example_inputs(model))
+    return united([traced([given]) for given in input_sets(example_inputs)])
 
 
-def _as_inputs(given: Any) -> Any:
-    """A tensor by itself is the one argument of the forward."""
-    return given if isinstance(given, (Mapping, tuple, list)) else (given,)
+def input_sets(given: Any) -> list[Any]:
+    """A list holds several sets of inputs; a tensor by itself is a forward's one argument."""
+    sets = given if isinstance(given, list) else [given]
+    if not sets:
+        raise TraceError("example_inputs is an empty list: give at least one set of inputs")
+    return [one if isinstance(one, (Mapping, tuple)) else (one,) for one in sets]
 
 
 def operations(graph: Graph) -> list[tuple[str, str, str]]:
@@ -120,18 +133,11 @@ def _can_be_untied(config: Any) -> bool:
     return bool(type(config).from_dict(untied).to_dict() == untied)
 
 
-@contextmanager
-def _declared_untied(model: nn.Module) -> Iterator[None]:
+def _declare_untied(model: nn.Module) -> None:
     """Some forwards ask the config whether the head is tied, and scale its input if it is."""
-    configs = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
-    tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
-    for config in tied:
-        config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        for config in tied:
-            config.tie_word_embeddings = True
+    for module in model.modules():
+        if getattr(config := getattr(module, "config", None), "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def _without_folds(plan: Plan, reason: str) -> Plan:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.centring import centred
@@ -43,27 +39,15 @@ def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Pla
     With `untie` tied weights may get a copy of their own; with `centre` LayerNorms are freed of
     their mean where the writers of what they read can be centred (E3).
     """
-    with one_thread():
-        plan, flow, rows = _make_plan(graph, untie)
-        visits = [row.visits for row in rows]
-        plan = centred(plan, flow, visits, untie) if centre else plan
-        return deferred(plan, flow, visits)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Labels are small: on a busy machine a team of threads costs more than it gains."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    plan, flow, rows = _make_plan(graph, untie)
+    visits = [row.visits for row in rows]
+    plan = centred(plan, flow, visits, untie) if centre else plan
+    return deferred(plan, flow, visits)
 
 
 def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
     flow = follow(graph)
-    unreached = refuse_unreached(flow)
+    unreached = refuse_unreached(flow, untie)
     conventions = _conventions(flow)
     _refuse_other_readings(flow)
     shifts = find_shifts(flow)

@@ -43,6 +43,7 @@ def fold_checkpoint(
     strict: bool = False,
     untie: bool = False,
     centre: bool = False,
+    example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Write to `dst` the checkpoint `src` with its gains folded: E1, `W* = W diag(g)`, streamed.
@@ -52,10 +53,10 @@ def fold_checkpoint(
     copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
     the value where they are one (compat), or removed with `strict=True`. `untie=True` gives a tied
     head a copy of its own, so that the final gain folds too; `centre=True` centres what LayerNorms
-    read (E3), so that an engine may run them as RMSNorms. Both are asked of `flashnorm.inspect`;
-    where a `plan` is given, it decides. A norm's bias goes into its readers' (E2) or stays as β/g
-    (E13). `progress` is called with (bytes done,
-    bytes in total, shard name).
+    read (E3), so that an engine may run them as RMSNorms. Both are asked of `flashnorm.inspect`,
+    with the `example_inputs`; where a `plan` is given, it decides. A norm's bias goes into its
+    readers' (E2) or stays as β/g (E13). `progress` is called with (bytes done, bytes in total,
+    shard name).
 
     Where nothing folds, `dst` is a copy of `src` without a marker, and a warning says so.
 
@@ -70,7 +71,9 @@ def fold_checkpoint(
     check_target(source, target)
 
     def planned(path: Path) -> Plan:
-        return inspect(path, untie=untie, centre=centre) if plan is None else plan
+        if plan is not None:
+            return plan
+        return inspect(path, example_inputs, untie=untie, centre=centre)
 
     if file := gguf_file(source):
         with dequantized(file, target) as directory:

@@ -34,6 +34,15 @@ Centre = Annotated[
     bool,
     typer.Option("--centre", help="Centre what LayerNorms read, so that they need no mean."),
 ]
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--inputs",
+        metavar="FILE",
+        help="Inputs to record instead of made-up ones: safetensors or JSON, by argument. May be "
+        "given several times; all are recorded.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
@@ -56,6 +65,7 @@ def inspect_command(
     model: Model,
     untie: Untie = False,
     centre: Centre = False,
+    inputs: Inputs = None,
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
     as_json: AsJson = False,
     debug: Traceback = False,
@@ -67,11 +77,13 @@ def inspect_command(
 
     def command() -> Result:
         import flashnorm
+        from flashnorm.cli.inputs import read_inputs
         from flashnorm.cli.progress import waiting
         from flashnorm.report import show
 
+        given = read_inputs(inputs)
         with waiting(f"recording {model}"):
-            plan = flashnorm.inspect(model, untie=untie, centre=centre)
+            plan = flashnorm.inspect(model, given, untie=untie, centre=centre)
         return Result(plan.to_json(), show(plan, every=every))
 
     run(command, Options(as_json, debug))
@@ -86,6 +98,7 @@ def fold_command(
     ] = False,
     untie: Untie = False,
     centre: Centre = False,
+    inputs: Inputs = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -96,8 +109,10 @@ def fold_command(
 
     def command() -> Result:
         import flashnorm
+        from flashnorm.cli.inputs import read_inputs
         from flashnorm.cli.progress import bytes_bar
 
+        given = read_inputs(inputs)
         start, written = time.perf_counter(), 0
         with bytes_bar(f"recording {source}") as report:
 
@@ -112,6 +127,7 @@ def fold_command(
                 strict=strict,
                 untie=untie,
                 centre=centre,
+                example_inputs=given,
                 progress=progress,
             )
         return _folded(plan, source, target, strict, written, time.perf_counter() - start)

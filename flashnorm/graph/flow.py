@@ -62,6 +62,8 @@ class Flow:
     visits: dict[int, Visit] = field(default_factory=dict)
     gains: list[GainUse] = field(default_factory=list)
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    # What was seen of every parameter where something was computed with it.
+    reads: dict[str, list[ParamView]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[str, str] = field(default_factory=dict)
     # The biases that norms add after each gain, and the values that are such a sum, only moved.
     shifts: dict[str, list[ShiftUse]] = field(default_factory=lambda: defaultdict(list))

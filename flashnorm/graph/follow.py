@@ -124,7 +124,11 @@ def _follow_parameters(flow: Flow, node: Node) -> None:
     derived = params.derive(flow.graph, node, flow.views)
     if derived is not None:
         flow.views.update(zip(node.outputs, derived, strict=False))
-    elif node.op in CONTRACTIONS:
+        return
+    for value in node.inputs:
+        if value in flow.views:
+            flow.reads[flow.views[value].name].append(flow.views[value])
+    if node.op in CONTRACTIONS:
         record_uses(flow, node)
     elif not _is_gain_use(flow, node):
         for value in node.inputs:

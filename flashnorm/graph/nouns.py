@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+# Not an operation: a parameter is read because it lies in the memory of another tensor.
+SHARED_MEMORY = "shared_memory"
+
 Origin = Literal["parameter", "input", "constant", "computed"]
 
 
@@ -65,6 +68,8 @@ class Node:
     @property
     def where(self) -> str:
         """The operation, module and source line in the words of a reason."""
+        if self.op == SHARED_MEMORY:
+            return f"{self.source}, which lies in the same memory"
         return f"{self.op} in '{self.path or '(root)'}' at {self.source}"
 
 
@@ -86,7 +91,8 @@ class Graph:
     """All recorded passes of one model, as one graph.
 
     `parameters` maps every parameter's first name to its value; `aliases` to all of its names;
-    `calls` every number of a module's call to what went in and out.
+    `calls` every number of a module's call to what went in and out; `buffers` every buffer to its
+    value; `modules` every path of a module to the first path of the same module.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -96,6 +102,8 @@ class Graph:
     outputs: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     calls: dict[int, Call] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
 
     def producer(self, value: int) -> Node | None:
         index = self.values[value].node

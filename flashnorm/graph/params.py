@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.graph.labels import Conflict, taken
+from flashnorm.graph.labels import Conflict, taken, varies
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 
@@ -29,12 +29,16 @@ _LARGEST_COPY = 1 << 24
 
 @dataclass(frozen=True)
 class ParamView:
-    """A value made of one parameter: its name, and per axis of it a coordinate (None: unknown)."""
+    """A value made of one parameter: its name, and per axis of it a coordinate (None: unknown).
+
+    `picked` are the axes of the parameter along which a value chose the positions.
+    """
 
     name: str
     sizes: tuple[int, ...]
     coordinates: tuple[Tensor | None, ...]
     relation: int = SAME
+    picked: frozenset[int] = frozenset()
 
     @staticmethod
     def of(name: str, shape: Sequence[int]) -> ParamView:
@@ -108,7 +112,9 @@ def _picked(graph: Graph, node: Node, view: ParamView) -> list[ParamView] | None
     if (picked := picked_axis(graph, node)) is None:
         return None
     axis, shape = picked
-    return [replace(view, coordinates=tuple(_pick(c, axis, shape) for c in view.coordinates))]
+    chosen = {n for n, c in enumerate(view.coordinates) if c is not None and varies(c, axis)}
+    coordinates = tuple(_pick(c, axis, shape) for c in view.coordinates)
+    return [replace(view, coordinates=coordinates, picked=view.picked | chosen)]
 
 
 def _pick(coordinate: Tensor | None, axis: int, shape: Sequence[int]) -> Tensor | None:

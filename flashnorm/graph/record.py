@@ -10,22 +10,23 @@ import inspect
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from threading import get_ident
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from flashnorm.graph.nouns import Call, Graph, Node, Origin, Ref, Value
+from flashnorm.errors import TraceError
+from flashnorm.graph.nouns import SHARED_MEMORY, Call, Graph, Node, Origin, Ref, Value
 
 ALIAS_WRITE = "alias_write"
+ALIAS_READ = "alias_read"
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -43,14 +44,21 @@ class Geometry:
         return Geometry(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
-class Recorder(TorchDispatchMode):
-    """Writes every operation that runs under it into `graph`."""
+class ForeignWrite(TraceError):
+    """A forward is about to write to memory that is the user's."""
 
-    def __init__(self, names: dict[int, str]) -> None:
-        """`names` maps id(module) to the module's path."""
+
+class Recorder(TorchDispatchMode):
+    """Writes every operation that runs under it into `graph`.
+
+    `owned` is the memory that the recording may write to, beside what its own operations make: an
+    operation that would write to any other (a tensor that is the user's) raises ForeignWrite first.
+    """
+
+    def __init__(self, owned: Iterable[int] = ()) -> None:
         super().__init__()
         self.graph = Graph()
-        self._names = names
+        self._owned, self._foreign = set(owned), set[int]()
         self._ids: dict[int, int] = {}
         self._alive: list[Tensor] = []
         self._sharing: dict[int, list[Tensor]] = defaultdict(list)
@@ -59,9 +67,22 @@ class Recorder(TorchDispatchMode):
 
     def add(self, tensor: Tensor, origin: Origin, name: str = "") -> int:
         """Declare a tensor that no recorded operation made."""
+        if _storage(tensor) not in self._owned:
+            self._foreign.add(_storage(tensor))
         value = self._new_value(tensor, origin, -1, name)
         self._bind(tensor, value)
         return value
+
+    def own(self, tensor: Tensor) -> None:
+        """Declare that the recording may write to a tensor's memory."""
+        self._owned.add(_storage(tensor))
+        self._foreign.discard(_storage(tensor))
+
+    def share(self, tensor: Tensor, other: str) -> None:
+        """Declare that a parameter lies in the memory of another tensor, and so is read by it."""
+        args = (Ref(self.value_of(tensor)),)
+        node = Node(SHARED_MEMORY, _cannot_run, args, {}, (), "", 0, other)
+        self.graph.nodes.append(node)
 
     def alias(self, tensor: Tensor, value: int) -> None:
         """Declare that another tensor object stands for a known value."""
@@ -73,12 +94,23 @@ class Recorder(TorchDispatchMode):
         if known is not None:
             return known
         geometry = Geometry.of(tensor) if _has_storage(tensor) else None
-        for other in self._sharing.get(_storage(tensor), ()):
+        sharing = self._sharing.get(_storage(tensor), ())
+        for other in sharing:
             if Geometry.of(other) == geometry:
                 value = self._ids[id(other)]
                 self._bind(tensor, value)
                 return value
+        if sharing:
+            return self._view_of(tensor, [self._ids[id(other)] for other in sharing])
         return self.add(tensor, "constant")
+
+    def _view_of(self, tensor: Tensor, sources: list[int]) -> int:
+        """A view that nobody recorded of memory that is known: a reading of all that lies there."""
+        value = self._new_value(tensor, "computed", len(self.graph.nodes))
+        args = tuple(Ref(source) for source in dict.fromkeys(sources))
+        self._note(ALIAS_READ, _cannot_run, args, {}, (value,), sys._getframe(2))
+        self._bind(tensor, value)
+        return value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -86,63 +118,61 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if _is_metadata(func):
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and _is_composite(func):
+            with self:  # in inference mode nobody takes it apart before us
+                return func.decompose(*args, **kwargs)
         recorded_args = self._encode(args)
         recorded_kwargs = {key: self._encode(item) for key, item in kwargs.items()}
-        out = func(*args, **kwargs)
         written = _written(func, args, kwargs)
+        self._check_owned(written, func)
+        out = func(*args, **kwargs)
         index = len(self.graph.nodes)
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         fresh = {id(t): self._new_value(t, "computed", index) for t in (*written, *results)}
         outputs = tuple(dict.fromkeys(fresh[id(t)] for t in (*results, *written)))
-        path, call = self._stack[-1]
-        self.graph.nodes.append(
-            Node(
-                _base_name(func),
-                func,
-                recorded_args,
-                recorded_kwargs,
-                outputs,
-                path,
-                call,
-                _source(sys._getframe(1)),
-            )
-        )
+        name = _base_name(func)
+        self._note(name, func, recorded_args, recorded_kwargs, outputs, sys._getframe(1))
         for tensor in written:
             self._write(tensor, fresh[id(tensor)])
         for tensor in results:
             self._bind(tensor, fresh[id(tensor)])
+            self._owned.update({_storage(tensor)} - self._foreign)
         return out
 
-    @contextmanager
-    def watching_modules(self) -> Iterator[None]:
-        """Keep track of the module that runs, for all modules of the process."""
+    def _check_owned(self, written: list[Tensor], func: Any) -> None:
+        for tensor in written:
+            if not isinstance(tensor, FakeTensor) and _storage(tensor) not in self._owned:
+                where = f"{func} at {_source(sys._getframe(2))}"
+                raise ForeignWrite(f"its forward writes to a tensor that is not its own ({where})")
 
-        thread = get_ident()
+    def _note(
+        self, op: str, func: Any, args: Any, kwargs: Any, outputs: Any, frame: FrameType
+    ) -> None:
+        path, call = self._stack[-1]
+        node = Node(op, func, args, kwargs, outputs, path, call, _source(frame))
+        self.graph.nodes.append(node)
 
-        def enter(module: nn.Module, given: Any) -> None:
-            if get_ident() != thread:
-                return
-            self._calls += 1
-            path = self._names.get(id(module), self._stack[-1][0])
-            self._stack.append((path, self._calls))
-            arguments = _count_arguments(type(module).forward)
-            self.graph.calls[self._calls] = Call(path, self._values_in(given), arguments)
+    def watch(self, model: nn.Module) -> None:
+        """Keep track of which module of a model runs, by hooks that come before all others.
 
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
-            if get_ident() == thread:
-                _, call = self._stack.pop()
-                self.graph.calls[call].returned = self._values_in(output)
+        The hooks stay: only a stand-in is watched.
+        """
+        for path, part in model.named_modules():
+            if not isinstance(part, torch.jit.ScriptModule):
+                enter, leave = partial(self._enter, path), partial(self._leave, path)
+                nn.Module.register_forward_pre_hook(part, enter, prepend=True)
+                nn.Module.register_forward_hook(part, leave, prepend=True, always_call=True)
 
-        hooks = nn.modules.module
-        before = hooks.register_module_forward_pre_hook(enter)
-        after = hooks.register_module_forward_hook(leave, always_call=True)
-        depth = len(self._stack)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-            del self._stack[depth:]
+    def _enter(self, path: str, module: nn.Module, given: Any) -> None:
+        self._calls += 1
+        self._stack.append((path, self._calls))
+        arguments = _count_arguments(type(module).forward)
+        self.graph.calls[self._calls] = Call(path, self._values_in(given), arguments)
+
+    def _leave(self, path: str, module: nn.Module, given: Any, output: Any) -> None:
+        if self._stack[-1][0] == path:  # else another hook failed before the module was entered
+            call = self._stack.pop()[1]
+            self.graph.calls[call].returned = self._values_in(output)
 
     def _values_in(self, tree: Any) -> tuple[int, ...]:
         items = tree if isinstance(tree, (tuple, list)) else (tree,)
@@ -180,14 +210,9 @@ class Recorder(TorchDispatchMode):
             self._write_alias(other, value, old, written)
 
     def _write_alias(self, other: Tensor, value: int, old: int, written: Geometry | None) -> None:
-        path, call = self._stack[-1]
-        index = len(self.graph.nodes)
-        fresh = self._new_value(other, "computed", index)
+        fresh = self._new_value(other, "computed", len(self.graph.nodes))
         args = (Ref(self._ids[id(other)]), Ref(value), Geometry.of(other), written)
-        node = Node(
-            ALIAS_WRITE, _cannot_run, args, {}, (fresh,), path, call, _source(sys._getframe(3))
-        )
-        self.graph.nodes.append(node)
+        self._note(ALIAS_WRITE, _cannot_run, args, {}, (fresh,), sys._getframe(3))
         self._ids[id(other)] = fresh
 
 
@@ -198,7 +223,7 @@ def _count_arguments(forward: Any) -> int:
 
 
 def _cannot_run(*_: Any) -> Any:
-    raise RuntimeError("a write through an alias cannot be replayed")
+    raise RuntimeError("what was done through an alias cannot be replayed")
 
 
 def _base_name(func: Any) -> str:
@@ -212,6 +237,13 @@ def _is_metadata(func: Any) -> bool:
     """Questions about shapes and devices, which read no element."""
     namespace, name = func._schema.name.split("::")
     return namespace == "prim" or name.startswith("sym_") or name == "is_contiguous"
+
+
+@lru_cache(maxsize=4096)
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is nothing but a sequence of others."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

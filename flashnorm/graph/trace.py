@@ -1,8 +1,8 @@
-"""Tracing: run a model once under the recorder, on fake tensors where that works.
+"""Tracing: run a stand-in of a model under the recorder, on fake tensors where that works.
 
 A fake forward needs no memory and no weights. Where the model asks a fake tensor for its value, the
 same inputs are run for real. Models with a cache are traced over a prefill and one decode step.
-The model is left exactly as it was found.
+The model itself is only read (`standin`), so whatever happens it is as it was.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, islice
-from typing import Any, cast
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from flashnorm.errors import TraceError
+from flashnorm.graph.ambient import undisturbed
 from flashnorm.graph.nouns import Graph
-from flashnorm.graph.record import Recorder
+from flashnorm.graph.record import ForeignWrite, Recorder
+from flashnorm.graph.standin import Copies, evaluating
+from flashnorm.graph.tensors import Tensors, overlaps, place
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 # Official setters of transformers models, and the implementation that hides nothing.
@@ -27,7 +32,8 @@ PLAIN_IMPLEMENTATIONS = {
     "set_attn_implementation": "eager",
     "set_experts_implementation": "batched_mm",
 }
-DecodeStep = Callable[[Inputs, Any], Iterable[Mapping[str, Any]]]
+DecodeStep = Callable[[nn.Module, Inputs, Any], Iterable[Mapping[str, Any]]]
+Prepare = Callable[[nn.Module], None]
 
 
 def trace(
@@ -36,22 +42,39 @@ def trace(
     decode: DecodeStep | None = None,
     *,
     allow_real: bool = True,
+    prepare: Prepare | None = None,
 ) -> Graph:
     """Record the first of `candidates` that the model accepts, and a decode step after it.
 
-    `decode(inputs, output)` yields inputs for one more step with the output's cache, best first.
-    Raises TraceError, with the last failure, when no candidate runs.
+    `decode(model, inputs, output)` yields inputs for one more step with the output's cache, best
+    first. `prepare` may change the stand-in before it runs. Raises TraceError, with the failure
+    that says most, when no candidate runs.
     """
     if isinstance(candidates, Iterator):
         candidates = list(candidates)
-    failure: Exception | None = None
-    for fake in (True, False) if allow_real else (True,):
-        for inputs in candidates:
-            try:
-                return _trace_with_decode(model, inputs, decode, fake)
-            except Exception as error:
-                failure = error
+    failures: list[Exception] = []
+    real = allow_real and not any(p.is_meta or isinstance(p, FakeTensor) for p in _tensors(model))
+    with undisturbed(model):
+        for fake in (True, False) if real else (True,):
+            failures = failures if fake else []
+            for inputs in candidates:
+                session = _Session(model, inputs, decode, prepare, fake)
+                try:
+                    return session.record()
+                except Exception as error:
+                    failures.append(error)
+    failure = _most_telling(failures)
     raise TraceError(_explain(model, failure)) from failure
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _most_telling(failures: Sequence[Exception]) -> Exception | None:
+    """The first that is not about the arguments: the best inputs come first."""
+    return next((f for f in failures if not isinstance(f, TypeError)), next(iter(failures), None))
 
 
 def _explain(model: nn.Module, failure: Exception | None) -> str:
@@ -72,42 +95,71 @@ class _NoMoreSteps(Exception):
     """Every way of taking one more step has failed."""
 
 
-def _trace_with_decode(
-    model: nn.Module, inputs: Inputs, decode: DecodeStep | None, fake: bool
-) -> Graph:
-    """Record a forward and the first decode step that runs, each try from the beginning."""
-    failure: _StepFailed | None = None
-    try:
-        for number in count():
-            try:
-                return _trace_once(model, inputs, decode, number, fake)
-            except _StepFailed as error:
-                failure = error
-    except _NoMoreSteps:
-        graph = _trace_once(model, inputs, None, 0, fake)
-    graph.notes.append(f"the cached decode step was not recorded: {failure}")
-    return graph
+class _Session:
+    """All tries to record one set of inputs, each on a stand-in of its own."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        decode: DecodeStep | None,
+        prepare: Prepare | None,
+        fake: bool,
+    ) -> None:
+        self.model, self.inputs, self.decode, self.prepare = model, inputs, decode, prepare
+        self.fake = fake
+        self.copied = False  # whether parameters are copied for a real run
 
-def _trace_once(
-    model: nn.Module, inputs: Inputs, decode: DecodeStep | None, number: int, fake: bool
-) -> Graph:
-    recorder = Recorder({id(module): path for path, module in model.named_modules()})
-    with _prepared(model), ExitStack() as stack:
-        mode = _fake_mode(model) if fake else None
-        stack.enter_context(torch.no_grad())
-        if mode is not None:
-            stack.enter_context(mode)
-        _declare_parameters(model, recorder, mode)
-        inputs = _declare_inputs(inputs, recorder, mode, _device(model))
-        stack.enter_context(recorder.watching_modules())
-        stack.enter_context(recorder)
-        output = _call(model, inputs)
-        state: frozenset[int] = frozenset()
-        if decode is not None:
-            state = _trace_step(model, decode(inputs, output), number, recorder)
-        _mark_outputs(output, recorder, state)
-    return recorder.graph
+    def record(self) -> Graph:
+        """Record a forward and the first decode step that runs, each try from the beginning."""
+        failure: _StepFailed | None = None
+        try:
+            for number in count():
+                try:
+                    return self._once(self.decode, number)
+                except _StepFailed as error:
+                    failure = error
+        except _NoMoreSteps:
+            graph = self._once(None, 0)
+        graph.notes.append(f"the cached decode step was not recorded: {failure}")
+        return graph
+
+    def _once(self, decode: DecodeStep | None, number: int) -> Graph:
+        try:
+            return self._run(decode, number)
+        except ForeignWrite:
+            if self.fake or self.copied:
+                raise
+            self.copied = True  # it writes into its own weights: then they need memory of their own
+            return self._run(decode, number)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _run(self, decode: DecodeStep | None, number: int) -> Graph:
+        mode = _fake_mode(self.model) if self.fake else None
+        tensors = Tensors(self.model, mode, self.copied)
+        copies = Copies(tensors)
+        model = evaluating(copies.of(self.model))
+        inputs = copies.of(self.inputs)
+        recorder = Recorder(tensors.owned())
+        _declare_state(self.model, copies, recorder)
+        with _quiet(), ExitStack() as stack:
+            _reach_everything(model)
+            if self.prepare is not None:
+                self.prepare(model)
+            recorder.watch(model)
+            if mode is not None:
+                stack.enter_context(mode)
+            inputs = _declare_inputs(inputs, recorder, mode, tensors.device)
+            if _has_fast_paths(model):
+                stack.enter_context(_SlowPath())
+            stack.enter_context(recorder)
+            output = _call(model, inputs)
+            state: frozenset[int] = frozenset()
+            if decode is not None:
+                state = _trace_step(model, decode(model, inputs, output), number, recorder)
+            _mark_outputs(output, recorder, state)
+        return recorder.graph
 
 
 def _trace_step(
@@ -136,47 +188,39 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def _fake_mode(model: nn.Module) -> FakeTensorMode:
     """The mode that the model's tensors belong to already, or a new one."""
-    for tensor in model.parameters():
+    for tensor in _tensors(model):
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _declare_parameters(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None) -> None:
-    """Enter every parameter into the graph; put fakes (or copies of buffers) into the model."""
+def _declare_state(model: nn.Module, copies: Copies, recorder: Recorder) -> None:
+    """Enter parameters, buffers and modules into the graph; other names are aliases.
+
+    Two parameters over the same memory are one, whatever objects they are.
+    """
     graph = recorder.graph
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
+        stand_in = copies.of(parameter)
+        known = first.setdefault(place(parameter), name)
         if known != name:
             graph.aliases[known] += (name,)
-            continue
-        graph.aliases[name] = (name,)
-        graph.parameters[name] = recorder.add(parameter, "parameter", name)
-    stand_ins: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, held in module._parameters.items():
-            if held is None or mode is None:
-                continue
-            if id(held) not in stand_ins:
-                stand_ins[id(held)] = cast(nn.Parameter, _as_fake(held, mode))
-                recorder.alias(stand_ins[id(held)], recorder.value_of(held))
-            module._parameters[key] = stand_ins[id(held)]
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.clone() if mode is None else _as_fake(buffer, mode)
-
-
-def _as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    if isinstance(tensor, FakeTensor):
-        return tensor
-    return mode.from_tensor(tensor)
+            recorder.alias(stand_in, graph.parameters[known])
+        else:
+            graph.aliases[name] = (name,)
+            graph.parameters[name] = recorder.add(stand_in, "parameter", name)
+        if stand_in is not parameter:
+            recorder.alias(parameter, graph.parameters[known])
+    for name, buffer in model.named_buffers():
+        graph.buffers[name] = recorder.value_of(copies.of(buffer))
+    first_paths = {id(module): path for path, module in model.named_modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        graph.modules[path] = first_paths[id(module)]
+    for tensor, other in overlaps(model):
+        recorder.share(tensor, other)
 
 
 def _declare_inputs(
@@ -184,8 +228,10 @@ def _declare_inputs(
 ) -> Inputs:
     def declare(item: Any) -> Any:
         if isinstance(item, Tensor):
-            moved = item.to(device) if mode is None else _as_fake(item, mode).to(device)
+            fake = mode is not None and not isinstance(item, FakeTensor)
+            moved = (mode.from_tensor(item) if fake else item).to(device)  # type: ignore[union-attr]
             recorder.add(moved, "input")
+            recorder.own(moved)
             return moved
         if isinstance(item, Mapping):
             return {key: declare(part) for key, part in item.items()}
@@ -215,49 +261,42 @@ def _mark_outputs(output: Any, recorder: Recorder, state: frozenset[int], depth:
         _mark_outputs(part, recorder, state, depth - 1)
 
 
-@contextmanager
-def _prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and implementations that reach everything; afterwards all is as before."""
-    saved = [(module, dict(module.__dict__), _held(module)) for module in model.modules()]
-    try:
-        with _plain_implementations(model):
-            model.eval()
-            yield
-    finally:
-        for module, attributes, held in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for current, before in held:
-                current.clear()
-                current.update(before)
+def _reach_everything(model: nn.Module) -> None:
+    """Ask a stand-in for plain attention, and for experts that all run whatever the router says."""
+    for name, plain in PLAIN_IMPLEMENTATIONS.items():
+        if setter := getattr(model, name, None):
+            with suppress(Exception):
+                setter(plain)
 
 
-def _held(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """A module's parameters, buffers, parts and hooks: each dict, and what it holds now.
+def _has_fast_paths(model: nn.Module) -> bool:
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    return any(isinstance(module, kinds) for module in model.modules())
 
-    A forward may install hooks when it is first asked for something; twice would be once too many.
-    """
-    return [(held, dict(held)) for held in vars(module).values() if isinstance(held, dict)]
+
+class _SlowPath(TorchFunctionMode):
+    """Changes nothing; torch's own layers do not run as one opaque operation while it is there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _plain_implementations(model: nn.Module) -> Iterator[None]:
-    """Ask for plain attention, and for experts that all run whatever the router says."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    saved = [(c, dict(c.__dict__)) for c in configs.values() if hasattr(c, "__dict__")]
-    level, fastpath = logging.root.manager.disable, torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole layer
-    # A fake forward that fails is tried for real; its log would only alarm.
-    logging.disable(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """A fake forward that fails is tried for real; its log, in this thread, would only alarm."""
+    thread = get_ident()
+
+    def is_other(_: logging.LogRecord) -> bool:
+        return get_ident() != thread
+
+    loggers = [logging.getLogger(name) for name in ("torch", "transformers")]
+    loggers += [logging.getLogger("torch._subclasses.fake_tensor")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    muted: list[logging.Filterer] = [loggers[-1], *handlers]
+    for each in muted:
+        each.addFilter(is_other)
     try:
-        for name, plain in PLAIN_IMPLEMENTATIONS.items():
-            if setter := getattr(model, name, None):
-                with suppress(Exception):
-                    setter(plain)
         yield
     finally:
-        logging.disable(level)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for config, attributes in saved:
-            config.__dict__.clear()
-            config.__dict__.update(attributes)
+        for each in muted:
+            each.removeFilter(is_other)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flashnorm.errors import FlashNormError
+from flashnorm.inspection import input_sets
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -35,18 +36,14 @@ class Samples:
 
 
 def own_inputs(example_inputs: Inputs) -> Samples:
-    """The caller's inputs as the only window. Lists and single tensors are accepted as well."""
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    elif isinstance(example_inputs, list):
-        example_inputs = tuple(example_inputs)
-    if not isinstance(example_inputs, Mapping | tuple):
+    """The caller's inputs as windows: one, or a list of several. A tensor is one argument."""
+    if not isinstance(example_inputs, Mapping | tuple | list | Tensor):
         raise FlashNormError(
             f"example_inputs is a {type(example_inputs).__name__}: give a dict of keyword "
             "arguments or a tuple of positional ones"
         )
     note = "the example inputs hold no text: no perplexity and no greedy tokens"
-    return Samples((example_inputs,), None, None, "example_inputs", (note,))
+    return Samples(tuple(input_sets(example_inputs)), None, None, "example_inputs", (note,))
 
 
 def token_samples(

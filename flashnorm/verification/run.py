@@ -73,8 +73,9 @@ def verify(
     text: what is read, default a shipped public-domain text; tokens: how many of its tokens carry
     the perplexity (float32); sample: how many are compared in full. tokenizer: default the
     reference's. Without one, seeded random tokens are read. example_inputs: a dict of keyword
-    arguments or a tuple, for modules that do not read token ids; then perplexity and greedy tokens
-    are None. progress is called with (steps done, steps in total, name of the next step).
+    arguments or a tuple, or a list of several, for modules that do not read token ids; then
+    perplexity and greedy tokens are None. progress is called with (steps done, steps in total,
+    name of the next step).
 
     Raises FlashNormError where a source does not exist, the inputs do not fit, or the outputs have
     different shapes, and CheckpointError where a source cannot be read.

@@ -225,6 +225,10 @@ class Concatenation(nn.Module):
 
 
 class ConcatenationWithRaw(Concatenation):
+    def __init__(self):
+        super().__init__()
+        del self.second  # nobody would know whether it takes the first one's place
+
     def forward(self, x):
         return self.reader(torch.cat([x[..., : N // 2], self.first(x)], -1))
 

@@ -1,0 +1,66 @@
+"""`--inputs FILE`: what a model's forward is called with, from safetensors or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashnorm.errors import FlashNormError
+
+FORMATS = (
+    "give tensors by the names of the forward's arguments in a .safetensors file, or a .json file "
+    'such as {"input_ids": [[1, 2, 3]]}, or a list of such objects'
+)
+
+
+def read_inputs(files: Sequence[Path] | None) -> list[dict[str, Any]] | None:
+    """Every set of inputs in the files, in order; None where none is given.
+
+    In JSON lists of numbers are tensors (int64, float32 or bool), numbers, flags and texts are
+    themselves. Raises FlashNormError for a file that holds none.
+    """
+    if not files:
+        return None
+    return [one for file in files for one in _read(file.expanduser())]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if file.suffix == ".safetensors":
+        return [_read_tensors(file)]
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlashNormError(
+            f"{file} holds no inputs that can be read ({error}): {FORMATS}"
+        ) from error
+    sets = data if isinstance(data, list) else [data]
+    if not sets or not all(isinstance(one, dict) for one in sets):
+        raise FlashNormError(f"{file} holds no arguments by name: {FORMATS}")
+    return [{name: _value(file, name, item) for name, item in one.items()} for one in sets]
+
+
+def _read_tensors(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise FlashNormError(
+            f"{file} holds no inputs that can be read ({error}): {FORMATS}"
+        ) from error
+
+
+def _value(file: Path, name: str, item: Any) -> Any:
+    import torch
+
+    if isinstance(item, dict):
+        return {key: _value(file, f"{name}.{key}", part) for key, part in item.items()}
+    if not isinstance(item, list):
+        return item
+    try:
+        return torch.tensor(item)
+    except (TypeError, ValueError) as error:
+        raise FlashNormError(f"{file}: {name} is no tensor ({error}): {FORMATS}") from error

@@ -1,0 +1,1 @@
+"""What people do with models, each kind of it once: nothing may be silently wrong."""
