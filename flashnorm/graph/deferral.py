@@ -81,10 +81,11 @@ def _site(
     uses = [use for use in scales.readers if use.norm in nodes]
     if reason or not uses:
         return replace(site, scale_reason=reason or UNREAD)
-    groups: dict[tuple[str, str], list[ReaderUse]] = defaultdict(list)
+    # One for every width: a weight may be read in parts.
+    groups: dict[tuple[str, str, int], list[ReaderUse]] = defaultdict(list)
     for use in uses:
-        groups[use.parameter, use.path].append(use)
-    readers = tuple(_reader(name, path, group) for (name, path), group in groups.items())
+        groups[use.parameter, use.path, use.features].append(use)
+    readers = tuple(_reader(name, path, group) for (name, path, _), group in groups.items())
     undone = [renormed for index in nodes for renormed in undone_by.get(index, ())]
     renorms = tuple(
         Renorm(path, max((r.rows for r in undone if _path(scales, r) == path), key=len))

@@ -95,8 +95,8 @@ GAINS = (
     "({n}.mT * {g}[:, None]).mT",
 )
 BIASES = (
-    *("{n} + {b}", "{b} + {n}", "torch.add({n}, {b})") * 3,
-    "{n} - {b}",
+    *("{n} + {b}", "{b} + {n}", "torch.add({n}, {b})") * 2,
+    *("{n} - {b}",) * 2,
     "{n} + 0.5 * {b}",
     "torch.add({n}, {b}, alpha=2)",
     "{n} + {b}.flip(0)",

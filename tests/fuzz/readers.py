@@ -126,24 +126,6 @@ READERS: tuple[Reader, ...] = (
     ),
     (
         (
-            "i{s} = {{0}}.detach().mean(-1) > 0",
-            "{out} = {{0}}.new_zeros(*{{0}}.shape[:-1], {b})",
-            "{out}[i{s}] = self.l{s}({{0}}[i{s}])",
-            "{out}[~i{s}] = self.k{s}({{0}}[~i{s}])",
-        ),
-        _made(l=LINEAR, k=LINEAR),
-    ),
-    (
-        (
-            "i{s} = torch.nonzero(self.l{s}({{0}}).flatten() > 0)[:, 0]",
-            "{out} = {{0}}.new_zeros({{0}}.shape[0] * {{0}}.shape[1], {b})",
-            "{out}.index_add_(0, i{s}, self.k{s}({{0}}.flatten(0, 1)[i{s}]))",
-            "{out} = {out}.view(*{{0}}.shape[:-1], {b})",
-        ),
-        _made(l="nn.Linear({a}, 1)", k="nn.Linear({a}, {b}, bias=False)"),
-    ),
-    (
-        (
             "i{s} = torch.softmax(self.r{s}({{0}}), -1).argmax(-1)",
             "{out} = torch.einsum('bti,btoi->bto', {{0}}, self.w{s}[i{s}])",
         ),
@@ -281,6 +263,24 @@ BRANCHES: dict[str, Reader] = {
         ("{out} = self.e{s}[{{0}}.shape[1] // 5]({{0}})",),
         _made(e="nn.ModuleList([nn.Linear({a}, {b}) for _ in range(2)])"),
     ),
+    "routed rows": (
+        (
+            "i{s} = {{0}}.detach().mean(-1) > 0",
+            "{out} = {{0}}.new_zeros(*{{0}}.shape[:-1], {b})",
+            "{out}[i{s}] = self.l{s}({{0}}[i{s}])",
+            "{out}[~i{s}] = self.k{s}({{0}}[~i{s}])",
+        ),
+        _made(l=LINEAR, k=LINEAR),
+    ),
+    "routed index": (
+        (
+            "i{s} = torch.nonzero(self.l{s}({{0}}).flatten() > 0)[:, 0]",
+            "{out} = {{0}}.new_zeros({{0}}.shape[0] * {{0}}.shape[1], {b})",
+            "{out}.index_add_(0, i{s}, self.k{s}({{0}}.flatten(0, 1)[i{s}]))",
+            "{out} = {out}.view(*{{0}}.shape[:-1], {b})",
+        ),
+        _made(l="nn.Linear({a}, 1)", k="nn.Linear({a}, {b}, bias=False)"),
+    ),
     "cold vector": (
         (
             "{out} = self.l{s}({{0}})",
@@ -310,7 +310,7 @@ def _filled(
     chosen: Reader, rng: Random, a: int, b: int, number: int, out: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     lines, made = chosen
-    values = {"a": a, "b": b, "s": number, "out": "{out}", "bias": rng.random() < 0.4}
+    values = {"a": a, "b": b, "s": number, "out": "{out}", "bias": rng.random() < 0.55}
     fill: Callable[[str], str] = lambda text: text.format(**values)  # noqa: E731
     tensors = {f"{name}{number}": fill(code) for name, code in made.items()}
     return tuple(fill(line) for line in lines), tensors

@@ -160,6 +160,20 @@ class Model(nn.Module):
 """,
         Options(),
     ),
+    "a weight read in parts was told as one": (
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(12)
+        self.weight = nn.Parameter(torch.empty(12, 12))
+
+    def forward(self, x):
+        z = self.norm(x)
+        return torch.cat([z @ self.weight[:, 1:], z @ self.weight[:, :1]], -1)
+""",
+        Options(cancel=True),
+    ),
     "a write through another name had no schema": (
         """
 class Model(nn.Module):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.fuzz.__main__ import counterexample
+from tests.fuzz.disk import examine_disk
 from tests.fuzz.draft import draft
 from tests.fuzz.oracle import Options, judge
 from tests.fuzz.program import build
@@ -22,6 +23,13 @@ def test_no_random_model_is_changed(chunk):
     assert tally.folded >= 0.15 * tally.norms
     assert tally.forced >= 20
     assert tally.settled >= 0.6
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_no_random_checkpoint_is_changed(chunk):
+    verdicts = [examine_disk(seed) for seed in range(6 * chunk, 6 * chunk + 6)]
+    assert not [v.detail for v in verdicts if v.wrong]
+    assert sum(v.folded for v in verdicts) >= 6
 
 
 def test_a_seed_always_gives_the_same_model():

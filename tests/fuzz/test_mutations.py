@@ -62,7 +62,7 @@ def gains_begin_at_zero(monkeypatch):
 
 def nothing_is_in_doubt(monkeypatch):
     """Parameters that were not read do not matter."""
-    monkeypatch.setattr(planner, "refuse_unreached", lambda flow: ())
+    monkeypatch.setattr(planner, "refuse_unreached", lambda *given: ())
 
 
 def readers_are_read_once(monkeypatch):
@@ -116,24 +116,26 @@ def conflicts_are_ignored(monkeypatch):
     monkeypatch.setattr(rules, "taken", lax)
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        sums_pass,
-        products_pass,
-        slices_begin_at_zero,
-        gains_begin_at_zero,
-        nothing_is_in_doubt,
-        readers_are_read_once,
-        biases_are_added_whole,
-        streams_have_one_reader,
-        modules_are_norms,
-        conflicts_are_ignored,
-    ],
-)
+# Each with the first seed that notices it: from there on it takes a moment, from zero a minute.
+MUTATIONS = {
+    sums_pass: 0,
+    products_pass: 0,
+    slices_begin_at_zero: 0,
+    gains_begin_at_zero: 0,
+    nothing_is_in_doubt: 0,
+    readers_are_read_once: 0,
+    biases_are_added_whole: 0,
+    streams_have_one_reader: 0,
+    modules_are_norms: 0,
+    conflicts_are_ignored: 0,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_rule_is_found(mutation, monkeypatch):
     mutation(monkeypatch)
-    found = (seed for seed in range(MODELS) if _wrong(seed))
+    first = MUTATIONS[mutation]
+    found = (seed for seed in [*range(first, MODELS), *range(first)] if _wrong(seed))
     assert next(found, None) is not None, f"{MODELS} models did not notice it"
 
 
