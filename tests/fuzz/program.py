@@ -127,7 +127,9 @@ def build(program: Program | Written, seed: int) -> nn.Module:
     linecache.cache.pop(name, None)
     space: dict[str, object] = {"__name__": "fuzzed"}
     exec(compile(source, name, "exec"), space)
-    model: nn.Module = space["Model"]()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # permutations are drawn where the model is made
+        model: nn.Module = space["Model"]()  # type: ignore[operator]
     return randomized(model, seed)
 
 

@@ -174,6 +174,20 @@ class Model(nn.Module):
 """,
         Options(cancel=True),
     ),
+    "a norm's input was centred where it is read beside it": (
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(12), nn.LayerNorm(12)
+        self.writer = nn.Linear(12, 12)
+
+    def forward(self, x):
+        y = self.norm(x + x)
+        return self.last(y + self.writer(self.norm(y)))
+""",
+        Options(centre=True),
+    ),
     "a write through another name had no schema": (
         """
 class Model(nn.Module):
