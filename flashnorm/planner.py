@@ -69,7 +69,9 @@ def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:
 
 
 def _conventions(flow: Flow) -> dict[str, Gain]:
+    """The convention of every gain; none where it has several."""
     found: dict[str, Gain] = {}
+    several: set[str] = set()
     for use in flow.gains:
         try:
             gain = convention(flow, use)
@@ -78,7 +80,8 @@ def _conventions(flow: Flow) -> dict[str, Gain]:
             continue
         if found.setdefault(use.parameter, gain) != gain:
             flow.refused.setdefault(use.parameter, "it is used as a gain in two conventions")
-    return found
+            several.add(use.parameter)
+    return {name: gain for name, gain in found.items() if name not in several}
 
 
 def _refuse_other_readings(flow: Flow) -> None:
@@ -121,10 +124,13 @@ def _site(
 ) -> Site:
     visit = row.visit
     common = (row.path, visit.kind, visit.width, visit.eps)
-    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": _replaceable(flow, row)}
+    weight = conventions.get(row.parameter or "")
+    # What takes the place of a module reads the gain in the convention that the plan tells.
+    known = row.parameter is None or weight is not None
+    replaceable = known and _replaceable(flow, row)
+    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": replaceable}
     if row.parameter is None:
         return Site(*common, "none", NO_GAIN, **facts)
-    weight = conventions.get(row.parameter)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
     shift = shifts.get(row.parameter, "")

@@ -145,12 +145,31 @@ def _swap_(
     if not can_swap(old, site):
         return None
     new = _norm(old, site, kind).train(old.training)
+    _share_hooks_(old, new)
     for owner in model.modules():
         for attribute, child in list(owner._modules.items()):
             if child is old:
                 swaps.modules.append(Swap(owner, attribute, old, new))
                 change.item(owner._modules, attribute, new)
     return new
+
+
+def _share_hooks_(old: nn.Module, new: nn.Module) -> None:
+    """The very dicts, so that hooks go on running and their handles still remove them."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def can_swap(old: nn.Module, site: Site) -> bool:
