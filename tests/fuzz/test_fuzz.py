@@ -19,10 +19,10 @@ def test_no_random_model_is_changed(chunk):
         verdict = judge(draft(seed), seed, Options.of(seed))
         assert not verdict.wrong, counterexample(seed, verdict)
         tally.add(verdict)
-    assert tally.models >= 0.95 * MODELS
-    assert tally.folded >= 0.15 * tally.norms
+    assert tally.models >= 0.9 * MODELS
+    assert tally.folded >= 0.08 * tally.norms
     assert tally.forced >= 20
-    assert tally.settled >= 0.6
+    assert tally.settled >= 0.45
 
 
 @pytest.mark.parametrize("chunk", range(2))
