@@ -9,31 +9,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 
-from tests.fuzz.draft import draft
-from tests.fuzz.oracle import Options, Verdict, judge
-from tests.fuzz.shrink import fails_alike, fewest, shrink
+from tests.fuzz.examine import examine, one_thread
+from tests.fuzz.oracle import Verdict
 from tests.fuzz.tally import Tally
-
-
-def examine(seed: int) -> Verdict:
-    """The verdict on the model of a seed; a counterexample's detail is its smallest form."""
-    program, options = draft(seed), Options.of(seed)
-    verdict = judge(program, seed, options)
-    if verdict.wrong:
-        verdict.detail = counterexample(seed, verdict)
-    return verdict
-
-
-def counterexample(seed: int, verdict: Verdict) -> str:
-    program, options = draft(seed), Options.of(seed)
-    small = shrink(program, fails_alike(seed, options, verdict.wrong))
-    options = fewest(small, seed, options, verdict.wrong)
-    small = shrink(small, fails_alike(seed, options, verdict.wrong))
-    said = ", ".join(f.name for f in fields(options) if getattr(options, f.name)) or "none"
-    detail = judge(small, seed, options).detail
-    return f"# seed {seed}: {verdict.wrong}; options: {said}\n{small.source}\n{detail}\n"
 
 
 def verdicts(examine: Callable[[int], Verdict], seeds: range, jobs: int) -> Iterator[Verdict]:
@@ -41,7 +20,7 @@ def verdicts(examine: Callable[[int], Verdict], seeds: range, jobs: int) -> Iter
         yield from map(examine, seeds)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, initializer=_one_thread) as pool:
+    with context.Pool(jobs, initializer=one_thread) as pool:
         yield from pool.imap(examine, seeds, chunksize=8)
 
 
@@ -53,15 +32,9 @@ def _examiner(disk: bool) -> Callable[[int], Verdict]:
     return examine_disk
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def main() -> int:
     options = _arguments()
-    _one_thread()
+    one_thread()
     tally, start = Tally(), time.monotonic()
     done = options.seed
     seeds = range(options.seed, options.seed + options.count)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fuzz.__main__ import counterexample
+from tests.fuzz.examine import counterexample
 from tests.fuzz.disk import examine_disk
 from tests.fuzz.draft import draft
 from tests.fuzz.oracle import Options, judge
