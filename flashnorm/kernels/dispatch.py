@@ -125,8 +125,8 @@ def transformed() -> bool:
 
 
 def autocasting() -> bool:
-    """Whether autocast is on, for any of the devices that have kernels."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    """Whether autocast is on, for any device: one question, where each device's takes longer."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def not_plain(x: object) -> str:

@@ -22,6 +22,7 @@ from flashnorm.kernels import attention as kernel
 from flashnorm.kernels import cpu, dispatch, operators
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
+BATCHING = "init_continuous_batching"
 
 # What models hand on that says nothing about one new token: a window is in the mask already.
 WITHOUT_MEANING = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window"})
@@ -105,18 +106,42 @@ def use_attention_(model: nn.Module) -> UsedAttention | str:
 
     The name of its attention implementation changes, in its config and those inside, by
     `set_attn_implementation`; nothing else does, and no file keeps the name. Models that share a
-    config object share its attention, which makes no difference but of speed. Continuous batching
-    (`generate_batch`) knows transformers' own names only: `restore_attention_` first.
+    config object share its attention, which makes no difference but of speed.
     """
     if reason := why_not(model):
         return reason
     used = UsedAttention()
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if BATCHING not in model.__dict__ and hasattr(model, BATCHING):
+        model.__dict__[BATCHING] = Batching(model)
     return used
+
+
+class Batching:
+    """The model's method that begins continuous batching (`generate_batch`, `transformers serve`).
+
+    It knows transformers' own names of attention only. So the model has its own attention until the
+    manager stops, which then gives it back what it takes for the attention from before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        begin = getattr(type(model), BATCHING)
+        if model.config._attn_implementation != NAME:
+            return begin(model, *args, **kwargs)
+        model.set_attn_implementation(BEFORE)
+        manager = begin(model, *args, **kwargs)
+        manager._original_attn_impl = NAME
+        return manager
 
 
 def restore_attention_(model: nn.Module, used: UsedAttention) -> None:
     """Undo `use_attention_`, unless the model was given another implementation meanwhile."""
+    if isinstance(model.__dict__.get(BATCHING), Batching):
+        del model.__dict__[BATCHING]
     if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
         model.set_attn_implementation(BEFORE)  # type: ignore[operator]
 
