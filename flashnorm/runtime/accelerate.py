@@ -65,7 +65,7 @@ class Acceleration:
 
 
 def _summary(parts: Sequence[Part], done: str) -> Iterator[str]:
-    """A line per kind of module, and below it one per reason, with the first module it holds for."""
+    """A line per kind of module, and below it one per reason, with the first module so refused."""
     for kind in dict.fromkeys(part.kind for part in parts):
         own = [part for part in parts if part.kind == kind]
         ahead = sum(bool(part.ahead) for part in own)

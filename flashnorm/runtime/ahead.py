@@ -7,8 +7,9 @@ where the values that it is given are, bit for bit, those that the result was co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from ctypes import _string_at  # type: ignore[attr-defined]
+from collections.abc import Sequence
+from ctypes import c_char
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -16,24 +17,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-string_at: Callable[[int, int], bytes] = _string_at
 # Bytes that are compared as a text, which takes the least of Python; more are compared by torch.
 AS_TEXT = 1 << 15
 # Compared as whole numbers, so that a NaN is what it was and -0 is not 0.
 NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@cache
+def _memory(size: int) -> Any:
+    """So many bytes of memory, as ctypes knows it."""
+    return c_char * size
+
+
 class Ahead:
     """Results for the readers of a tensor, and the values that they were computed from."""
 
-    __slots__ = ("bits", "copy", "dtype", "found", "shape", "size")
+    __slots__ = ("bits", "copy", "dtype", "found", "memory", "place", "shape")
 
     def __init__(self, z: Tensor, found: dict[Any, Tensor]) -> None:
         self.found, self.dtype, self.shape = found, z.dtype, z.shape
-        self.size = z.numel() * z.element_size()
+        self.place, size = z.data_ptr(), z.nbytes
         self.bits, self.copy = b"", None
-        if self.size <= AS_TEXT:
-            self.bits = string_at(z.data_ptr(), self.size)
+        if size <= AS_TEXT:
+            self.memory = _memory(size).from_address(self.place)
+            self.bits = self.memory.raw
         else:
             self.copy = z.view(NUMBERS[z.element_size()]).clone()
 
@@ -41,8 +48,10 @@ class Ahead:
         """The reader's result, once, if x holds what it was computed from."""
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
             return None
+        if x.data_ptr() != self.place:  # which may be that of a tensor that is gone by now
+            return None
         if self.copy is None:
-            same = string_at(x.data_ptr(), self.size) == self.bits
+            same = self.memory.raw == self.bits
         else:
             same = torch.equal(x.view(self.copy.dtype), self.copy)
         return self.found.pop(reader, None) if same else None

@@ -11,7 +11,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from flashnorm.kernels import attention as kernel
 from flashnorm.kernels import cpu, dispatch, operators
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
-BATCHING = "init_continuous_batching"
 
 # What models hand on that says nothing about one new token: a window is in the mask already.
 WITHOUT_MEANING = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window"})
@@ -96,6 +95,7 @@ class UsedAttention:
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
+        _allow_batching()
 
     def __reduce__(self) -> tuple[type[UsedAttention], tuple[()]]:
         return UsedAttention, ()
@@ -112,36 +112,39 @@ def use_attention_(model: nn.Module) -> UsedAttention | str:
         return reason
     used = UsedAttention()
     model.set_attn_implementation(NAME)  # type: ignore[operator]
-    if BATCHING not in model.__dict__ and hasattr(model, BATCHING):
-        model.__dict__[BATCHING] = Batching(model)
     return used
 
 
-class Batching:
-    """The model's method that begins continuous batching (`generate_batch`, `transformers serve`).
+def _allow_batching() -> None:
+    """Let continuous batching (`generate_batch`, `transformers serve`) begin with our attention.
 
-    It knows transformers' own names of attention only. So the model has its own attention until the
-    manager stops, which then gives it back what it takes for the attention from before.
+    It knows transformers' own names only. So a model of ours, or one that shares its config with
+    one, has its own attention until the manager stops, which then gives back what was before.
     """
+    try:
+        from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        begin = ContinuousMixin.init_continuous_batching
+    except (ImportError, AttributeError):
+        return
+    if hasattr(begin, "_flashnorm"):
+        return
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model
-        begin = getattr(type(model), BATCHING)
-        if model.config._attn_implementation != NAME:
-            return begin(model, *args, **kwargs)
-        model.set_attn_implementation(BEFORE)
-        manager = begin(model, *args, **kwargs)
+    @wraps(begin)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != NAME:
+            return begin(self, *args, **kwargs)
+        self.set_attn_implementation(BEFORE)
+        manager = begin(self, *args, **kwargs)
         manager._original_attn_impl = NAME
         return manager
+
+    init_continuous_batching._flashnorm = True  # type: ignore[attr-defined]
+    ContinuousMixin.init_continuous_batching = init_continuous_batching
 
 
 def restore_attention_(model: nn.Module, used: UsedAttention) -> None:
     """Undo `use_attention_`, unless the model was given another implementation meanwhile."""
-    if isinstance(model.__dict__.get(BATCHING), Batching):
-        del model.__dict__[BATCHING]
     if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
         model.set_attn_implementation(BEFORE)  # type: ignore[operator]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -198,18 +199,31 @@ class Builder:
         return Norm(norm.kind, norm.eps, gain, norm.offset, bias)
 
     def _between(self, path: str, readers: Sequence[Fused]) -> Between:
-        """Who is called between a norm and these readers, by where they are in the model."""
-        paths = {id(fused): name for name, fused in self.made.items()}
-        after, before = [self.model.get_submodule(path)], []
-        places = []
+        """Who is called between a norm and these readers: what one is in, and the other is not."""
+        norm = self.model.get_submodule(path)
+        after, before, places = [norm], [], []
         for reader in readers:
-            name = paths[id(reader)]
-            shared = _shared(path, name)
-            after += [self.model.get_submodule(p) for p in _above(path, shared)]
-            before += [reader.module, *(self.model.get_submodule(p) for p in _above(name, shared))]
-            owner, _, own = name.rpartition(".")
-            places.append((self.model.get_submodule(owner)._modules, own, reader.module))
+            module = reader.module
+            after += [m for m in self.above[norm] if m not in self.above[module]]
+            before += [module, *(m for m in self.above[module] if m not in self.above[norm])]
+            for owner in self.above[module]:
+                names = [name for name, child in owner._modules.items() if child is module]
+                places += [(owner._modules, name, module) for name in names]
         return Between(list(dict.fromkeys(after)), list(dict.fromkeys(before)), places)
+
+    @cached_property
+    def above(self) -> dict[nn.Module, list[nn.Module]]:
+        """All modules that a module is in, under whatever names."""
+        found: dict[nn.Module, dict[nn.Module, None]] = {}
+
+        def enter(module: nn.Module, over: tuple[nn.Module, ...]) -> None:
+            found.setdefault(module, {}).update(dict.fromkeys(over))
+            for child in module._modules.values():
+                if child is not None:
+                    enter(child, (*over, module))
+
+        enter(self.model, ())
+        return {module: list(over) for module, over in found.items()}
 
     def _readers(self, path: str) -> tuple[str, ...]:
         """The modules that are always given the norm's output and run on kernels."""
@@ -260,15 +274,3 @@ def _relative(gated: Gated) -> Gated | None:
         up=replace(gated.up, path=up),
         down=down,
     )
-
-
-def _shared(first: str, second: str) -> int:
-    """How many names two paths begin with in common."""
-    pairs = list(zip(first.split("."), second.split("."), strict=False))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-
-
-def _above(path: str, shared: int) -> list[str]:
-    """The modules that a module is in, up to one that begins with `shared` names, without it."""
-    names = path.split(".")
-    return [".".join(names[:length]) for length in range(shared + 1, len(names))]

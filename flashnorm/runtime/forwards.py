@@ -69,17 +69,23 @@ class Fused(Stand):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.compiled(x, *args, **kwargs)
-        reason = MORE if args or kwargs else self.why_not(x)
-        if not reason:
-            packed, most, reason = self.kernel.bind(x)
-            if not reason:
-                return self.fast(x, packed, most)
-        dispatch.fell_back(reason)
-        return self.original(x, *args, **kwargs)
+        if args or kwargs:
+            return self.fall_back(MORE, x, *args, **kwargs)
+        return self.eager(x)
+
+    def eager(self, x: Any) -> Any:
+        if reason := self.why_not(x):
+            return self.fall_back(reason, x)
+        packed, most, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         """What the module returns, on kernels; the packed one takes `most` elements of x."""
         raise NotImplementedError
+
+    def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        dispatch.fell_back(reason)
+        return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -155,13 +161,12 @@ class Fused(Stand):
 class FusedLinear(Fused):
     """`x Wᵀ + c`, taken from x where a norm has computed it ahead."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and not args and not kwargs:
-            if (ready := taken(x, self)) is not None:
-                return ready
-            if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
-                return self.original(x)  # the library is faster
-        return super().__call__(x, *args, **kwargs)
+    def eager(self, x: Any) -> Any:
+        if (ready := taken(x, self)) is not None:
+            return ready
+        if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
+            return self.original(x)  # the library is faster
+        return super().eager(x)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
@@ -179,11 +184,9 @@ class FusedGated(Fused):
         super().__init__(module, kernel, *rest)
         self.down = down
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and not args and not kwargs:
-            if (hidden := taken(x, self)) is not None:
-                return self.down(hidden)
-        return super().__call__(x, *args, **kwargs)
+    def eager(self, x: Any) -> Any:
+        hidden = taken(x, self)
+        return super().eager(x) if hidden is None else self.down(hidden)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         if x.numel() <= most:
@@ -235,16 +238,20 @@ class FusedNorm(Fused):
     def why_not(self, x: Any) -> str:
         return super().why_not(x) or ("" if x.is_contiguous() else "x is not contiguous")
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        z = torch.empty(x.shape, dtype=x.dtype)
+    def eager(self, x: Any) -> Any:
+        if reason := self.why_not(x):
+            return self.fall_back(reason, x)
         # A reader's weights may want a gradient where the norm has none.
         if self.ahead and not torch.is_grad_enabled():
-            found = self._ahead(x, z)
-            if found:
+            z = torch.empty(x.shape, dtype=x.dtype)
+            if found := self._ahead(x, z):
                 z._flashnorm = Ahead(z, found)  # type: ignore[attr-defined]
                 return z
-        cpu.normalize_packed(packed, x, z)
-        return z
+        packed, most, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        return cpu.normalize_packed(packed, x, torch.empty(x.shape, dtype=x.dtype))
 
     def _ahead(self, x: Tensor, z: Tensor) -> dict[Fused, Tensor]:
         """What the readers will ask for; where there is any, z has been filled as well."""
@@ -265,7 +272,7 @@ def taken(x: Any, reader: Fused) -> Tensor | None:
     ahead = getattr(x, "_flashnorm", None)
     if ahead is None or torch.is_grad_enabled() or not may_take(reader):
         return None
-    if dispatch.not_plain(x) or reader.unlike(x):
+    if not dispatch.same_as_before() or reader.unlike(x):
         return None
     found: Tensor | None = ahead.take(x, reader)
     return found
@@ -273,7 +280,6 @@ def taken(x: Any, reader: Fused) -> Tensor | None:
 
 def may_take(reader: Fused) -> bool:
     """Whether a reader is what was recorded, and is called by the module as it was."""
-    module = reader.module
-    if module._forward_pre_hooks or module.__dict__.get("forward") is not reader.installed:
+    if reader.module.__dict__.get("forward") is not reader.installed:
         return False
     return not reader.changed()

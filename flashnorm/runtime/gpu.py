@@ -20,7 +20,6 @@ from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.call import Call
 from flashnorm.runtime.forwards import (
     COMPILED,
-    MORE,
     Fused,
     FusedGated,
     FusedLinear,
@@ -71,13 +70,9 @@ def worth_compiling(x: Tensor) -> bool:
 class OnGpu(Fused):
     """What the forwards on a GPU have in common: PyTorch's own operations, bound to nothing."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.compiled(x, *args, **kwargs)
-        if reason := MORE if args or kwargs else self.why_not(x):
-            dispatch.fell_back(reason)
-            return self.original(x, *args, **kwargs)
-        return self.values(x)
+    def eager(self, x: Any) -> Any:
+        reason = self.why_not(x)
+        return self.fall_back(reason, x) if reason else self.values(x)
 
     def values(self, x: Tensor) -> Tensor:
         """What the module returns."""
@@ -100,22 +95,21 @@ class OnGpu(Fused):
 class GpuLinear(FusedLinear):
     """`x Wᵀ + c`: what a norm has computed ahead, else the module's own."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled = torch.compiler.is_compiling()
-        ready = None
-        if not args and not kwargs:
-            ready = traced(x, self) if compiled else captured(x, self)
+    def eager(self, x: Any) -> Any:
+        ready = captured(x, self)
+        return self.original(x) if ready is None else ready
+
+    def compiled(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        ready = None if args or kwargs else traced(x, self)
         return self.original(x, *args, **kwargs) if ready is None else ready
 
 
 class GpuGated(OnGpu, FusedGated):
     """`down(act(gate(x)) ⊙ up(x))` without the modules in between."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and not args and not kwargs:
-            if (hidden := captured(x, self)) is not None:
-                return self.down(hidden)
-        return super().__call__(x, *args, **kwargs)
+    def eager(self, x: Any) -> Any:
+        hidden = captured(x, self)
+        return super().eager(x) if hidden is None else self.down(hidden)
 
     def values(self, x: Tensor) -> Tensor:
         """With few rows what Python does least for, with many one pass over both products."""

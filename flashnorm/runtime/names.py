@@ -27,7 +27,7 @@ class Names(NamedTuple):
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
-def named_in(kind: type[nn.Module]) -> Names:
+def named_in(kind: Any) -> Names:
     """The names in the forward of a class and in what it calls."""
     return _named_in(kind, kind.forward)
 
