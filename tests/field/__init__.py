@@ -1,0 +1,1 @@
+"""What people do with their models, each as a test."""
