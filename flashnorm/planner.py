@@ -103,7 +103,8 @@ def _rows(flow: Flow) -> list[_Row]:
             row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
             row.uses.append(use)
             row.visits.append(index)
-        if not by_node[id(visit)] and not _is_mere_function(visit):
+        odd = id(visit) in flow.odd
+        if not by_node[id(visit)] and (odd or not _is_mere_function(visit)):
             row = rows.setdefault((path, order[path, call]), _Row(visit, path, None))
             row.visits.append(index)
         order[path, call] += 1
@@ -111,8 +112,9 @@ def _rows(flow: Flow) -> list[_Row]:
 
 
 def _is_mere_function(visit: Visit) -> bool:
-    """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with."""
-    return visit.kind == "dyt" and visit.node.op != "tanh"
+    """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with, and
+    a value divided by a statistic where that is a norm's: others are shares and weights."""
+    return visit.kind == "other" or (visit.kind == "dyt" and visit.node.op != "tanh")
 
 
 def _site(
@@ -130,7 +132,8 @@ def _site(
     replaceable = known and _replaceable(flow, row)
     facts: dict[str, Any] = {"source": visit.node.source, "replaceable": replaceable}
     if row.parameter is None:
-        return Site(*common, "none", NO_GAIN, **facts)
+        odd = flow.odd.get(id(visit), "")
+        return Site(*common, "kept" if odd else "none", odd or NO_GAIN, **facts)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
     shift = shifts.get(row.parameter, "")

@@ -173,8 +173,14 @@ _HOOKS = (
 
 
 def can_swap(old: nn.Module, site: Site) -> bool:
-    """Whether ours can hold what the module holds."""
-    if not set(_names(old)) <= {"weight", "bias"} or site.eps is None:
+    """Whether ours can hold what the module holds: the gain as `weight`, the bias as `bias`."""
+    has = set(_names(old))
+    absent = set(old.absent) if isinstance(old, FlashRMSNorm) else set()  # already one, or zero
+    roles = {"weight": site.weight.parameter if site.weight else "", "bias": site.shift}
+    used = {name for name, parameter in roles.items() if parameter}
+    if not has <= used <= has | absent or site.eps is None:
+        return False
+    if any(roles[name].rpartition(".")[2] != name for name in used):
         return False
     return site.weight is None or site.weight.scale == 1.0
 

@@ -35,7 +35,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     if not outputs:
         return plan
     scales = find_scales(flow, outputs)
-    _refuse_shared_renorms(scales)
+    _refuse_shared_renorms(scales, flow)
     undone = _undone(scales)
     sites = tuple(
         _site(scales, site, nodes, undone) if site.kind in SCALED else site
@@ -44,7 +44,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     return replace(plan, sites=sites)
 
 
-def _refuse_shared_renorms(scales: Scales) -> None:
+def _refuse_shared_renorms(scales: Scales, flow: Flow) -> None:
     """A norm undoes the scale of one other norm whenever it runs; else it reads it scaled."""
     graph, visits = scales.graph, scales.flow.visits
     by_path: dict[str, list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ def _refuse_shared_renorms(scales: Scales) -> None:
         paths = {graph.calls[visits[i].node.call].path for i in indices}
         same = {owners.get(i, frozenset()) for i in indices}
         one_owner = len(same) == 1 and len(next(iter(same))) == 1
-        if not (is_replaceable(scales.flow, visit) and one_owner and len(paths) == 1):
+        if not (is_replaceable(flow, visit) and one_owner and len(paths) == 1):
             _need_all(scales, renormed)
 
 

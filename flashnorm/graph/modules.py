@@ -2,84 +2,91 @@
 
 from __future__ import annotations
 
-from flashnorm.graph.flow import Flow, GainUse
-from flashnorm.graph.gains import NotAffine, convention
-from flashnorm.graph.nouns import Call
+import torch
+
+from flashnorm.graph.flow import Flow
+from flashnorm.graph.nouns import Call, Node
 from flashnorm.graph.operations import CASTS, RESHAPES
+from flashnorm.graph.params import SAME
 from flashnorm.graph.sites import Visit, same_as
-from flashnorm.plan import Gain
 
 
 def is_replaceable(flow: Flow, visit: Visit) -> bool:
     """Whether the call that made this visit computes `x / sqrt(mean square + ε)` of its argument,
-    then a gain and a bias of its own where it has them, and returns that.
-
-    A gain is `offset + p` and a bias is `p`, with all of a parameter p in its order: what replaces
-    the module reads p itself.
-    """
+    then a gain and a bias where it has them, each a whole parameter [width] in its order, and
+    returns that."""
     call = flow.graph.calls.get(visit.node.call)
-    if call is None or not visit.standard or not _is_whole(flow, call, visit):
+    if call is None or not visit.standard or not _is_function(flow, call, visit):
         return False
-    found = _affine(flow, visit, call.returned[0])
+    found = _affine(flow, visit, call.returned[0], visit.node.call)
     if found is None:
         return False
     gain, bias = found
-    plain = gain is None or _parameter(flow, visit, gain, (0.0, 1.0))
-    return plain and (bias is None or _parameter(flow, visit, bias, (0.0,)))
-
-
-def _is_whole(flow: Flow, call: Call, visit: Visit) -> bool:
-    """Whether it has one argument, all of whose last axis is normalized, and one result like it."""
-    if not len(call.returned) == len(call.received) == call.arguments == 1:
+    names = [use.parameter for use in flow.uses_of(visit)]
+    if names != ([gain] if gain else []):
         return False
-    values = flow.graph.values
-    given, made = (values[v].shape for v in (call.received[0], call.returned[0]))
-    same = same_as(flow.graph, call.received[0]) == same_as(flow.graph, visit.source)
-    return same and given == made and given[-1:] == (visit.width,)
+    return not bias or any(shift.parameter == bias for shift in flow.shifts.get(gain, ()))
 
 
-def _affine(flow: Flow, visit: Visit, value: int) -> tuple[int | None, int | None] | None:
-    """What the norm's output is multiplied by, and what is then added to it; None where the call
-    does anything else."""
-    gain, bias = visit.gain, visit.bias
-    fused = gain is not None or bias is not None
+def _is_function(flow: Flow, call: Call, visit: Visit) -> bool:
+    """Whether the call gets the norm's source as its one argument, and returns as much."""
+    if call.arguments != 1 or len(call.returned) != 1 or len(call.received) != 1:
+        return False
+    given, returned = (flow.graph.values[v[0]].shape for v in (call.received, call.returned))
+    if given != returned or (visit.kind != "dyt" and given[-1:] != (visit.width,)):
+        return False
+    return same_as(flow.graph, call.received[0]) == same_as(flow.graph, visit.source)
+
+
+def _affine(flow: Flow, visit: Visit, value: int, call: int) -> tuple[str, str] | None:
+    """(gain, bias) where `value` is the norm's output times the gain plus the bias."""
+    gain, bias = _whole(flow, visit, visit.gain), _whole(flow, visit, visit.bias)
+    if gain is None or bias is None:
+        return None
+    after = ["", ""]  # what is applied after the norm's own operation
     while value != visit.output:
         node = flow.graph.producer(value)
-        if node is None or node.call != visit.node.call:
+        if node is None or node.call != call:
             return None
         if node.op in CASTS | RESHAPES:
             value = node.inputs[0]
             continue
-        operands = _operands(flow, node.inputs) if node.op in ("mul", "add") else None
-        if operands is None or fused or gain is not None or node.bound.get("alpha", 1) != 1:
+        step = {"mul": 0, "add": 1}.get(node.op)
+        operands = _operands(flow, node)
+        # Backwards: the bias comes first, and each but once.
+        if step is None or operands is None or after[step] or (step == 1 and after[0]):
             return None
         value, other = operands
-        if node.op == "mul":
-            gain = other
-        elif bias is None:
-            bias = other
-        else:
+        after[step] = _whole(flow, visit, other, exact=step == 1) or ""
+        if not after[step]:
             return None
-    return gain, bias
+    if (gain or bias) and any(after):
+        return None
+    gain, bias = gain or after[0], bias or after[1]
+    return None if bias and not gain else (gain, bias)
 
 
-def _operands(flow: Flow, inputs: tuple[int, ...]) -> tuple[int, int] | None:
-    """(what depends on an input of the model, what is computed from parameters alone)."""
-    found = [v for v in inputs if flow.parameters_in(v) is None]
-    own = [v for v in inputs if flow.parameters_in(v)]
+def _operands(flow: Flow, node: Node) -> tuple[int, int] | None:
+    """(the norm's part, what is made of parameters)."""
+    if len(node.inputs) != 2 or node.bound.get("alpha", 1) != 1:
+        return None
+    found = [v for v in node.inputs if flow.parameters_in(v) is None]
+    own = [v for v in node.inputs if flow.parameters_in(v)]
     return (found[0], own[0]) if len(found) == len(own) == 1 else None
 
 
-def _parameter(flow: Flow, visit: Visit, value: int, offsets: tuple[float, ...]) -> bool:
-    """Whether a value is `offset + p`: a parameter with an element per feature, in its order."""
+def _whole(flow: Flow, visit: Visit, value: int | None, exact: bool = False) -> str | None:
+    """The parameter [width] that a value shows from its first to its last element; "" of nothing.
+
+    Where `exact` it is the parameter itself; a gain may also be a function of each element.
+    """
+    if value is None:
+        return ""
     view = flow.views.get(value)
+    elements = view.elements() if view is not None else None
+    if view is None or elements is None or (exact and view.relation != SAME):
+        return None
     shape = flow.graph.values[value].shape
-    if view is None or view.sizes != (visit.width,) or shape != (visit.width,):
-        return False
-    try:
-        found = convention(flow, GainUse(visit, view.name, value))
-    except NotAffine:
-        return False
-    elements = view.elements()
-    in_order = elements is not None and bool((elements.diff() == 1).all())
-    return in_order and found in [Gain(view.name, offset) for offset in offsets]
+    if view.sizes != (visit.width,) or shape[-1:] != view.sizes or elements.numel() != visit.width:
+        return None
+    return view.name if torch.equal(elements.flatten(), torch.arange(visit.width)) else None

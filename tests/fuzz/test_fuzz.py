@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.fuzz.examine import counterexample
 from tests.fuzz.disk import examine_disk
 from tests.fuzz.draft import draft
+from tests.fuzz.examine import counterexample
 from tests.fuzz.oracle import Options, judge
 from tests.fuzz.program import build
 from tests.fuzz.tally import Tally
