@@ -57,20 +57,18 @@ class Acceleration:
         """How many modules of each kind, and every reason once; `parts` has them one by one."""
         lines = [f"{len(self.fused)} of {len(self.parts)} modules on {self.kernels}"]
         lines.append(f"attention of single tokens: {self.attention or 'fused'}")
-        lines += _summary(self.parts, "fused")
-        lines += _summary(
-            self.training, "saving for a gradient only what their results are made of"
-        )
+        lines += _summary(self.parts, "", "fused")
+        lines += _summary(self.training, " in training", "saving what their results are made of")
         return "\n".join(lines)
 
 
-def _summary(parts: Sequence[Part], done: str) -> Iterator[str]:
+def _summary(parts: Sequence[Part], when: str, done: str) -> Iterator[str]:
     """A line per kind of module, and below it one per reason, with the first module so refused."""
     for kind in dict.fromkeys(part.kind for part in parts):
         own = [part for part in parts if part.kind == kind]
         ahead = sum(bool(part.ahead) for part in own)
         more = f", {ahead} of them with what reads them" if ahead else ""
-        yield f"{kind}: {sum(not part.reason for part in own)} of {len(own)} {done}{more}"
+        yield f"{kind}{when}: {sum(not part.reason for part in own)} of {len(own)} {done}{more}"
         for reason in dict.fromkeys(part.reason for part in own if part.reason):
             paths = [part.path or "(root)" for part in own if part.reason == reason]
             others = f" and {len(paths) - 1} more" if paths[1:] else ""

@@ -316,5 +316,5 @@ def test_the_report_says_what_saves_less_and_what_does_not():
     report = flashnorm.acceleration(model)
     assert {part.kind for part in report.training} == {"linear", "gated", "norm"}
     assert not [part for part in report.training if part.reason]
-    assert "input_layernorm: norm in training: saves what its result is made of" in str(report)
+    assert "norm in training: 5 of 5 saving what their results are made of" in str(report)
     assert len(report.to_json()["training"]) == len(report.training)
