@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flashnorm.runtime import accelerate_ as accelerate_
     from flashnorm.runtime import acceleration as acceleration
     from flashnorm.runtime import restore_ as restore_
+    from flashnorm.runtime.original import original as original
     from flashnorm.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _LAZY = {
     "accelerate_": "flashnorm.runtime",
     "acceleration": "flashnorm.runtime",
     "restore_": "flashnorm.runtime",
+    "original": "flashnorm.runtime.original",
     "verify": "flashnorm.verification",
     "explain": "flashnorm.functional",
 }
@@ -61,3 +63,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm.content import BESIDE_TOKENIZER, TOKENIZER_FILES, damage
 from flashnorm.errors import CheckpointError, FlashNormError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 PathName = str | os.PathLike[str]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "spiece.model", "*.tiktoken", "sentencepiece*.model")
 
 
 def load_model(source: PathName, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -61,9 +61,10 @@ def load_tokenizer(source: PathName) -> Any | None:
         except Exception as error:
             if not is_local or "gguf_file" in place:
                 return None
+            why = damage(folder, (*TOKENIZER_FILES, *BESIDE_TOKENIZER)) or _first_line(error)
             raise CheckpointError(
-                f"the tokenizer in {folder} cannot be read ({_first_line(error)}): repair it, or "
-                "pass tokenizer= yourself"
+                f"the tokenizer in {folder} cannot be read ({why}): repair it, or pass tokenizer= "
+                "yourself"
             ) from error
 
 
@@ -196,7 +197,7 @@ def _check_complete(model: nn.Module, info: Any, name: str) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+    return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
 def _unreadable(source: PathName, error: Exception) -> str:
@@ -206,7 +207,7 @@ def _unreadable(source: PathName, error: Exception) -> str:
             f"{name} is no local path, and the hub did not give it ({_first_line(error)}): check "
             "the spelling and the network, or name a local directory or GGUF file"
         )
-    return f"transformers cannot load {name}: {_first_line(error)}"
+    return f"transformers cannot load {name}: {damage(name) or _first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from flashnorm.checkpoint.config import quantization
 from flashnorm.checkpoint.mapping import Mapped, map_parameters
 from flashnorm.checkpoint.source import Source, open_source
+from flashnorm.checkpoint.twins import why_untied
 from flashnorm.checkpoint.values import read_parameter
+from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.loading import locate, model_class, quiet_transformers
 from flashnorm.marker import folded_by
@@ -59,10 +61,7 @@ def open_origin(source: PathName) -> Origin:
 def _from_config_file(path: Path) -> Origin:
     from transformers import CONFIG_MAPPING
 
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    data = _read_json(path)
     model_type = data.get("model_type") if isinstance(data, dict) else None
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(_unknown(str(path), model_type))
@@ -74,6 +73,15 @@ def _from_config_file(path: Path) -> Origin:
         "dequantized",
     )
     return Origin(config, None, (*_folded_note(config), *(notes if method else ())), _no_gain)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        found = why_damaged(file)
+        said = f"{file.parent}: {found}" if found else f"{file} is not valid JSON: {error}"
+        raise CheckpointError(said) from error
 
 
 def _unknown(name: str, model_type: Any) -> str:
@@ -98,17 +106,15 @@ def _config(place: dict[str, str], name: str) -> Any:
             if file.is_file():
                 _explain_config(file)
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CheckpointError(f"no config could be read from {name}: {first}") from error
+            why = damage(name) or first
+            raise CheckpointError(f"no config could be read from {name}: {why}") from error
 
 
 def _explain_config(file: Path) -> None:
     """Raise the clearer error where the config itself is at fault."""
     from transformers import CONFIG_MAPPING
 
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    data = _read_json(file)
     model_type = data.get("model_type") if isinstance(data, dict) else None
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(_unknown(str(file), model_type))
@@ -118,9 +124,11 @@ def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[st
     if "gguf_file" in place or not path.is_dir():
         return None, ()
     try:
-        return open_source(path), ()
+        source = open_source(path)
     except FlashNormError as error:
         return None, (f"the weights were not read: {error}",)
+    untied = why_untied(path)
+    return source, ((untied,) if untied else ())
 
 
 def _gains(source: Source | None) -> Callable[[str], Tensor | None]:

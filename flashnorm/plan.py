@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 PLAN_VERSION = 2
 
-Kind = Literal["rms", "layer", "dyt"]
+# "group" is taken over groups of channels and all positions; "other" divides by another statistic.
+Kind = Literal["rms", "layer", "dyt", "group", "other"]
 GainState = Literal["folded", "kept", "none"]
 # "folded" goes into the readers' biases (E2); "carried" stays with the norm as β/g (E13).
 BiasState = Literal["none", "folded", "carried", "kept"]

@@ -69,7 +69,9 @@ def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:
 
 
 def _conventions(flow: Flow) -> dict[str, Gain]:
+    """The convention of every gain; none where it has several."""
     found: dict[str, Gain] = {}
+    several: set[str] = set()
     for use in flow.gains:
         try:
             gain = convention(flow, use)
@@ -78,7 +80,8 @@ def _conventions(flow: Flow) -> dict[str, Gain]:
             continue
         if found.setdefault(use.parameter, gain) != gain:
             flow.refused.setdefault(use.parameter, "it is used as a gain in two conventions")
-    return found
+            several.add(use.parameter)
+    return {name: gain for name, gain in found.items() if name not in several}
 
 
 def _refuse_other_readings(flow: Flow) -> None:
@@ -100,7 +103,8 @@ def _rows(flow: Flow) -> list[_Row]:
             row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
             row.uses.append(use)
             row.visits.append(index)
-        if not by_node[id(visit)] and not _is_mere_function(visit):
+        odd = id(visit) in flow.odd
+        if not by_node[id(visit)] and (odd or not _is_mere_function(visit)):
             row = rows.setdefault((path, order[path, call]), _Row(visit, path, None))
             row.visits.append(index)
         order[path, call] += 1
@@ -108,8 +112,9 @@ def _rows(flow: Flow) -> list[_Row]:
 
 
 def _is_mere_function(visit: Visit) -> bool:
-    """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with."""
-    return visit.kind == "dyt" and visit.node.op != "tanh"
+    """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with, and
+    a value divided by a statistic where that is a norm's: others are shares and weights."""
+    return visit.kind == "other" or (visit.kind == "dyt" and visit.node.op != "tanh")
 
 
 def _site(
@@ -121,10 +126,14 @@ def _site(
 ) -> Site:
     visit = row.visit
     common = (row.path, visit.kind, visit.width, visit.eps)
-    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": _replaceable(flow, row)}
+    weight = conventions.get(row.parameter or "")
+    # What takes the place of a module reads the gain in the convention that the plan tells.
+    known = row.parameter is None or weight is not None
+    replaceable = known and _replaceable(flow, row)
+    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": replaceable}
     if row.parameter is None:
-        return Site(*common, "none", NO_GAIN, **facts)
-    weight = conventions.get(row.parameter)
+        odd = flow.odd.get(id(visit), "")
+        return Site(*common, "kept" if odd else "none", odd or NO_GAIN, **facts)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
     shift = shifts.get(row.parameter, "")

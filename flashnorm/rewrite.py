@@ -1,14 +1,13 @@
-"""Executing a plan on a live model, in place, and undoing it.
+"""Executing a plan on a live model, in place.
 
-Every product is checked before anything is written, so a fold that would overflow leaves the model
-as it was.
+Every product is checked before anything is written, and whatever fails later, the model is as it
+was.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,26 +15,16 @@ from torch import Tensor, nn
 
 from flashnorm import algebra
 from flashnorm.errors import FoldError
+from flashnorm.graph.offload import why_offloaded
 from flashnorm.inspection import inspect_module
-from flashnorm.marker import MARKERS, marker
-from flashnorm.plan import Centring, Consumer, Gain, Plan, Shift
+from flashnorm.marker import marker
+from flashnorm.plan import Consumer, Gain, Plan, Shift
 from flashnorm.swap import Eps, Swaps, cancel_norms_, centre_norms_, check_cancel
+from flashnorm.transaction import Transaction
+from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns
+from flashnorm.undo import unfold_ as unfold_
 
-UNDO = "_flashnorm_undo"
 CONVERT = "convert the model to bfloat16 or float32 first"
-
-
-@dataclass(frozen=True)
-class Undo:
-    """What `unfold_` needs: the plan, the gains and biases as they were, and what a zero gain
-    wiped out."""
-
-    plan: Plan
-    vectors: dict[str, Tensor]
-    means: dict[Centring, Tensor]
-    swaps: Swaps
-    wiped: dict[tuple[Gain, Consumer], Tensor]
-    tied: dict[str, nn.Parameter]
 
 
 def fold_(
@@ -54,7 +43,8 @@ def fold_(
     with the norm as β/g (E13). Weights keep their dtype (float16, bfloat16, float32 or float64) and
     are rounded once. `example_inputs`
     is a dict or tuple for the model's forward, needed for modules that are not from transformers.
-    `untie` gives a tied head a weight of its own, which costs vocab × width elements.
+    `untie` gives a tied head a weight of its own, which costs vocab × width elements; the config
+    says so, and the state dict fits only a model whose config does.
 
     `centre` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
     the features, `V* = V − mean(V)` (E3), and `flashnorm.nn.FlashRMSNorm` takes the norm's place.
@@ -62,6 +52,10 @@ def fold_(
     `cancel` also takes the scale out of norms that other norms undo, `RMS(s·v) = RMS(v)` (E7): with
     `eps="exact"` for any epsilon, because the others then divide theirs by s²; with `eps="ignore"`
     they stay as they are, which differs by what their epsilon weighs.
+
+    Whatever fails meanwhile, Ctrl-C included, the model is as it was, bit for bit. To that end the
+    old values of what changes are kept until the end: for a moment the folded weights are in memory
+    twice. `fold_checkpoint` folds on disk in the memory of a block.
 
     Returns the plan. Folding again changes nothing. Raises TraceError where the model cannot be
     recorded, FoldError where a product would leave the range of its dtype.
@@ -77,39 +71,54 @@ def fold_(
 
 
 def apply_plan_(model: nn.Module, plan: Plan, *, cancel: bool = False, eps: Eps = "exact") -> None:
-    """Execute a plan on the model that it was made for. Raises FoldError as `fold_` does."""
+    """Execute a plan on the model that it was made for, whole or not at all.
+
+    Raises FoldError as `fold_` does.
+    """
     if UNDO in model.__dict__:
         # The record of the first fold would be lost, and with it the way back.
         raise FoldError("this model was folded already; unfold_ it before another plan is applied")
     parameters = _parameters(model)
-    _check(plan, parameters)
+    _check(model, plan, parameters)
     if cancel:
         check_cancel(model, plan)
-    tied = _untie_(model, plan, parameters)
-    vectors, wiped = _saved(plan, parameters)
-    with torch.no_grad():
-        _move_biases_(plan, parameters)
-        for name, pairs in plan.absorptions().items():
-            for gain, consumer in pairs:
-                vector = algebra.effective_gain(parameters[gain.parameter], gain)
-                vector = vector.to(parameters[name].device)
-                algebra.fold_gain_(parameters[name], vector, consumer.axis, consumer.spans)
-        for gain in plan.gains():
-            algebra.identity_gain_(parameters[gain.parameter], gain)
-        means = {c: algebra.centre_(parameters[c.parameter], c.axis) for c in plan.centrings}
-    swaps = Swaps()
-    centre_norms_(model, plan, swaps)
-    if cancel:
-        cancel_norms_(model, plan, eps, swaps)
-    _mark(model, plan, Undo(plan, vectors, means, swaps, wiped, tied))
+    with Transaction() as change, torch.no_grad():
+        tied = _untie_(model, plan, parameters, change)
+        vectors, wiped = _saved(plan, parameters)
+        _move_biases_(plan, parameters, change)
+        _fold_gains_(plan, parameters, change)
+        means = {
+            c: algebra.centre_(change.values(parameters[c.parameter]), c.axis)
+            for c in plan.centrings
+        }
+        swaps = Swaps()
+        centre_norms_(model, plan, swaps, change)
+        if cancel:
+            cancel_norms_(model, plan, eps, swaps, change)
+        after = {name: witness(parameters[name]) for name in _touched(plan)}
+        config = _mark_(model, plan, change)
+        undo = Undo(plan, vectors, means, swaps, wiped, tied, after, config)
+        change.item(model.__dict__, UNDO, undo)
 
 
-def _move_biases_(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+def _fold_gains_(plan: Plan, parameters: dict[str, nn.Parameter], change: Transaction) -> None:
+    """E1, and every gain that was folded at its identity."""
+    for name, pairs in plan.absorptions().items():
+        for gain, consumer in pairs:
+            vector = algebra.effective_gain(parameters[gain.parameter], gain)
+            weight = change.values(parameters[name])
+            algebra.fold_gain_(weight, vector.to(weight.device), consumer.axis, consumer.spans)
+    for gain in plan.gains():
+        algebra.identity_gain_(change.values(parameters[gain.parameter]), gain)
+
+
+def _move_biases_(plan: Plan, parameters: dict[str, nn.Parameter], change: Transaction) -> None:
     """E2 and E13, while weights and gains are still as they were."""
     for name, pairs in plan.bias_absorptions().items():
-        algebra.fold_bias_(parameters[name], _added(parameters, parameters[name], pairs))
+        bias = change.values(parameters[name])
+        algebra.fold_bias_(bias, _added(parameters, bias, pairs))
     for shift in plan.shifts():
-        beta = parameters[shift.parameter]
+        beta = change.values(parameters[shift.parameter])
         if shift.folded:
             beta.zero_()
         else:
@@ -132,45 +141,26 @@ def _added(
     return total
 
 
-def unfold_(model: nn.Module) -> None:
-    """Undo `fold_`: divide the gains out again, within one rounding of every weight.
-
-    Columns that a zero gain had wiped out are put back from a copy. Raises FoldError if this model
-    object was not folded by `fold_`.
-    """
-    undo: Undo | None = model.__dict__.get(UNDO)
-    if undo is None:
-        raise FoldError(
-            f"this {type(model).__name__} was not folded by flashnorm.fold_ in this process; "
-            "load the original checkpoint instead"
-        )
-    undo.swaps.undo_()
-    parameters = _parameters(model)
-    with torch.no_grad():
-        for centring, mean in undo.means.items():
-            algebra.uncentre_(parameters[centring.parameter], mean)
-        for name, pairs in undo.plan.absorptions().items():
-            for gain, consumer in pairs:
-                _unfold_consumer_(parameters[name], gain, consumer, undo)
-        for name, value in undo.vectors.items():
-            parameters[name].copy_(value)
-    for name, parameter in undo.tied.items():
-        _assign(model, name, parameter)
-    _unmark(model, bool(undo.tied))
-
-
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _check(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+def _touched(plan: Plan) -> tuple[str, ...]:
+    """Every parameter that a fold writes."""
+    names = [gain.parameter for gain in plan.gains()] + list(plan.absorptions())
+    names += [shift.parameter for shift in plan.shifts()] + list(plan.bias_absorptions())
+    return tuple(dict.fromkeys(names + [c.parameter for c in plan.centrings]))
+
+
+def _check(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
     """Raise before anything is touched; warn of numbers that become subnormal."""
     sources = dict(plan.untied)
+    for name in _touched(plan):
+        if why := why_offloaded(model, sources.get(name, name), "fold"):
+            raise FoldError(why)
     lost = 0
     for name, pairs in plan.absorptions().items():
         weight = parameters[sources.get(name, name)].detach()
-        if weight.is_meta:
-            raise FoldError(f"{name} is on the meta device; load the weights before folding")
         for gain, consumer in pairs:
             vector = algebra.effective_gain(parameters[gain.parameter], gain).to(weight.device)
             lost += algebra.check_fold(
@@ -206,70 +196,49 @@ def _saved(
     wiped = {}
     for name, pairs in plan.absorptions().items():
         for gain, consumer in pairs:
-            columns = _zero_columns(algebra.effective_gain(vectors[gain.parameter], gain), consumer)
+            columns = zero_columns(algebra.effective_gain(vectors[gain.parameter], gain), consumer)
             if len(columns):
                 index = columns.to(parameters[name].device)
                 wiped[gain, consumer] = parameters[name].detach().index_select(consumer.axis, index)
     return vectors, wiped
 
 
-def _zero_columns(gain: Tensor, consumer: Consumer) -> Tensor:
-    found = [
-        (gain[s.gain_start : s.gain_start + s.length] == 0).nonzero().flatten() + s.start
-        for s in consumer.spans
-    ]
-    return torch.cat(found)
-
-
-def _unfold_consumer_(weight: Tensor, gain: Gain, consumer: Consumer, undo: Undo) -> None:
-    vector = algebra.effective_gain(undo.vectors[gain.parameter], gain).to(weight.device)
-    columns = _zero_columns(vector, consumer)
-    safe = torch.where(vector == 0, torch.ones_like(vector), vector)
-    algebra.unfold_gain_(weight, safe, consumer.axis, consumer.spans)
-    if len(columns):
-        weight.index_copy_(consumer.axis, columns, undo.wiped[gain, consumer])
-
-
 def _untie_(
-    model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]
-) -> dict[str, nn.Parameter]:
-    """Give every untied parameter a copy of its own; returns the shared ones by name."""
-    before = {}
+    model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter], change: Transaction
+) -> tuple[tuple[str, str], ...]:
+    """Give every untied parameter a copy of its own; returns the names of what was tied."""
     for new, old in plan.untied:
-        before[new] = parameters[old]
         copy = nn.Parameter(parameters[old].detach().clone(), parameters[old].requires_grad)
-        _assign(model, new, copy)
+        path, _, attribute = new.rpartition(".")
+        change.item(model.get_submodule(path)._parameters, attribute, copy)
         parameters[new] = copy
-    if before:
-        _set_tied(model, False)
-    return before
+    return plan.untied
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
+def _mark_(model: nn.Module, plan: Plan, change: Transaction) -> tuple[ConfigBefore, ...]:
+    """Say in the config that the model is folded, and that its head is not tied if it was.
 
-
-def _set_tied(model: nn.Module, tied: bool) -> None:
-    config = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
+    Returns what the configs said before. One that takes no attributes is left as it is: the record
+    on the model itself still stops a second fold.
+    """
+    if (config := getattr(model, "config", None)) is None:
+        return ()
+    source = getattr(config, "_name_or_path", "") or type(model).__name__
+    before = [_write(config, marker(plan, "compat", source), change)]
+    for part in (config, getattr(config, "text_config", None)) if plan.untied else ():
         if part is not None and hasattr(part, "tie_word_embeddings"):
-            part.tie_word_embeddings = tied
+            before.append(_write(part, {"tie_word_embeddings": False}, change))
+    return tuple(found for found in before if found is not None)
 
 
-def _mark(model: nn.Module, plan: Plan, undo: Undo) -> None:
-    model.__dict__[UNDO] = undo
-    if (config := getattr(model, "config", None)) is not None:
-        source = getattr(config, "_name_or_path", "") or type(model).__name__
-        for key, value in marker(plan, "compat", source).items():
-            setattr(config, key, value)
-
-
-def _unmark(model: nn.Module, was_tied: bool) -> None:
-    del model.__dict__[UNDO]
-    config = getattr(model, "config", None)
-    for key in MARKERS:
-        if config is not None and hasattr(config, key):
-            delattr(config, key)
-    if was_tied:
-        _set_tied(model, True)
+def _write(config: Any, entries: dict[str, Any], change: Transaction) -> ConfigBefore | None:
+    held = getattr(config, "__dict__", None)
+    if held is None:
+        return None
+    before = {key: held[key] for key in entries if key in held}
+    try:
+        for key, value in entries.items():
+            change.attribute(config, key, value)
+    except Exception:  # frozen, in one of many ways
+        return None
+    return ConfigBefore(config, tuple(entries), before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -13,27 +13,55 @@ from torch.utils.hooks import RemovableHandle
 
 from flashnorm.errors import FoldError
 from flashnorm.nn import FlashLinkedRMSNorm, FlashRMSNorm, RowScale, ScaleFeatures
-from flashnorm.plan import Entry, Plan, Site
+from flashnorm.plan import Plan, Site
+from flashnorm.transaction import Transaction, uninterrupted
 
 Eps = Literal["exact", "ignore"]
 Norm = TypeVar("Norm", bound=FlashRMSNorm)
 
 
+@dataclass(frozen=True)
+class Swap:
+    """A module of ours in the place of another: `owner.attribute` was `old` and is `new`."""
+
+    owner: nn.Module
+    attribute: str
+    old: nn.Module
+    new: FlashRMSNorm
+
+
 @dataclass
 class Swaps:
-    """What was replaced: (owner, attribute, module as it was), and the hooks that were set."""
+    """What was replaced, and the hooks that were set."""
 
-    modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    modules: list[Swap] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
-    def undo_(self) -> None:
-        for owner, attribute, module in reversed(self.modules):
-            setattr(owner, attribute, module)
-        for handle in self.hooks:
-            handle.remove()
+    def last(self) -> list[Swap]:
+        """The swaps whose new module was not replaced by another one of ours."""
+        return list({(id(s.owner), s.attribute): s for s in self.modules}.values())
 
 
-def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps) -> None:
+def swap_back_(swaps: Swaps, change: Transaction) -> None:
+    """Put the replaced norms back, with what happened to ours since: moves, and `train()`.
+
+    The hooks stay; their handles remove them.
+    """
+    for swap in reversed(swaps.modules):
+        old, new = swap.old, swap.new
+        for name in new.absent:
+            held, place = old._parameters[name], getattr(new, f"absent_{name}")
+            if held is not None and (held.dtype, held.device) != (place.dtype, place.device):
+                change.data(held, held.data.to(place))
+        for name, held in new._parameters.items():
+            if held is not None:
+                change.item(old._parameters, name, held)
+        if old.training != new.training:
+            change.attribute(old, "training", new.training)
+        change.item(swap.owner._modules, swap.attribute, old)
+
+
+def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transaction) -> None:
     """Put a `FlashRMSNorm` in the place of every centred LayerNorm that is a module of its own.
 
     Weights must be folded and centred already. A norm without a module of its own goes on
@@ -41,18 +69,24 @@ def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps) -> None:
     """
     for site in plan.sites:
         if site.centring == "folded" and site.replaceable:
-            _swap_(model, site, FlashRMSNorm, swaps)
+            _swap_(model, site, FlashRMSNorm, swaps, change)
     for entry in plan.entries:
-        swaps.hooks.append(_hook_(model.get_submodule(entry.path), entry))
+        module = model.get_submodule(entry.path)
+        if entry.received:
+            _hook_(module, "forward_pre", _centre_first, swaps, change)
+        else:
+            _hook_(module, "forward", _centre_output, swaps, change)
 
 
-def cancel_norms_(model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps) -> None:
+def cancel_norms_(
+    model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps, change: Transaction
+) -> None:
     """Take the scale out of every norm that other norms undo (E7).
 
     With `eps="exact"` these divide their epsilon by s², which is exact; with `"ignore"` they are
     left as they are, which is the paper's form.
     """
-    norms = _Norms(model, plan, swaps)
+    norms = _Norms(model, plan, swaps, change)
     for site in plan.sites:
         if site.scale not in ("partial", "cancelled"):
             continue
@@ -64,7 +98,9 @@ def cancel_norms_(model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps) -> None:
         norm.row_scale = RowScale()
         for reader in scaled:
             hook = ScaleFeatures(norm.row_scale, reader.scaled)
-            swaps.hooks.append(model.get_submodule(reader.path).register_forward_hook(hook))
+            # Before the user's own: they are given what the reader used to return.
+            module = model.get_submodule(reader.path)
+            _hook_(module, "forward", hook, swaps, change, prepend=True)
         for renorm in site.renorms if eps == "exact" else ():
             undoing = norms.linked(renorm.path)
             undoing.undoes, undoing.rows = norm.row_scale, renorm.rows
@@ -77,12 +113,13 @@ class _Norms:
     model: nn.Module
     plan: Plan
     swaps: Swaps
+    change: Transaction
     made: dict[str, FlashLinkedRMSNorm] = field(default_factory=dict)
 
     def linked(self, path: str) -> FlashLinkedRMSNorm:
         if path not in self.made:
             site = next(site for site in self.plan.sites if site.path == path)
-            norm = _swap_(self.model, site, FlashLinkedRMSNorm, self.swaps)
+            norm = _swap_(self.model, site, FlashLinkedRMSNorm, self.swaps, self.change)
             assert norm is not None, f"{path}: check_cancel was not asked"
             self.made[path] = norm
         return self.made[path]
@@ -101,22 +138,49 @@ def check_cancel(model: nn.Module, plan: Plan) -> None:
                     )
 
 
-def _swap_(model: nn.Module, site: Site, kind: type[Norm], swaps: Swaps) -> Norm | None:
+def _swap_(
+    model: nn.Module, site: Site, kind: type[Norm], swaps: Swaps, change: Transaction
+) -> Norm | None:
     old = model.get_submodule(site.path)
     if not can_swap(old, site):
         return None
     new = _norm(old, site, kind).train(old.training)
+    _share_hooks_(old, new)
     for owner in model.modules():
         for attribute, child in list(owner._modules.items()):
             if child is old:
-                swaps.modules.append((owner, attribute, old))
-                setattr(owner, attribute, new)
+                swaps.modules.append(Swap(owner, attribute, old, new))
+                change.item(owner._modules, attribute, new)
     return new
 
 
+def _share_hooks_(old: nn.Module, new: nn.Module) -> None:
+    """The very dicts, so that hooks go on running and their handles still remove them."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def can_swap(old: nn.Module, site: Site) -> bool:
-    """Whether ours can hold what the module holds."""
-    if not set(_names(old)) <= {"weight", "bias"} or site.eps is None:
+    """Whether ours can hold what the module holds: the gain as `weight`, the bias as `bias`."""
+    has = set(_names(old))
+    absent = set(old.absent) if isinstance(old, FlashRMSNorm) else set()  # already one, or zero
+    roles = {"weight": site.weight.parameter if site.weight else "", "bias": site.shift}
+    used = {name for name, parameter in roles.items() if parameter}
+    if not has <= used <= has | absent or site.eps is None:
+        return False
+    if any(roles[name].rpartition(".")[2] != name for name in used):
         return False
     return site.weight is None or site.weight.scale == 1.0
 
@@ -138,10 +202,19 @@ def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     return kind(site.width, site.eps, absent=absent, **kept)
 
 
-def _hook_(module: nn.Module, entry: Entry) -> RemovableHandle:
-    if entry.received:
-        return module.register_forward_pre_hook(_centre_first)
-    return module.register_forward_hook(_centre_output)
+def _hook_(
+    module: nn.Module,
+    kind: Literal["forward", "forward_pre"],
+    hook: Callable[..., Any],
+    swaps: Swaps,
+    change: Transaction,
+    *,
+    prepend: bool = False,
+) -> None:
+    with uninterrupted():
+        handle = getattr(module, f"register_{kind}_hook")(hook, prepend=prepend)
+        change.step(handle.remove)
+        swaps.hooks.append(handle)
 
 
 def _centre_first(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from flashnorm.kernels.library import load
 MEMORY, WEIGHTS = ("read", "memory"), ("read", "weights")  # beside (kind, variant)
 
 Found = tuple[list[Row], list[Failure]]
+Progress = Callable[[str], None]
 
 
 def decode(
@@ -34,6 +35,7 @@ def decode(
     rounds: int,
     token_bytes: int,
     cache: int,
+    progress: Progress = lambda said: None,
 ) -> tuple[list[Row], list[Failure], Bandwidth | None]:
     """Time per token of every variant, both ways, and the bandwidth in the same rounds."""
     runs: dict[tuple[str, str], Callable[[], float]] = {}
@@ -43,7 +45,7 @@ def decode(
     if not isinstance(library := load(), str):
         runs[MEMORY] = memory_reader(library, cache)
         runs[WEIGHTS] = weights_reader(library, token_bytes)
-    timings, errors = interleaved(runs, rounds)
+    timings, errors = interleaved(runs, rounds, progress=progress)
     bandwidth = _bandwidth(timings)
     rows = [
         _decode_row(kind, variant.name, timings, token_bytes, bandwidth)
@@ -85,10 +87,15 @@ def _decode_row(
     )
 
 
-def prefill(variants: Sequence[Variant], ids: Tensor, rounds: int) -> Found:
+def prefill(
+    variants: Sequence[Variant],
+    ids: Tensor,
+    rounds: int,
+    progress: Progress = lambda said: None,
+) -> Found:
     """Time of one pass over `ids` [T] that fills a cache, for every variant."""
     runs = {each.name: stopwatch(partial(each.prefill, ids)) for each in variants}
-    timings, errors = interleaved(runs, rounds)
+    timings, errors = interleaved(runs, rounds, progress=progress)
     eager = timings.get(EAGER)
     rows = [
         Row(PREFILL, len(ids), name, timing, _speedup(eager, timing))

@@ -88,8 +88,7 @@ class _Bench:
     """The variants of one model in one dtype, and what became of them."""
 
     def __init__(self, settings: Settings, dtype: str, progress: Progress) -> None:
-        self.settings, self.dtype = settings, dtype
-        self.progress = lambda step: progress(f"{dtype}: {step}")
+        self.settings, self.dtype, self.tell, self.done = settings, dtype, progress, 0
         self.failures: list[Failure] = []
         self.progress("loading")
         self.model: nn.Module = open_model(settings.source, dtype)
@@ -106,6 +105,18 @@ class _Bench:
         for count in settings.prefill:
             if count > room:
                 self._fail(EAGER, f"prefill of {count}", f"the model takes {room} tokens")
+
+    def progress(self, step: str) -> None:
+        """Say which step begins, and which of how many it is at most."""
+        self.done += 1
+        count = 2 + len(self.settings.variants) + len(self.settings.prefill)
+        count += len(self.settings.variants) if self.settings.memory else 0
+        self.step = f"{self.dtype}: step {self.done} of {count}: {step}"
+        self.tell(self.step)
+
+    def within(self, how_far: str) -> None:
+        """Say how far the step is."""
+        self.tell(f"{self.step} | {how_far}")
 
     def run(self) -> Measured:
         checks = self._checked()
@@ -165,11 +176,12 @@ class _Bench:
             settings.rounds,
             token_bytes(self.model),
             settings.cache,
+            self.within,
         )
         self.failures += failures
         for count in self.lengths:
             self.progress(f"prefill of {count}")
-            found, failures = prefill(self.variants, self.ids[:count], settings.rounds)
+            found, failures = prefill(self.variants, self.ids[:count], settings.rounds, self.within)
             rows += found
             self.failures += failures
         return rows, bandwidth

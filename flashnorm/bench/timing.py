@@ -21,18 +21,22 @@ def interleaved(
     rounds: int,
     budget: float = BUDGET,
     settle: float = SETTLE,
+    progress: Callable[[str], None] = lambda said: None,
 ) -> tuple[dict[Key, Timing], dict[Key, str]]:
     """The timings of all `runs`, which return seconds, and why those that raised have none.
 
     Every round calls each of them once, beginning with another one each time. A first round warms
     up and is not counted. There are fewer than `rounds` where these would take over `budget`.
-    Before each run there are `settle` seconds of rest, which nothing on a GPU needs.
+    Before each run there are `settle` seconds of rest, which nothing on a GPU needs. `progress` is
+    told which of them runs, and about how long the rest will take.
     """
     left, errors = dict(runs), dict[Key, str]()
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
     start = time.perf_counter()
     for number in range(rounds + 1):
+        ahead = _ahead(number, rounds, time.perf_counter() - start, budget)
         for key in _turned(list(left), number):
+            progress(f"{_words(key)}, {ahead}")
             time.sleep(settle)
             try:
                 took = left[key]()
@@ -45,6 +49,20 @@ def interleaved(
         if number >= FEWEST and time.perf_counter() - start > budget:
             break
     return {key: Timing(tuple(seconds[key])) for key in left}, errors
+
+
+def _words(key: Hashable) -> str:
+    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def _ahead(number: int, rounds: int, took: float, budget: float) -> str:
+    """Which round this is, and what is left by the pace so far: the first one only warms up."""
+    if not number:
+        return "warming up"
+    pace = took / number
+    last = max(FEWEST, min(rounds, int(budget / pace) if pace else rounds))
+    left = pace * (min(rounds, last) + 1 - number)
+    return f"round {number} of {rounds}, about {left:.0f} s left"
 
 
 def _turned(keys: list[Key], by: int) -> list[Key]:

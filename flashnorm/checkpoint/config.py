@@ -10,6 +10,10 @@ from flashnorm.errors import CheckpointError, QuantizedError
 from flashnorm.marker import folded_by, marker
 from flashnorm.plan import Plan
 
+STRICT_NOTE = (
+    "transformers loads it and begins them at what changes nothing. llama.cpp converts it, but "
+    "does not load the result, and vLLM and SGLang refuse it; for those fold without strict"
+)
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
 
@@ -64,6 +68,8 @@ def folded_config(
         _untie(config)
     mark = marker(plan, "strict" if strict else "compat", source)
     mark["flashnorm"]["fold_dtype"] = fold_dtype
+    if strict:
+        mark["flashnorm"]["left_out"] = STRICT_NOTE
     return config | mark
 
 

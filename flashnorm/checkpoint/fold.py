@@ -17,7 +17,12 @@ import torch
 
 import flashnorm
 from flashnorm.algebra import subnormal_warning
-from flashnorm.checkpoint.config import check_not_folded, check_not_quantized, folded_config
+from flashnorm.checkpoint.config import (
+    STRICT_NOTE,
+    check_not_folded,
+    check_not_quantized,
+    folded_config,
+)
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
@@ -25,6 +30,7 @@ from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
 from flashnorm.checkpoint.stream import check_twins, write_shard
 from flashnorm.checkpoint.values import Values
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
+from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
@@ -51,12 +57,13 @@ def fold_checkpoint(
     `src` is a directory with config.json and safetensors, or a GGUF file, which transformers first
     dequantizes. Every shard is read and written once, block by block; what does not change is
     copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
-    the value where they are one (compat), or removed with `strict=True`. `untie=True` gives a tied
-    head a copy of its own, so that the final gain folds too; `centre=True` centres what LayerNorms
-    read (E3), so that an engine may run them as RMSNorms. Both are asked of `flashnorm.inspect`,
-    with the `example_inputs`; where a `plan` is given, it decides. A norm's bias goes into its
-    readers' (E2) or stays as β/g (E13). `progress` is called with (bytes done, bytes in total,
-    shard name).
+    the value where they are one (compat), which every engine reads, or removed with `strict=True`,
+    which only transformers reads: a warning says so, and the marker in config.json. `untie=True`
+    gives a tied head a copy of its own, so that the final gain folds too; `centre=True` centres
+    what LayerNorms read (E3), so that an engine may run them as RMSNorms. Both are asked of
+    `flashnorm.inspect`, with the `example_inputs`; where a `plan` is given, it decides. A norm's
+    bias goes into its readers' (E2) or stays as β/g (E13). `progress` is called with (bytes done,
+    bytes in total, shard name).
 
     Where nothing folds, `dst` is a copy of `src` without a marker, and a warning says so.
 
@@ -115,6 +122,7 @@ def _fold(
             work.write_json(file, value)
         work.publish()
     _warn(plan, values, lost)
+    _warn_of_readers(layout, path, copies)
     return plan
 
 
@@ -217,3 +225,14 @@ def _warn(plan: Plan, values: Values, lost: int) -> None:
         )
     if lost:
         warnings.warn(subnormal_warning(lost), stacklevel=4)
+
+
+def _warn_of_readers(layout: Layout, source: Path, copies: tuple[str, ...]) -> None:
+    """Say who cannot read what was written, and which files were no good before."""
+    if removed := sorted(layout.changes.removed):
+        warnings.warn(
+            f"{len(removed)} folded tensors are left out, the first is {removed[0]}: {STRICT_NOTE}",
+            stacklevel=4,
+        )
+    if damaged := next(filter(None, (why_damaged(source / file) for file in copies)), ""):
+        warnings.warn(f"copied as it was: {damaged}", stacklevel=4)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 from flashnorm.loading import dequantize_gguf
 
@@ -58,6 +59,8 @@ def _is_complete(directory: Path, stamp: str) -> bool:
 
 def _check_space(file: Path, directory: Path) -> None:
     """Room for the dequantized tensors and once more for the folded ones."""
+    if damaged := why_damaged(file):
+        raise CheckpointError(damaged)
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from flashnorm.content import AGAIN, why_damaged
 from flashnorm.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -86,7 +87,7 @@ def read_header(path: Path) -> Header:
     if size < header.file_bytes:
         raise CheckpointError(
             f"{path.name} is truncated: its header claims {header.file_bytes} bytes, the file has "
-            f"{size}; fetch it again"
+            f"{size}; {AGAIN}"
         )
     if size > header.file_bytes:
         raise CheckpointError(
@@ -113,7 +114,11 @@ def build_header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> H
 def _read_raw(path: Path) -> bytes:
     size = os.path.getsize(path)
     if size < 8:
-        raise CheckpointError(f"{path.name} is truncated: {size} bytes hold no safetensors header")
+        raise CheckpointError(
+            f"{path.name} is truncated: {size} bytes hold no safetensors header; {AGAIN}"
+        )
+    if damaged := why_damaged(path):
+        raise CheckpointError(damaged)
     with open(path, "rb") as file:
         prefix = file.read(8)
         (length,) = struct.unpack("<Q", prefix)
@@ -125,7 +130,7 @@ def _read_raw(path: Path) -> bytes:
         if length > size - 8:
             raise CheckpointError(
                 f"{path.name} is truncated: the header claims a length of {length} bytes, the "
-                f"file has {size}"
+                f"file has {size}; {AGAIN}"
             )
         return prefix + file.read(length)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.checkpoint.header import Entry, Header, read_header
+from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -62,7 +63,8 @@ def read_object(file: Path, what: str = "checkpoint") -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}: not a {what}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
+        found = why_damaged(file) or f"{file.name} is not valid JSON: {error}"
+        raise CheckpointError(found) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.name} is not a JSON object")
     return value
@@ -93,7 +95,10 @@ def _read_index(path: Path) -> dict[str, Any] | None:
 
 
 def _refuse_without_weights(path: Path) -> None:
-    if any(file.suffix in PICKLE_SUFFIXES for file in path.iterdir()):
+    pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if damaged := next(filter(None, map(why_damaged, pickles)), ""):
+        raise CheckpointError(damaged)
+    if pickles:
         raise CheckpointError(
             f"{path.name} holds its weights as pickle files only, which flashnorm does not open; "
             "convert it first: load it with transformers' from_pretrained and write it with "

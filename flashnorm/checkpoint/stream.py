@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flashnorm.checkpoint.blocks import Block, shard_blocks
 from flashnorm.checkpoint.layout import Layout, Shard
@@ -20,7 +19,8 @@ from flashnorm.checkpoint.rawio import (
     write_exact,
 )
 from flashnorm.checkpoint.source import Source
-from flashnorm.checkpoint.values import Values, load_tensor
+from flashnorm.checkpoint.twins import UNEQUAL, same_bytes, unequal_twins
+from flashnorm.checkpoint.values import Values
 from flashnorm.errors import CheckpointError
 
 WORKERS = min(4, os.cpu_count() or 1)
@@ -31,19 +31,13 @@ Report = Callable[[int], None]
 
 
 def check_twins(source: Source, layout: Layout) -> None:
-    """Raise CheckpointError unless tensors that the plan takes for one hold the same bytes."""
+    """Raise CheckpointError unless tensors that the plan, or the config, takes for one weight hold
+    the same bytes."""
     for new, old in layout.changes.twins:
-        first, second = (load_tensor(source, source.where[name]) for name in (new, old))
-        if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
-            raise CheckpointError(
-                f"the plan copies {new} from {old}, to which config.json ties it, but the "
-                "checkpoint holds both and they differ; set tie_word_embeddings to false, or "
-                "remove the one that is not meant"
-            )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+        if not same_bytes(source, new, old):
+            raise CheckpointError(UNEQUAL.format(new, old))
+    if why := unequal_twins(source, layout.changes.mapped):
+        raise CheckpointError(why)
 
 
 def write_shard(source: Path, target: Path, shard: Shard, values: Values, report: Report) -> int:

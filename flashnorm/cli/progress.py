@@ -1,9 +1,12 @@
-"""Progress on stderr, where a person is looking."""
+"""Progress on stderr: a moving line on a terminal, and whole lines for a file or a pipe."""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.progress import (
     BarColumn,
@@ -21,6 +24,10 @@ from rich.progress import (
 from flashnorm.cli.boundary import stderr_console
 
 Report = Callable[[int, int | None, str], None]
+
+# Where stderr is no terminal: seconds until a command says what it does, if it takes that long, the
+# same for one that is known to be long, and seconds between two lines.
+QUIET, SOON, PATIENCE = 30.0, 1.0, 10.0
 
 
 @contextmanager
@@ -47,21 +54,74 @@ def waiting(words: str) -> Iterator[None]:
 
 @contextmanager
 def named_steps(first: str) -> Iterator[Callable[[str], None]]:
-    """A spinner that names what is done now, where nobody knows how many steps there are."""
-    with _bar(first, TimeElapsedColumn()) as report:
+    """A spinner that names what is done now, where nobody knows how many steps there are.
+
+    Such work is long: without a terminal there is a line for each step as it begins. What stands
+    behind " | " in a name is how far the step is.
+    """
+    with _bar(first, TimeElapsedColumn(), soon=SOON) as report:
         yield lambda name: report(0, None, name)
 
 
 @contextmanager
-def _bar(first: str, *columns: ProgressColumn) -> Iterator[Report]:
+def _bar(first: str, *columns: ProgressColumn, soon: float = QUIET) -> Iterator[Report]:
     console = stderr_console()
+    if not console.is_terminal:
+        with _lines(first, soon) as report:
+            yield report
+        return
     words = TextColumn("{task.description}", markup=False)
-    bar = Progress(
-        SpinnerColumn(), words, *columns, console=console, transient=True,
-        disable=not console.is_terminal,
-    )  # fmt: skip
+    bar = Progress(SpinnerColumn(), words, *columns, console=console, transient=True)
     with bar:
         task = bar.add_task(first, total=None)
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name
         )
+
+
+@contextmanager
+def _lines(first: str, soon: float) -> Iterator[Report]:
+    """Lines for a reader that is no terminal: work that is done within `soon` seconds says nothing.
+
+    Where that is `SOON` every new step is a line as well.
+    """
+    lines, done = _Lines(first, soon), threading.Event()
+    ticker = threading.Thread(target=lines.tick, args=(done,), daemon=True)
+    ticker.start()
+    try:
+        yield lines.report
+    finally:
+        done.set()
+        ticker.join()
+
+
+class _Lines:
+    """What is done now, written by whoever notices first that it is time for a line."""
+
+    def __init__(self, first: str, soon: float) -> None:
+        self.now, self.written, self.every_step = first, "", soon == SOON
+        self.start = time.monotonic()
+        self.due = self.start + soon
+        self.out, self.lock = sys.stderr, threading.Lock()
+
+    def report(self, done: int, total: int | None, name: str) -> None:
+        share = f" | {done / total:.0%}" if total else ""
+        self.now = name + share
+        late = time.monotonic() >= self.start + SOON
+        self._write(self.every_step and late and _step(self.now) != _step(self.written))
+
+    def tick(self, done: threading.Event) -> None:
+        while not done.wait(max(0.05, self.due - time.monotonic())):
+            self._write()
+
+    def _write(self, at_once: bool = False) -> None:
+        with self.lock:
+            if at_once or time.monotonic() >= self.due:
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    self.out.write(f"{time.monotonic() - self.start:4.0f} s  {self.now}\n")
+                    self.out.flush()
+                self.written, self.due = self.now, time.monotonic() + PATIENCE
+
+
+def _step(name: str) -> str:
+    return name.partition(" | ")[0]

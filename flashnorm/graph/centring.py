@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Graph
+from flashnorm.graph.nouns import Call, Graph
 from flashnorm.graph.sites import same_as
 from flashnorm.graph.streams import Streams, Tags, find_streams
 from flashnorm.plan import Centring, Entry, Plan, Site
@@ -130,16 +130,31 @@ def _candidates(streams: Streams, layers: Sequence[Sequence[int]]) -> list[Entry
 
 def _entries(flow: Flow, index: int) -> Iterator[Entry]:
     graph, source = flow.graph, same_as(flow.graph, flow.visits[index].source)
-    readers = [node for node in graph.nodes if source in {same_as(graph, v) for v in node.inputs}]
-    paths = [node.path for node in readers]
     for call in graph.calls.values():
-        within = [path == call.path or path.startswith(f"{call.path}.") for path in paths]
-        if source in call.returned[:1] and not any(within):
+        alike = [other for other in graph.calls.values() if other.path == call.path]
+        if source in call.returned[:1] and _only(graph, alike, "returned", within=False):
             yield Entry(call.path)
             return
-        if source in call.received[:1] and all(within):
+        if source in call.received[:1] and _only(graph, alike, "received", within=True):
             yield Entry(call.path, received=True)
             return
+
+
+def _only(graph: Graph, calls: Sequence[Call], what: str, *, within: bool) -> bool:
+    """Whether what each call of a module returned is read only outside of it, or what it received
+    only inside: a hook changes it for the others alone, or for the module alone."""
+    values = [getattr(call, what)[:1] for call in calls]
+    return all(values) and all(
+        inside == within
+        for call, (value,) in zip(calls, values, strict=True)
+        for inside in _read_within(graph, same_as(graph, value), call.path)
+    )
+
+
+def _read_within(graph: Graph, source: int, path: str) -> list[bool]:
+    """For every reading of a value whether it is within the module at `path`."""
+    readers = [node for node in graph.nodes if source in {same_as(graph, v) for v in node.inputs}]
+    return [node.path == path or node.path.startswith(f"{path}.") for node in readers]
 
 
 def _values(graph: Graph, entries: Sequence[Entry]) -> dict[int, Entry]:

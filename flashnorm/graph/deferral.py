@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashnorm.graph.flow import Flow
 from flashnorm.graph.modules import is_replaceable
-from flashnorm.graph.scales import ReaderUse, Renormed, Scales, find_scales
+from flashnorm.graph.scales import BIASED, ReaderUse, Renormed, Scales, find_scales
 from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
 
 SCALED = ("rms", "layer")
@@ -35,7 +35,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     if not outputs:
         return plan
     scales = find_scales(flow, outputs)
-    _refuse_shared_renorms(scales)
+    _refuse_shared_renorms(scales, flow)
     undone = _undone(scales)
     sites = tuple(
         _site(scales, site, nodes, undone) if site.kind in SCALED else site
@@ -44,7 +44,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     return replace(plan, sites=sites)
 
 
-def _refuse_shared_renorms(scales: Scales) -> None:
+def _refuse_shared_renorms(scales: Scales, flow: Flow) -> None:
     """A norm undoes the scale of one other norm whenever it runs; else it reads it scaled."""
     graph, visits = scales.graph, scales.flow.visits
     by_path: dict[str, list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ def _refuse_shared_renorms(scales: Scales) -> None:
         paths = {graph.calls[visits[i].node.call].path for i in indices}
         same = {owners.get(i, frozenset()) for i in indices}
         one_owner = len(same) == 1 and len(next(iter(same))) == 1
-        if not (is_replaceable(scales.flow, visit) and one_owner and len(paths) == 1):
+        if not (is_replaceable(flow, visit) and one_owner and len(paths) == 1):
             _need_all(scales, renormed)
 
 
@@ -81,10 +81,11 @@ def _site(
     uses = [use for use in scales.readers if use.norm in nodes]
     if reason or not uses:
         return replace(site, scale_reason=reason or UNREAD)
-    groups: dict[tuple[str, str], list[ReaderUse]] = defaultdict(list)
+    # One for every width: a weight may be read in parts.
+    groups: dict[tuple[str, str, int], list[ReaderUse]] = defaultdict(list)
     for use in uses:
-        groups[use.parameter, use.path].append(use)
-    readers = tuple(_reader(name, path, group) for (name, path), group in groups.items())
+        groups[use.parameter, use.path, use.features].append(use)
+    readers = tuple(_reader(name, path, group) for (name, path, _), group in groups.items())
     undone = [renormed for index in nodes for renormed in undone_by.get(index, ())]
     renorms = tuple(
         Renorm(path, max((r.rows for r in undone if _path(scales, r) == path), key=len))
@@ -131,7 +132,10 @@ def _state(
     if all(reader.place == "nowhere" for reader in readers):
         return "cancelled", ""
     latent = [r for r in undone if any(use.norm == r.index for use in scales.readers)]
-    executable = all(reader.path for reader in readers if reader.place != "nowhere")
+    # A module's output is scaled as a whole, and a bias in it must not be.
+    executable = all(reader.path for reader in readers if reader.place != "nowhere") and not any(
+        use.reason == BIASED for use in uses
+    )
     if latent and executable:
         return "partial", reason
     return "deferred", reason

@@ -54,6 +54,14 @@ class GainUse:
     value: int
 
 
+@dataclass(frozen=True)
+class EarlyGain:
+    """A gain `value` that is part of a norm's product before the product is whole."""
+
+    visit: Visit
+    value: int
+
+
 @dataclass
 class Flow:
     """What is known after following every gain through a graph."""
@@ -65,15 +73,22 @@ class Flow:
     # What was seen of every parameter where something was computed with it.
     reads: dict[str, list[ParamView]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[str, str] = field(default_factory=dict)
-    # The biases that norms add after each gain, and the values that are such a sum, only moved.
+    # The biases that norms add after each gain, the values that are such a sum, only moved, and
+    # those that are made of one in whatever way.
     shifts: dict[str, list[ShiftUse]] = field(default_factory=lambda: defaultdict(list))
     sums: set[int] = field(default_factory=set)
+    biased: set[int] = field(default_factory=set)
     touched: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     # The label of each gain's first element, in increasing order.
     bases: dict[str, int] = field(default_factory=dict)
     labels: dict[int, Tensor] = field(default_factory=dict)
     views: dict[int, ParamView] = field(default_factory=dict)
     pending: dict[int, list[Visit]] = field(default_factory=dict)
+    # The gains that are multiplied with a part of a norm, by node; the nodes from there to its
+    # output; and why what a norm is multiplied by is no gain that can be moved.
+    early: dict[int, list[EarlyGain]] = field(default_factory=lambda: defaultdict(list))
+    passing: dict[int, list[Visit]] = field(default_factory=lambda: defaultdict(list))
+    odd: dict[int, str] = field(default_factory=dict)
     zeros: set[int] = field(default_factory=set)
     roots: list[frozenset[str] | None] = field(default_factory=list)
 
@@ -82,13 +97,14 @@ class Flow:
         for name in self.gains_in(label):
             self.refused.setdefault(name, reason)
 
-    def add_shift(self, label: Tensor, bias: int, node: Node) -> None:
-        """Note a norm's bias that is added to values with this label; refuse what is not one."""
+    def add_shift(self, label: Tensor, bias: int, node: Node, again: bool = False) -> None:
+        """Note a norm's bias that is added to values with this label; refuse what is not one, and
+        one that is added to a sum with another (`again`)."""
         gains = self.gains_in(label)
         view = self.views.get(bias)
         elements = view.elements() if view is not None and view.relation == SAME else None
         for gain in gains:
-            names = ", ".join(sorted(self.roots[bias] or ()))
+            names = ", ".join(sorted(self.roots[bias] or ())) or "a tensor that is no parameter"
             if (
                 view is None
                 or elements is None
@@ -97,8 +113,16 @@ class Flow:
                 reason = f"{names} is added to it otherwise than feature by feature ({node.where})"
                 self.refused.setdefault(gain, reason)
                 continue
+            if again:
+                reason = f"several biases are added to it, one after the other ({node.where})"
+                self.refused.setdefault(gain, reason)
+                continue
             self.shifts[gain].append(ShiftUse(view.name, node))
             self.sums.update(node.outputs[:1])
+            self.biased.update(node.outputs[:1])
+
+    def uses_of(self, visit: Visit) -> list[GainUse]:
+        return [use for use in self.gains if use.visit is visit]
 
     def gains_in(self, label: Tensor) -> list[str]:
         """The gain parameters that a label names."""

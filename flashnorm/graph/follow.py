@@ -7,17 +7,20 @@ operation with no rule refuses the gains that reach it, so that what is not unde
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashnorm.graph import params
 from flashnorm.graph.contractions import CONTRACTIONS, record_uses
-from flashnorm.graph.flow import Blocked, Flow, GainUse, Use
+from flashnorm.graph.expand import expanded
+from flashnorm.graph.factors import SAME, operation
+from flashnorm.graph.flow import Blocked, EarlyGain, Flow, GainUse, Use
 from flashnorm.graph.labels import FREE, NONE, without_repeats
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import ParamView
 from flashnorm.graph.rules import RULES
-from flashnorm.graph.sites import SAME, Visit, find_visits
+from flashnorm.graph.sites import Visit, find_visits
 
 # More elements than any norm's gain has: what multiplies by more is not a gain.
 _LARGEST_GAIN = 1 << 22
@@ -26,17 +29,20 @@ CARRYING = CASTS | RESHAPES | MOVES
 # A sum `z·g + β` stays one when it is only moved; anything else would have to move β as well.
 _MOVING = CARRYING | {"cat", "stack", "index", "index_select"}
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty"})
+ONE_NUMBER = "its gain {} is one number, which stays where it is"
 _FILLS = frozenset({"full", "full_like", "new_full", "fill"})
 
 
 def follow(graph: Graph) -> Flow:
     """Find the norms of a graph and follow every gain to all of its readers."""
+    graph = expanded(graph)
     flow = Flow(graph, visits=find_visits(graph))
     _seed(flow)
     for index, node in enumerate(graph.nodes):
         _follow_constants(flow, node)
+        _drop_labels(flow, index, node)
         _follow_labels(flow, node)
-        _follow_parameters(flow, node)
+        _follow_parameters(flow, index, node)
         _follow_norm(flow, node, flow.visits.get(index))
     for value in graph.outputs:
         if value in flow.labels:
@@ -46,11 +52,34 @@ def follow(graph: Graph) -> Flow:
 
 
 def _seed(flow: Flow) -> None:
+    for visit in flow.visits.values():
+        _expect(flow, visit)
     for number, value in enumerate(flow.graph.values):
         known = {"input": None, "parameter": frozenset({value.parameter})}
         flow.roots.append(known.get(value.origin, frozenset()))
         if value.origin == "parameter":
             flow.views[number] = ParamView.of(value.parameter, value.shape)
+
+
+def _expect(flow: Flow, visit: Visit) -> None:
+    """Where to start the gain that is part of a norm's product, if there is just one."""
+    if len(large := [(at, value) for at, value in visit.early if not _is_number(flow, value)]) == 1:
+        at, value = large[0]
+        flow.early[at].append(EarlyGain(visit, value))
+        for index in visit.passing:
+            flow.passing[index].append(visit)
+
+
+def _drop_labels(flow: Flow, index: int, node: Node) -> None:
+    """Within a norm only the gain that is part of it goes on; what x carries ends here."""
+    if not (visits := flow.passing.get(index)):
+        return
+    own = {use.parameter for visit in visits for use in flow.uses_of(visit)}
+    for value in node.inputs:
+        label = flow.labels.get(value)
+        if label is not None and not own & set(flow.gains_in(label)):
+            flow.refuse(label, f"its output is normalized again ({node.where})")
+            del flow.labels[value]
 
 
 def _follow_constants(flow: Flow, node: Node) -> None:
@@ -100,6 +129,8 @@ def _follow_labels(flow: Flow, node: Node) -> None:
             flow.zeros.add(out)
         elif label is not None and bool((without_repeats(label) > NONE).any()):
             flow.labels[out] = label
+            if any(value in flow.biased for value in labelled):
+                flow.biased.add(out)
             if node.op in _MOVING and all(value in flow.sums for value in labelled):
                 flow.sums.add(out)
 
@@ -117,7 +148,7 @@ def _refuse_all(flow: Flow, values: list[int], reason: str) -> None:
         flow.refuse(flow.labels[value], reason)
 
 
-def _follow_parameters(flow: Flow, node: Node) -> None:
+def _follow_parameters(flow: Flow, index: int, node: Node) -> None:
     """Pass parameter views on; note every other reading of a parameter."""
     if not any(value in flow.views for value in node.inputs):
         return
@@ -125,26 +156,47 @@ def _follow_parameters(flow: Flow, node: Node) -> None:
     if derived is not None:
         flow.views.update(zip(node.outputs, derived, strict=False))
         return
-    for value in node.inputs:
+    # What had no rows was not computed: an expert that no token was sent to.
+    idle = any(0 in flow.graph.values[out].shape for out in node.outputs)
+    for value in () if idle else node.inputs:
         if value in flow.views:
             flow.reads[flow.views[value].name].append(flow.views[value])
     if node.op in CONTRACTIONS:
         record_uses(flow, node)
-    elif not _is_gain_use(flow, node):
+    elif not _is_early_gain(flow, index, node) and not _is_gain_use(flow, node):
         for value in node.inputs:
             if value in flow.views:
                 flow.uses[flow.views[value].name].append(Use(node, other=True))
 
 
+def _is_early_gain(flow: Flow, index: int, node: Node) -> bool:
+    """Whether this multiplies a part of a norm by its gain; if so, its labels start there."""
+    for early in flow.early.get(index, ()):
+        view = flow.views.get(early.value)
+        multiplies = operation(node) == "mul" or node.inputs[0] == early.value
+        if view is not None and multiplies:
+            return _start(flow, node, [early.visit], view, early.value)
+    return False
+
+
 def _is_gain_use(flow: Flow, node: Node) -> bool:
     """Whether this multiplies a norm's output by a gain; if so, start the gain's labels there."""
-    if node.op != "mul" or len(node.inputs) != 2:
+    if operation(node) != "mul" or len(node.inputs) != 2:
         return False
     for x, factor in (node.inputs, node.inputs[::-1]):
         view = flow.views.get(factor)
         if x in flow.pending and view is not None and 1 < view.numel <= _LARGEST_GAIN:
-            return _start(flow, node, flow.pending[x], view, factor)
+            visits = [v for v in flow.pending[x] if _may_have(flow, v, factor)]
+            return bool(visits) and _start(flow, node, visits, view, factor)
     return False
+
+
+def _may_have(flow: Flow, visit: Visit, gain: int) -> bool:
+    """Shares of a whole, such as the weights of experts, are often scaled by what an index picked;
+    a norm's gain has an element of its own for each feature."""
+    view = flow.views.get(gain)
+    elements = view.elements() if view is not None else None
+    return visit.kind != "other" or elements is None or bool((elements != elements[..., :1]).any())
 
 
 def _start(flow: Flow, node: Node, visits: list[Visit], view: ParamView, factor: int) -> bool:
@@ -166,31 +218,85 @@ def _start(flow: Flow, node: Node, visits: list[Visit], view: ParamView, factor:
 def _follow_norm(flow: Flow, node: Node, visit: Visit | None) -> None:
     """Start norms, and carry a norm's output to its gain through casts, views and other factors."""
     if visit is not None:
-        flow.labels.pop(visit.output, None)
-        if visit.gain is not None:
-            _start_fused(flow, node, visit)
-        else:
-            flow.pending[visit.output] = [visit]
+        _begin(flow, node, visit)
         return
     out = node.outputs[0] if node.outputs else None
     if out is None or out in flow.labels:
         return
     waiting = [v for v in node.inputs if v in flow.pending]
-    if len(waiting) == 1 and (node.op in CARRYING or _is_other_factor(flow, node, waiting[0])):
-        flow.pending[out] = flow.pending[waiting[0]]
+    if len(waiting) != 1:
+        return
+    visits = flow.pending[waiting[0]]
+    if operation(node) in ("mul", "div"):
+        _note_odd(flow, node, visits, waiting[0])
+    if node.op in CARRYING or _is_other_term(flow, node, waiting[0]):
+        flow.pending[out] = visits
 
 
-def _is_other_factor(flow: Flow, node: Node, x: int) -> bool:
-    """A product with, or a quotient by, something that is no parameter: a gate, a number."""
-    if node.op not in ("mul", "div") or (node.inputs[0] != x and node.op == "div"):
+def _begin(flow: Flow, node: Node, visit: Visit) -> None:
+    """A norm's output: with its gain where that is part of it, else waiting for one."""
+    if visit.gain is not None:
+        flow.labels.pop(visit.output, None)
+        _start_fused(flow, node, visit)
+        return
+    if flow.uses_of(visit) and visit.output in flow.labels:
+        return
+    flow.labels.pop(visit.output, None)
+    if any(not _is_number(flow, value) for _, value in visit.early):
+        names = _names(flow, [value for _, value in visit.early])
+        flow.odd[id(visit)] = f"its gain is made of {names} in a way that cannot be followed"
+        return
+    if visit.early:
+        names = _names(flow, [value for _, value in visit.early])
+        flow.odd[id(visit)] = ONE_NUMBER.format(names)
+    flow.pending[visit.output] = [visit]
+
+
+def _note_odd(flow: Flow, node: Node, visits: list[Visit], x: int) -> None:
+    """A norm's output is multiplied by what is made of parameters and is no gain that moves."""
+    others = [v for v in node.inputs if v != x and flow.parameters_in(v)]
+    if not others:
+        return
+    names = _names(flow, others)
+    if _is_number(flow, others[0]):
+        reason = ONE_NUMBER.format(names)
+    elif operation(node) == "div":
+        reason = f"it is divided by its gain {names}, or divides it ({node.where})"
+    else:
+        reason = f"its gain is made of {names} in a way that cannot be followed ({node.where})"
+    for visit in visits:
+        if _may_have(flow, visit, others[0]):
+            flow.odd.setdefault(id(visit), reason)
+
+
+def _names(flow: Flow, values: list[int]) -> str:
+    found = [name for value in values for name in sorted(flow.parameters_in(value) or ())]
+    return ", ".join(dict.fromkeys(found))
+
+
+def _is_number(flow: Flow, value: int) -> bool:
+    return torch.Size(flow.graph.values[value].shape).numel() == 1
+
+
+def _is_other_term(flow: Flow, node: Node, x: int) -> bool:
+    """A product with, or a quotient by, what is no gain: a gate, a number. Also a sum with
+    parameters or constants before the gain: the gain multiplies both."""
+    op, others = operation(node), [v for v in node.inputs if v != x]
+    if op in ("mul", "div") and (op == "mul" or node.inputs[0] == x):
+        return all(not flow.parameters_in(v) or _is_number(flow, v) for v in others)
+    first = bool(node.inputs) and node.inputs[0] == x
+    if op not in ("add", "sub") or (op == "sub" and not first):
         return False
-    return all(other == x or other not in flow.views for other in node.inputs)
+    return all(flow.parameters_in(value) is not None for value in others)
 
 
 def _start_fused(flow: Flow, node: Node, visit: Visit) -> None:
     assert visit.gain is not None
     view = flow.views.get(visit.gain)
     if view is None or not _start(flow, node, [visit], view, visit.gain):
+        names = _names(flow, [visit.gain])
+        if names:
+            flow.odd[id(visit)] = f"its gain is made of {names} in a way that cannot be followed"
         return
     uses = flow.uses[view.name]
     uses[:] = [use for use in uses if use.node is not node]

@@ -1,18 +1,22 @@
 """Which modules are operations that kernels have: linear layers, gated pairs of them, their norms.
 
-By what a module was seen to do in every recorded call, never by its class or name.
+By what a module was seen to do in every recorded call, never by its class or name. A module that
+did anything else beside it (a counter, a check of its values) is none of them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from flashnorm.graph.nouns import Call, Graph, Node
-from flashnorm.graph.sites import same_as
+import torch
 
-TRANSPOSES = frozenset({"t", "transpose"})
+from flashnorm.graph.affine import NOT_ALONE, Normed, Unfit, normed
+from flashnorm.graph.nouns import Call, Graph, Node
+from flashnorm.graph.sites import find_visits, same_as
+from flashnorm.graph.within import Within
+
 SPLITS = frozenset({"split", "split_with_sizes"})
 
 
@@ -50,12 +54,20 @@ class Gated:
 
 @dataclass
 class Fusible:
-    """`readers` maps a module to the linear and gated modules that are always given its output."""
+    """`readers` maps a module to the linear and gated modules that are always given its output.
+
+    `unfit` says why a module with a norm in it is none; `kept` are the dtypes in which a module was
+    called and returned what it was given, `given` the shape of its first argument.
+    """
 
     linears: dict[str, Linear] = field(default_factory=dict)
     turned: dict[str, Linear] = field(default_factory=dict)
     gated: dict[str, Gated] = field(default_factory=dict)
+    norms: dict[str, Normed] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kept: dict[str, frozenset[torch.dtype]] = field(default_factory=dict)
+    given: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def find_fusible(graph: Graph) -> Fusible:
@@ -63,22 +75,52 @@ def find_fusible(graph: Graph) -> Fusible:
     calls: dict[str, list[int]] = defaultdict(list)
     for number, call in graph.calls.items():
         calls[call.path].append(number)
-    found = Fusible()
+    found, within = Fusible(), Within(graph)
     for path, numbers in calls.items():
-        kinds = {_linear(graph, number) for number in numbers}
+        for value in graph.calls[numbers[0]].received[:1]:
+            found.given[path] = graph.values[value].shape
+        found.kept[path] = _kept(graph, [graph.calls[number] for number in numbers])
+        kinds = {_linear(graph, number, within) for number in numbers}
         if len(kinds) == 1 and (made := kinds.pop()):
             linear, turned = made
             (found.turned if turned else found.linears)[path] = linear
     makers = _Makers(graph, found)
     for path, numbers in calls.items():
-        gates = {_gated(makers, number) for number in numbers}
+        gates = {_gated(makers, number, within) for number in numbers}
         if len(gates) == 1 and (gated := gates.pop()):
             found.gated[path] = gated
+    _find_norms(found, graph, calls, within)
     _find_readers(found, graph, calls)
     return found
 
 
-def _linear(graph: Graph, number: int) -> tuple[Linear, bool] | None:
+def _kept(graph: Graph, calls: Sequence[Call]) -> frozenset[torch.dtype]:
+    """The dtypes that were given in a call and returned in every call with them."""
+    given: set[torch.dtype] = set()
+    changed: set[torch.dtype] = set()
+    for call in calls:
+        dtypes = {graph.values[value].dtype for value in call.received}
+        given |= dtypes
+        if {graph.values[value].dtype for value in call.returned} != dtypes:
+            changed |= dtypes
+    return frozenset(given - changed)
+
+
+def _find_norms(found: Fusible, graph: Graph, calls: dict[str, list[int]], within: Within) -> None:
+    visits = find_visits(graph)
+    for path in dict.fromkeys(visit.node.path for visit in visits.values()):
+        try:
+            norms = {normed(graph, number, visits, within) for number in calls[path]}
+        except Unfit as error:
+            found.unfit[path] = str(error)
+            continue
+        if len(norms) == 1:
+            found.norms[path] = norms.pop()
+        else:
+            found.unfit[path] = NOT_ALONE
+
+
+def _linear(graph: Graph, number: int, within: Within) -> tuple[Linear, bool] | None:
     """The layer that a call is, and whether its weight is held as [in, out]."""
     call = graph.calls[number]
     if not _is_simple(call):
@@ -87,9 +129,17 @@ def _linear(graph: Graph, number: int) -> tuple[Linear, bool] | None:
     if node is None or node.call != number or (operands := _product(graph, node)) is None:
         return None
     x, weight, bias, turned = operands
-    if x != same_as(graph, call.received[0]):
+    if x != same_as(graph, call.received[0]) or not within.is_pure(number):
         return None
-    return Linear(call.path, weight, bias), turned
+    widths = graph.values[graph.parameters[weight]].shape
+    return (Linear(call.path, weight, bias), turned) if _fits(graph, call, widths, turned) else None
+
+
+def _fits(graph: Graph, call: Call, widths: Sequence[int], turned: bool) -> bool:
+    """Whether row by row of x makes row by row of the result: none was merged or repeated."""
+    given, made = (graph.values[v].shape for v in (call.received[0], call.returned[0]))
+    width, rows = widths if turned else widths[::-1]
+    return given[:-1] == made[:-1] and given[-1:] == (width,) and made[-1:] == (rows,)
 
 
 def _is_simple(call: Call) -> bool:
@@ -106,7 +156,7 @@ def _product(graph: Graph, node: Node) -> tuple[int, str, str, bool] | None:
     else:
         return None
     transpose = graph.producer(right.value)
-    turned = transpose is None or transpose.op not in TRANSPOSES
+    turned = transpose is None or not _turns(transpose)
     weight = graph.values[right.value if transpose is None or turned else transpose.inputs[0]]
     bias = None if added is None else graph.values[added.value]
     if weight.origin != "parameter" or len(weight.shape) != 2:
@@ -116,6 +166,14 @@ def _product(graph: Graph, node: Node) -> tuple[int, str, str, bool] | None:
     if bias.origin != "parameter" or bias.shape != (weight.shape[1 if turned else 0],):
         return None
     return same_as(graph, x.value), weight.parameter, bias.parameter, turned
+
+
+def _turns(node: Node) -> bool:
+    """Whether an operation exchanges the two axes of a matrix."""
+    if node.op == "transpose":
+        named = node.bound
+        return named["dim0"] % 2 != named["dim1"] % 2
+    return node.op == "t"
 
 
 class _Makers:
@@ -157,12 +215,15 @@ def _part(graph: Graph, node: Node, value: int) -> int | None:
     return None
 
 
-def _gated(makers: _Makers, number: int) -> Gated | None:
+def _gated(makers: _Makers, number: int, within: Within) -> Gated | None:
     graph, call = makers.graph, makers.graph.calls[number]
-    if not _is_simple(call):
+    if not _is_simple(call) or not within.is_pure(number):
         return None
     x, down = same_as(graph, call.received[0]), makers.whole(call.returned[0])
     if down is None or down.path == call.path:
+        return None
+    given, made = (graph.values[v].shape for v in (call.received[0], call.returned[0]))
+    if given[:-1] != made[:-1] or made != graph.values[down.returned[0]].shape:
         return None
     node = graph.producer(same_as(graph, down.received[0]))
     if node is None or node.op != "mul" or len(node.inputs) != 2 or node.call != number:

@@ -6,13 +6,11 @@ float64. An affine gain `offset + scale · p` is read off these; any other funct
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flashnorm.graph.flow import Flow, GainUse
-from flashnorm.graph.nouns import Node, substitute
+from flashnorm.graph.replay import run
 from flashnorm.plan import Gain
 
 
@@ -51,18 +49,7 @@ def _evaluate(flow: Flow, use: GainUse, probe: Tensor) -> Tensor:
             node = flow.graph.producer(number)
             if node is None:
                 raise RuntimeError("it depends on a value of unknown content")
-            known[number] = _run(node, value)[node.outputs.index(number)]
+            known[number] = run(node, value)[node.outputs.index(number)]
         return known[number]
 
     return value(use.value)
-
-
-def _run(node: Node, value: Any) -> list[Tensor]:
-    """Run one operation, with casts to a narrower floating type left out."""
-    kwargs = dict(node.kwargs)
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        kwargs["dtype"] = torch.float64
-    kwargs.pop("device", None)
-    out = node.func(*substitute(node.args, value), **kwargs)
-    return list(out) if isinstance(out, (tuple, list)) else [out]

@@ -2,12 +2,14 @@
 
 Small and generic: token ids, positions and masks where `forward` takes them. A mask that is already
 four-dimensional, and explicit positions, keep the model from asking a fake tensor for its value.
-What a forward wants besides text, or instead of it, comes from `modalities`.
+What a forward wants besides text, or instead of it, comes from `modalities`. Numbers have the
+dtype of the model's own: a convolution takes no others.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from flashnorm.graph.modalities import BATCH, TOKENS, combinations
 
 MOST = 60  # candidates with images, sound or series
+# The dtypes that a forward computes in; the others are formats of stored weights.
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Candidates:
     model: nn.Module
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        dtypes = _dtypes(self.model)
+        for candidate in self._made():
+            if _has_numbers(candidate):
+                yield from (_cast(candidate, dtype) for dtype in dtypes)
+            else:
+                yield candidate
+
+    def _made(self) -> Iterator[dict[str, Any]]:
         needed = _required(self.model)
         texts = _texts(self.model)
         yield from (text for text in texts if needed <= text.keys())
@@ -40,6 +52,31 @@ class Candidates:
         if isinstance(dummies, Mapping):
             yield dict(dummies)
         yield from (text for text in texts if not needed <= text.keys())
+
+
+def _dtypes(model: nn.Module) -> list[torch.dtype]:
+    """What numbers may have to be, for the parameters that they meet: the dtype of most first."""
+    found: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.dtype in COMPUTED:
+            found[parameter.dtype] += parameter.numel()
+    return [dtype for dtype, _ in found.most_common()] or [torch.float32]
+
+
+def _has_numbers(candidate: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in candidate.values())
+
+
+def _cast(candidate: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same inputs with their numbers in `dtype`. What hides a position stays finite."""
+    limits = torch.finfo(dtype)
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.double().clamp(limits.min, limits.max).to(dtype)
+
+    return {name: cast(value) for name, value in candidate.items()}
 
 
 def example_inputs(model: nn.Module) -> Candidates:
@@ -78,7 +115,7 @@ def decode_inputs(inputs: Any, output: Any, model: nn.Module) -> Iterator[dict[s
     for name in ("past_key_values", "cache_params", "state"):
         cache = output.get(name) if isinstance(output, Mapping) else None
         if cache is not None and isinstance(inputs, Mapping) and _tokens(inputs) is not None:
-            yield from _steps(inputs, name, cache, output, _accepted(model))
+            yield from _steps(inputs, name, cache, output, model)
             return
 
 
@@ -87,9 +124,9 @@ def _steps(
     name: str,
     cache: Any,
     output: Mapping[str, Any],
-    accepted: frozenset[str],
+    model: nn.Module,
 ) -> Iterator[dict[str, Any]]:
-    tokens = _tokens(inputs)
+    tokens, accepted = _tokens(inputs), _accepted(model)
     assert tokens is not None
     one, length = tokens[:, :1], tokens.shape[1]
     step: dict[str, Any] = {"input_ids": one, name: cache, "use_cache": True}
@@ -98,7 +135,7 @@ def _steps(
         if (encoded := output.get("encoder_last_hidden_state")) is not None:
             step["encoder_outputs"] = (encoded,)
     position = {"position_ids": torch.full_like(one, length)}
-    mask = {"attention_mask": _causal_mask(1, length + 1).to(one.device)}
+    mask = {"attention_mask": _causal_mask(1, length + 1, _dtypes(model)[0]).to(one.device)}
     ones = torch.ones(one.shape[0], length + 1, dtype=torch.long, device=one.device)
     flat = {"attention_mask": ones}
     for extra in ({**position, **mask}, {**position, **flat}, flat, {}):
@@ -121,8 +158,8 @@ def _required(model: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in needed if p.default is p.empty and p.kind not in kinds)
 
 
-def _causal_mask(queries: int, keys: int) -> Tensor:
+def _causal_mask(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An additive mask, [batch, 1, queries, keys]: the last `queries` positions of `keys`."""
-    lowest = torch.finfo(torch.float32).min
-    mask = torch.full((queries, keys), lowest).triu(diagonal=keys - queries + 1)
+    lowest = torch.finfo(dtype).min
+    mask = torch.full((queries, keys), lowest, dtype=dtype).triu(diagonal=keys - queries + 1)
     return mask.expand(BATCH, 1, queries, keys).contiguous()

@@ -2,40 +2,91 @@
 
 from __future__ import annotations
 
+import torch
+
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Node
+from flashnorm.graph.nouns import Call, Node
 from flashnorm.graph.operations import CASTS, RESHAPES
+from flashnorm.graph.params import SAME
 from flashnorm.graph.sites import Visit, same_as
 
 
 def is_replaceable(flow: Flow, visit: Visit) -> bool:
     """Whether the call that made this visit computes `x / sqrt(mean square + ε)` of its argument,
-    then a gain and a bias of its own where it has them, and returns that."""
+    then a gain and a bias where it has them, each a whole parameter [width] in its order, and
+    returns that."""
     call = flow.graph.calls.get(visit.node.call)
-    if call is None or not visit.standard or call.arguments != 1:
+    if call is None or not visit.standard or not _is_function(flow, call, visit):
         return False
-    if len(call.returned) != 1 or len(call.received) != 1:
+    found = _affine(flow, visit, call.returned[0], visit.node.call)
+    if found is None:
         return False
-    if same_as(flow.graph, call.received[0]) != same_as(flow.graph, visit.source):
+    gain, bias = found
+    names = [use.parameter for use in flow.uses_of(visit)]
+    if names != ([gain] if gain else []):
         return False
-    value: int | None = call.returned[0]
-    while value is not None and value != visit.output:
-        value = _before(flow, value, visit.node.call)
-    return value == visit.output
+    return not bias or any(shift.parameter == bias for shift in flow.shifts.get(gain, ()))
 
 
-def _before(flow: Flow, value: int, call: int) -> int | None:
-    """The value that a cast, a gain or a bias was applied to within the call."""
-    node = flow.graph.producer(value)
-    if node is None or node.call != call:
+def _is_function(flow: Flow, call: Call, visit: Visit) -> bool:
+    """Whether the call gets the norm's source as its one argument, and returns as much."""
+    if call.arguments != 1 or len(call.returned) != 1 or len(call.received) != 1:
+        return False
+    given, returned = (flow.graph.values[v[0]].shape for v in (call.received, call.returned))
+    if given != returned or (visit.kind != "dyt" and given[-1:] != (visit.width,)):
+        return False
+    return same_as(flow.graph, call.received[0]) == same_as(flow.graph, visit.source)
+
+
+def _affine(flow: Flow, visit: Visit, value: int, call: int) -> tuple[str, str] | None:
+    """(gain, bias) where `value` is the norm's output times the gain plus the bias."""
+    gain, bias = _whole(flow, visit, visit.gain), _whole(flow, visit, visit.bias)
+    if gain is None or bias is None:
         return None
-    if node.op in CASTS | RESHAPES:
-        return node.inputs[0]
-    return _operand(flow, node) if node.op in ("mul", "add") else None
+    after = ["", ""]  # what is applied after the norm's own operation
+    while value != visit.output:
+        node = flow.graph.producer(value)
+        if node is None or node.call != call:
+            return None
+        if node.op in CASTS | RESHAPES:
+            value = node.inputs[0]
+            continue
+        step = {"mul": 0, "add": 1}.get(node.op)
+        operands = _operands(flow, node)
+        # Backwards: the bias comes first, and each but once.
+        if step is None or operands is None or after[step] or (step == 1 and after[0]):
+            return None
+        value, other = operands
+        after[step] = _whole(flow, visit, other, exact=step == 1) or ""
+        if not after[step]:
+            return None
+    if (gain or bias) and any(after):
+        return None
+    gain, bias = gain or after[0], bias or after[1]
+    return None if bias and not gain else (gain, bias)
 
 
-def _operand(flow: Flow, node: Node) -> int | None:
-    """The one operand that is not computed from parameters alone."""
+def _operands(flow: Flow, node: Node) -> tuple[int, int] | None:
+    """(the norm's part, what is made of parameters)."""
+    if len(node.inputs) != 2 or node.bound.get("alpha", 1) != 1:
+        return None
     found = [v for v in node.inputs if flow.parameters_in(v) is None]
     own = [v for v in node.inputs if flow.parameters_in(v)]
-    return found[0] if len(found) == len(own) == 1 else None
+    return (found[0], own[0]) if len(found) == len(own) == 1 else None
+
+
+def _whole(flow: Flow, visit: Visit, value: int | None, exact: bool = False) -> str | None:
+    """The parameter [width] that a value shows from its first to its last element; "" of nothing.
+
+    Where `exact` it is the parameter itself; a gain may also be a function of each element.
+    """
+    if value is None:
+        return ""
+    view = flow.views.get(value)
+    elements = view.elements() if view is not None else None
+    if view is None or elements is None or (exact and view.relation != SAME):
+        return None
+    shape = flow.graph.values[value].shape
+    if view.sizes != (visit.width,) or shape[-1:] != view.sizes or elements.numel() != visit.width:
+        return None
+    return view.name if torch.equal(elements.flatten(), torch.arange(visit.width)) else None

@@ -51,8 +51,12 @@ class Node:
 
     @property
     def bound(self) -> dict[str, Any]:
-        """The arguments by their names in the operation's schema, defaults filled in."""
-        named = {a.name: a.default_value for a in self.func._schema.arguments}  # type: ignore[attr-defined]
+        """The arguments by their names in the operation's schema, defaults filled in.
+
+        What is no operation of torch, such as a write through an alias, names none.
+        """
+        schema = getattr(self.func, "_schema", None)
+        named = {a.name: a.default_value for a in schema.arguments} if schema else {}
         named.update(zip(named, self.args, strict=False))
         named.update(self.kwargs)
         return named

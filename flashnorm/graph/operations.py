@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 # The same elements in the same places, perhaps in another dtype or memory.
-CASTS = frozenset({"_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh"})
+CASTS = frozenset(
+    {"_to_copy", "to", "type_as", "clone", "detach", "alias", "contiguous", "lift_fresh"}
+)
 
 # The same elements in the same order, in another shape.
 RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "flatten"})

@@ -97,10 +97,11 @@ def _add(flow: Flow, node: Node) -> Labels:
 
 def _shift(flow: Flow, node: Node, value: int, bias: int) -> Labels:
     """A norm's bias: it moves with the gain (E2, E13)."""
-    if node.bound.get("alpha", 1) != 1 or node.op == "sub":
+    subtracted = node.op == "sub" and node.inputs[1] == bias
+    if node.bound.get("alpha", 1) != 1 or subtracted:
         raise Blocked(f"a bias is subtracted from it, or added in part ({node.where})")
     label = flow.labels[value].expand(flow.graph.values[node.outputs[0]].shape)
-    flow.add_shift(label, bias, node)
+    flow.add_shift(label, bias, node, again=value in flow.biased)
     return [label]
 
 

@@ -21,7 +21,7 @@ from flashnorm.graph.labels import NONE, Conflict, unify, varies, without_repeat
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.rules import RULES, Labels
-from flashnorm.graph.sites import Visit, inner_nodes, same_as
+from flashnorm.graph.sites import Visit, same_as
 
 BIASED = "its bias is added after the scale"
 
@@ -103,7 +103,7 @@ class Scales:
 def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
     """Follow the scale of every norm; `outputs` maps its returned value to its node's index."""
     scales = Scales(_like(flow), _like(flow), direct=dict(outputs))
-    inside = _insides(flow.graph, flow.visits)
+    inside = _insides(flow.visits)
     for index, node in enumerate(flow.graph.nodes):
         visit = flow.visits.get(index)
         if visit is not None and visit.kind == "rms":
@@ -128,11 +128,11 @@ def _like(flow: Flow) -> Flow:
     return Flow(flow.graph, **shared)  # type: ignore[arg-type]
 
 
-def _insides(graph: Graph, visits: Mapping[int, Visit]) -> set[int]:
+def _insides(visits: Mapping[int, Visit]) -> set[int]:
     found: set[int] = set()
     for visit in visits.values():
         if visit.kind == "rms":
-            found |= inner_nodes(graph, visit)
+            found |= visit.inside
     return found
 
 

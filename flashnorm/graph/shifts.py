@@ -21,16 +21,20 @@ def find_shifts(flow: Flow) -> dict[str, str]:
     for gain, uses in flow.shifts.items():
         names = list(dict.fromkeys(use.parameter for use in uses))
         nodes = {id(use.node) for use in uses}
-        if reason := _reason(flow, names, nodes, owners):
+        if reason := _reason(flow, gain, names, nodes, owners):
             flow.refused.setdefault(gain, reason)
         else:
             found[gain] = names[0]
     return found
 
 
-def _reason(flow: Flow, names: list[str], nodes: set[int], owners: dict[str, set[str]]) -> str:
+def _reason(
+    flow: Flow, gain: str, names: list[str], nodes: set[int], owners: dict[str, set[str]]
+) -> str:
     if len(names) > 1:
         return f"several biases are added to it: {', '.join(names)}"
+    if flow.numel(names[0]) != flow.numel(gain):
+        return f"its bias {names[0]} has not as many elements as the gain"
     if len(owners[names[0]]) > 1:
         return f"its bias {names[0]} also belongs to other gains"
     others = [use for use in flow.uses.get(names[0], ()) if id(use.node) not in nodes]

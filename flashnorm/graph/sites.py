@@ -1,23 +1,23 @@
-"""Finding norms by behaviour: places where a value is divided by a statistic of itself.
+"""Finding norms by what they compute: a value divided by a statistic of itself.
 
-Walks back from every product and quotient: `x · rsqrt(mean(x²) + ε)`, `x / sqrt(var(x) + ε)`,
-`x / ‖x‖` and their spellings are one thing, a factor of degree −1 in x. No name is looked at.
+A product is a norm where the degrees of its statistics of x add up to −1 beside one factor x, or
+x less its mean: then t·x gives what x gives, but for ε. How the product is put together, and where
+the gain stands in it, does not matter. No name is looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from flashnorm.graph.factors import SAME, Factors, Powers, operation, times, without
 from flashnorm.graph.nouns import Graph, Node, Ref
-from flashnorm.graph.operations import CASTS, RESHAPES
+from flashnorm.graph.proof import Claim, Proofs
+from flashnorm.graph.statistics import Statistic, Statistics
 from flashnorm.plan import Kind
 
-# Operations through which a value stays itself: its elements keep their values and order.
-SAME = CASTS | RESHAPES | {"expand", "unsqueeze", "squeeze"}
-_MAX_DEPTH = 24
 # Bounded functions of each element, which may stand for a norm where α·x goes in.
 DYNAMIC = frozenset({"tanh", "erf", "sigmoid", "atan", "asinh", "hardtanh", "clamp"})
 
@@ -26,8 +26,11 @@ DYNAMIC = frozenset({"tanh", "erf", "sigmoid", "atan", "asinh", "hardtanh", "cla
 class Visit:
     """One execution of a norm of `source`, the value as it is scaled.
 
-    `output` is normalized; fused operations apply the gain as well. `standard` where the factor is
-    `1 / sqrt(mean square + eps)` to the letter.
+    `output` is normalized; fused operations apply the gain as well. `standard` where it is
+    `x / sqrt(mean square + eps)` of the last axis to the letter, `centres` where a number added to
+    all features of a row changes nothing. `inside` are the nodes from the source to the output.
+    `early` are the gains that the output has already: (the node that multiplies by it, the gain);
+    `passing` are the nodes from there to the output.
     """
 
     kind: Kind
@@ -39,32 +42,18 @@ class Visit:
     gain: int | None = None
     bias: int | None = None
     standard: bool = True
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """`(mean(x²) + ε)^(degree / 2)` of a value x, as far as a walk back has seen it.
-
-    `scale` is 1 for a mean and 1/width for a sum, whose ε counts that much less. Not `standard`
-    where ε stands outside the root, where a number scales it, or where a variance has n − 1.
-    """
-
-    source: int
-    degree: float
-    width: int
-    eps: float | None
-    centred: bool
-    scale: float = 1.0
-    standard: bool = True
+    centres: bool = False
+    inside: frozenset[int] = frozenset()
+    early: tuple[tuple[int, int], ...] = ()
+    passing: frozenset[int] = frozenset()
 
 
 def find_visits(graph: Graph) -> dict[int, Visit]:
     """Every normalization in the graph, by the index of the node that produces its output."""
-    found = {}
+    reading = Reading(graph)
     for index, node in enumerate(graph.nodes):
-        if (detect := _DETECTORS.get(node.op)) and (visit := detect(graph, node)):
-            found[index] = visit
-    return found
+        reading.read(index, node)
+    return reading.found
 
 
 def same_as(graph: Graph, value: int) -> int:
@@ -74,274 +63,272 @@ def same_as(graph: Graph, value: int) -> int:
     return value
 
 
-def inner_nodes(graph: Graph, visit: Visit) -> set[int]:
-    """The nodes between a norm's source and its output: statistics, casts and the output's own."""
-    found: set[int] = set()
-    waiting, source = [visit.output], same_as(graph, visit.source)
-    while waiting:
-        value = waiting.pop()
-        index = graph.values[value].node
-        if index < 0 or index in found or same_as(graph, value) == source:
-            continue
-        found.add(index)
-        waiting += graph.nodes[index].inputs
-    return found
+@dataclass(frozen=True)
+class _Match:
+    """A product that is a norm of `powers`: by which statistics, and what else is in it."""
+
+    powers: Powers
+    statistics: tuple[tuple[Statistic, str], ...]
+    centred: int | None
+    rest: Powers
 
 
-def _product(graph: Graph, node: Node) -> Visit | None:
-    operands = _two(node)
-    if operands is None:
-        return None
-    for x, factor in (operands, operands[::-1]):
-        if visit := _scaled_by_itself(graph, node, x, factor, -1.0):
-            return visit
-    return None
+@dataclass
+class Reading:
+    """The norms found so far, and what is known of the values that were read."""
 
+    graph: Graph
+    found: dict[int, Visit] = field(default_factory=dict)
+    matches: dict[int, _Match] = field(default_factory=dict)
 
-def _quotient(graph: Graph, node: Node) -> Visit | None:
-    operands = _two(node)
-    return _scaled_by_itself(graph, node, *operands, 1.0) if operands else None
+    def __post_init__(self) -> None:
+        self.factors = Factors(self.graph)
+        self.statistics = Statistics(self.factors)
+        self.proofs = Proofs(self.graph)
 
+    def read(self, index: int, node: Node) -> None:
+        self.factors.read(node)
+        if not node.outputs or self.factors.roots_of(node.outputs[0]) is not None:
+            return  # made of parameters: a weight that is normalized is no activation
+        self.statistics.read(node)
+        if node.op in _FUSED:
+            self._add(index, _FUSED[node.op](self.graph, index, node))
+        elif node.op in DYNAMIC:
+            self._add(index, self._dynamic(index, node))
+        elif operation(node) in ("mul", "div"):
+            self._product(index, node)
+        elif operation(node) in ("add", "sub"):
+            self._difference(index, node)
 
-def _scaled_by_itself(graph: Graph, node: Node, x: int, factor: int, degree: float) -> Visit | None:
-    if _is_whole(graph, factor, x):
-        return None
-    statistic = _statistic(graph, factor, _MAX_DEPTH)
-    if statistic is None or statistic.degree != degree:
-        return None
-    centre, source = _centre(graph, x), statistic.source
-    reference = source if statistic.centred else _centre(graph, source)
-    if reference is not None:
-        # The same difference may be computed twice: once to be squared, once to be scaled.
-        matches = centre is not None and same_as(graph, centre) == same_as(graph, reference)
-    else:
-        matches = same_as(graph, x) == same_as(graph, source)
-    if not matches:
-        return None
-    kind: Kind = "rms" if centre is None else "layer"
-    normalized = x if centre is None else centre
-    standard = statistic.standard and statistic.scale == 1.0 and statistic.eps is not None
-    return Visit(
-        kind,
-        statistic.width,
-        statistic.eps,
-        node,
-        normalized,
-        node.outputs[0],
-        standard=standard,
-    )
+    def _add(self, index: int, visit: Visit | None) -> None:
+        if visit is not None:
+            self.found[index] = visit
 
+    def _product(self, index: int, node: Node) -> None:
+        out, sides = node.outputs[0], node.args[:2]
+        if out in self.factors.powers:
+            return
+        if node.bound.get("rounding_mode") or not all(isinstance(s, Ref) for s in sides):
+            return
+        first, second = (self.factors.factors(side.value) for side in sides)
+        powers = times(first, second, -1.0 if operation(node) == "div" else 1.0)
+        if not powers:
+            return
+        if (match := self._match(powers)) and (visit := self._visit(index, node, match)):
+            self.found[index] = visit  # and from here on a factor of its own
+            self.matches[out] = match
+        else:
+            self.factors.powers[out] = powers
 
-def _is_whole(graph: Graph, factor: int, x: int) -> bool:
-    """Whether the factor has an element of its own for each of x: then it is no statistic."""
-    sizes = zip(graph.values[factor].shape[::-1], graph.values[x].shape[::-1], strict=False)
-    return not any(mine == 1 and whole > 1 for mine, whole in sizes) and bool(
-        graph.values[factor].shape
-    )
+    def _difference(self, index: int, node: Node) -> None:
+        """`x · r − mean(x) · r`: a norm less a statistic of degree 0 is the norm."""
+        sides = [s.value for s in node.args[:2] if isinstance(s, Ref)]
+        for one, other in (sides, sides[::-1]) if len(sides) == 2 else ():
+            match, rest = self.matches.get(self.factors.same_of(one)), self.factors.factors(other)
+            if match is None or match.rest or match.centred is not None:
+                continue
+            if self._degree(rest, match.powers) != 0:
+                continue
+            kind: Kind = "layer" if match.statistics[0][1] == "variance" else "other"
+            if visit := self._visit(index, node, match, kind):
+                self.found.pop(self.graph.values[self.factors.same_of(one)].node, None)
+                self.found[index] = visit
+                self.matches[node.outputs[0]] = match
+            return
 
-
-def _centre(graph: Graph, value: int) -> int | None:
-    """x where `value` is `x − mean(x)`."""
-    node = graph.producer(same_as(graph, value))
-    if node is None or node.op != "sub" or (operands := _two(node)) is None:
-        return None
-    mean = graph.producer(same_as(graph, operands[1]))
-    if mean is None or mean.op != "mean":
-        return None
-    return operands[0] if same_as(graph, mean.inputs[0]) == same_as(graph, operands[0]) else None
-
-
-def _statistic(graph: Graph, value: int, depth: int) -> Statistic | None:
-    node = graph.producer(value)
-    if node is None or depth == 0 or not node.inputs:
-        return None
-    if node.op in _REDUCTIONS:
-        return _REDUCTIONS[node.op](graph, node)
-    if node.op in SAME:
-        return _statistic(graph, node.inputs[0], depth - 1)
-    step = _STEPS.get(node.op)
-    return step(graph, node, depth) if step else None
-
-
-def _power(exponent: float) -> Callable[[Graph, Node, int], Statistic | None]:
-    def step(graph: Graph, node: Node, depth: int) -> Statistic | None:
-        inner = _statistic(graph, node.inputs[0], depth - 1)
-        return inner and replace(inner, degree=inner.degree * exponent)
-
-    return step
-
-
-def _pow(graph: Graph, node: Node, depth: int) -> Statistic | None:
-    exponent = node.bound.get("exponent")
-    if not isinstance(exponent, (int, float)):
-        return None
-    return _power(float(exponent))(graph, node, depth)
-
-
-def _plus(graph: Graph, node: Node, depth: int) -> Statistic | None:
-    """`statistic + ε`: ε is a number, or a constant whose value is not known here."""
-    for side in node.inputs:
-        if inner := _statistic(graph, side, depth - 1):
-            others = [i for i in node.inputs if i != side]
-            if any(not _is_small(graph, i) for i in others):
+    def _degree(self, powers: Powers, family: Powers) -> float | None:
+        """The degree of a product of statistics of one value; None where it is none."""
+        total = 0.0
+        for factor, e in powers:
+            known = self.statistics.known.get(factor)
+            families = self.statistics.families(known) if known else ()
+            found = next((f for f in families if f[0] == family), None)
+            if found is None:
                 return None
-            eps = node.bound.get("other")
-            once = inner.standard and inner.eps is None and inner.degree == 2.0
-            eps = _eps(inner, eps if isinstance(eps, (int, float)) else None)
-            return replace(inner, eps=eps, standard=once)
-    return None
+            total += found[2] * e
+        return total
 
+    def _match(self, powers: Powers) -> _Match | None:
+        known = self.statistics.known
+        candidates: dict[Powers, None] = {}
+        for factor, _ in powers:
+            if factor in known:
+                families = self.statistics.families(known[factor])
+                candidates |= {family: None for family, _, _ in families}
+        matches = (self._match_family(powers, family) for family in candidates)
+        return next((match for match in matches if match), None)
 
-def _clamped(graph: Graph, node: Node, depth: int) -> Statistic | None:
-    inner = _statistic(graph, node.inputs[0], depth - 1)
-    if inner is None or any(not _is_small(graph, i) for i in node.inputs[1:]):
-        return None
-    low = node.bound.get("min")
-    eps = _eps(inner, low if isinstance(low, (int, float)) else None)
-    return replace(inner, eps=eps, standard=False)
-
-
-def _eps(statistic: Statistic, number: float | None) -> float | None:
-    """ε as it stands beside the mean square: outside the root it counts squared (E11 for sums)."""
-    if number is None:
-        return None
-    return (number if statistic.degree == 2 else number**2) * statistic.scale
-
-
-def _scaled(graph: Graph, node: Node, depth: int) -> Statistic | None:
-    """A statistic times a number, or times a one-element value such as a width."""
-    first, second = node.inputs[0], node.inputs[-1]
-    if len(node.inputs) > 1 and not _is_small(graph, second):
-        if not _is_small(graph, first):
+    def _match_family(self, powers: Powers, family: Powers) -> _Match | None:
+        known, degree = self.statistics.known, 0.0
+        members, used = [], set()
+        for factor, e in powers:
+            families = self.statistics.families(known[factor]) if factor in known else ()
+            found = next((f for f in families if f[0] == family), None)
+            if found is not None:
+                degree += found[2] * e
+                members.append((known[factor], found[1]))
+                used.add((factor, e))
+        if abs(degree + 1.0) > 1e-9:
             return None
-        first = second
-    inner = _statistic(graph, first, depth - 1)
-    return inner and replace(inner, standard=False)
+        left = powers - used
+        for factor, e in left:
+            centre = self.statistics.centres.get(factor)
+            if centre is not None and e == 1 and centre.powers == family:
+                return _Match(family, tuple(members), factor, left - {(factor, e)})
+        rest = without(left, family)
+        return None if rest is None else _Match(family, tuple(members), None, rest)
+
+    def _visit(self, index: int, node: Node, match: _Match, kind: Kind = "other") -> Visit | None:
+        statistic, form = match.statistics[0]
+        if match.centred is not None:
+            source = self.statistics.centres[match.centred].value
+        else:
+            source = statistic.value
+        if len(match.statistics) == 1 and kind == "other":
+            kinds: dict[tuple[str, bool], Kind] = {
+                ("square", False): "rms",
+                ("variance", True): "layer",
+            }
+            kind = kinds.get((form, match.centred is not None), kind)
+        others = frozenset(factor for factor, _ in match.rest)
+        if any(self.factors.size(node.outputs[0]) < self.factors.size(f) for f in others):
+            return None
+        inside = self._inside(node.outputs[0], source, match.powers, others)
+        eps = statistic.epsilon
+        claim = Claim(kind, statistic.width, eps, source, node.outputs[0], inside, others)
+        standard, centres = self.proofs.prove(claim)
+        if kind == "layer" and match.centred is None and not centres:
+            kind = "other"
+        early = tuple(self._early(inside, match.rest))
+        return Visit(
+            kind,
+            statistic.width,
+            eps,
+            node,
+            source,
+            node.outputs[0],
+            standard=standard and statistic.plain,
+            centres=centres,
+            inside=inside,
+            early=early,
+            passing=self._passing(inside, {at for at, _ in early}),
+        )
+
+    def _inside(
+        self, output: int, source: int, powers: Powers, others: frozenset[int]
+    ) -> frozenset[int]:
+        """The nodes from the source to the output: statistics, casts, and the product itself."""
+        stops = {factor for factor, _ in powers} | others | {self.factors.same_of(source)}
+        found: set[int] = set()
+        waiting = [output]
+        while waiting:
+            value = waiting.pop()
+            index = self.graph.values[value].node
+            if index < 0 or index in found or self.factors.same_of(value) in stops:
+                continue
+            found.add(index)
+            waiting += self.graph.nodes[index].inputs
+        return frozenset(found)
+
+    def _early(self, inside: frozenset[int], rest: Powers) -> Iterator[tuple[int, int]]:
+        """Where the product is multiplied by what is made of parameters alone."""
+        factors = {factor for factor, _ in rest if self.factors.roots_of(factor)}
+        for index in sorted(inside):
+            node = self.graph.nodes[index]
+            if operation(node) in ("mul", "div"):
+                for value in node.inputs:
+                    if self.factors.same_of(value) in factors:
+                        yield index, value
+
+    def _passing(self, inside: frozenset[int], first: set[int]) -> frozenset[int]:
+        found = set(first)
+        for index in sorted(inside):
+            makers = {self.graph.values[value].node for value in self.graph.nodes[index].inputs}
+            if makers & found:
+                found.add(index)
+        return frozenset(found)
+
+    def _dynamic(self, index: int, node: Node) -> Visit | None:
+        """`f(α·x + b)`, element by element; α and b come from parameters of one element."""
+        value, exact, scaled, inside = node.inputs[0], node.op == "tanh", False, {index}
+        while (made := self.graph.producer(value)) is not None:
+            others: list[int] = []
+            if made.op in SAME:
+                value = made.inputs[0]
+            elif (operands := self._by_numbers(made)) is not None:
+                value, others = operands
+            else:
+                break
+            if others and operation(made) in ("mul", "div"):
+                whole = all(self.graph.values[v].origin == "parameter" for v in others)
+                exact = exact and whole and made.op == "mul" and not scaled
+                scaled = scaled or any(self.factors.roots_of(v) for v in others)
+            elif made.op not in SAME:
+                exact = False
+            inside.add(self.graph.values[made.outputs[0]].node)
+        shape, out = self.graph.values[value].shape, node.outputs[0]
+        if not scaled or not shape:
+            return None
+        facts = {"standard": exact, "inside": frozenset(inside)}
+        return Visit("dyt", shape[-1], None, node, value, out, **facts)  # type: ignore[arg-type]
+
+    def _by_numbers(self, node: Node) -> tuple[int, list[int]] | None:
+        """(x, others) where a node is x times, over, plus or less values of one element."""
+        op = operation(node)
+        if op not in ("mul", "div", "add", "sub") or node.bound.get("rounding_mode"):
+            return None
+        rest = [v for v in node.inputs if self.factors.roots_of(v) is None]
+        others = [v for v in node.inputs if self.factors.roots_of(v) is not None]
+        if len(rest) != 1 or any(self.factors.size(v) != 1 for v in others):
+            return None
+        if op == "div" and node.inputs[0] != rest[0]:
+            return None
+        return rest[0], others
 
 
-def _is_small(graph: Graph, value: int) -> bool:
-    return prod(graph.values[value].shape) == 1
+def _fused(kind: Kind) -> Callable[[Graph, int, Node], Visit | None]:
+    def visit(graph: Graph, index: int, node: Node) -> Visit | None:
+        named = node.bound
+        shape = named["normalized_shape"]
+        simple = len(shape) == 1
+        return Visit(
+            kind,
+            prod(shape),
+            named["eps"],
+            node,
+            named["input"].value,
+            node.outputs[0],
+            _ref(named.get("weight")),
+            _ref(named.get("bias")),
+            standard=simple,
+            centres=simple and kind == "layer",
+            inside=frozenset({index}),
+        )
+
+    return visit
 
 
-def _mean_square(graph: Graph, node: Node) -> Statistic | None:
-    """mean or sum of x², x·x or |x|²."""
-    square = graph.producer(same_as(graph, node.inputs[0]))
-    if square is None or not square.inputs:
-        return None
-    source = square.inputs[0]
-    is_square = (
-        (square.op == "pow" and square.bound.get("exponent") == 2)
-        or square.op == "square"
-        or (square.op == "mul" and len(square.inputs) == 2 and square.inputs[1] == source)
-    )
-    if not is_square:
-        return None
-    width = _width(graph, node)
-    return Statistic(source, 2.0, width, None, False, 1.0 if node.op == "mean" else 1.0 / width)
-
-
-def _variance(graph: Graph, node: Node) -> Statistic:
+def _grouped(graph: Graph, index: int, node: Node) -> Visit | None:
+    """A norm over groups of channels and all positions; its gain was made a node of its own."""
     named = node.bound
-    standard = named.get("correction") == 0 or named.get("unbiased") is False
-    return Statistic(node.inputs[0], 2.0, _width(graph, node), None, True, standard=standard)
-
-
-def _deviation(graph: Graph, node: Node) -> Statistic:
-    return Statistic(node.inputs[0], 1.0, _width(graph, node), None, True, standard=False)
-
-
-def _vector_norm(graph: Graph, node: Node) -> Statistic | None:
-    order = node.bound.get("ord", node.bound.get("p", 2))
-    if order not in (2, 2.0, None):
-        return None
-    width = _width(graph, node)
-    return Statistic(node.inputs[0], 1.0, width, None, False, 1.0 / width)
-
-
-def _width(graph: Graph, node: Node) -> int:
-    before = prod(graph.values[node.inputs[0]].shape)
-    return before // max(1, prod(graph.values[node.outputs[0]].shape))
-
-
-def _two(node: Node) -> tuple[int, int] | None:
-    sides = node.args[:2]
-    if len(sides) == 2 and all(isinstance(side, Ref) for side in sides):
-        return sides[0].value, sides[1].value
-    return None
-
-
-def _fused_layer(graph: Graph, node: Node) -> Visit:
-    return _fused("layer", graph, node)
-
-
-def _fused_rms(graph: Graph, node: Node) -> Visit:
-    return _fused("rms", graph, node)
-
-
-def _fused(kind: Kind, graph: Graph, node: Node) -> Visit:
-    named = node.bound
-    width = prod(named["normalized_shape"])
-    return Visit(
-        kind,
-        width,
-        named["eps"],
-        node,
-        named["input"].value,
-        node.outputs[0],
-        _ref(named.get("weight")),
-        _ref(named.get("bias")),
-    )
+    if named.get("training", named.get("use_input_stats", True)) is not True:
+        return None  # an affine map with stored numbers
+    source, out = node.inputs[0], node.outputs[0]
+    shape = graph.values[source].shape
+    groups = named.get("num_groups", named.get("group", shape[1]))
+    width = prod(shape[1:]) // max(1, groups)
+    inside = frozenset({index})
+    return Visit("group", width, named["eps"], node, source, out, standard=False, inside=inside)
 
 
 def _ref(item: Any) -> int | None:
     return item.value if isinstance(item, Ref) else None
 
 
-def _dyt(graph: Graph, node: Node) -> Visit | None:
-    """`f(α·x)`, or `f(α·x + b)`, element by element, with one-element parameters α and b."""
-    inner = graph.producer(same_as(graph, node.inputs[0]))
-    if inner is not None and inner.op == "add" and (sides := _two(inner)) is not None:
-        rest = [side for side in sides if not _is_scalar(graph, side)]
-        inner = graph.producer(same_as(graph, rest[0])) if len(rest) == 1 else None
-    if inner is None or inner.op != "mul" or (sides := _two(inner)) is None:
-        return None
-    for x, alpha in (sides, sides[::-1]):
-        shape = graph.values[x].shape
-        if _is_scalar(graph, alpha) and shape:
-            return Visit("dyt", shape[-1], None, node, x, node.outputs[0])
-    return None
-
-
-def _is_scalar(graph: Graph, value: int) -> bool:
-    """Whether this is a parameter of one element."""
-    return _is_small(graph, value) and graph.values[same_as(graph, value)].origin == "parameter"
-
-
-_STEPS: dict[str, Callable[[Graph, Node, int], Statistic | None]] = {
-    "rsqrt": _power(-0.5),
-    "sqrt": _power(0.5),
-    "reciprocal": _power(-1.0),
-    "pow": _pow,
-    "add": _plus,
-    "clamp_min": _clamped,
-    "clamp": _clamped,
-    "maximum": _clamped,
-    "mul": _scaled,
-    "div": _scaled,
-}
-_REDUCTIONS: dict[str, Callable[[Graph, Node], Statistic | None]] = {
-    "mean": _mean_square,
-    "sum": _mean_square,
-    "var": _variance,
-    "std": _deviation,
-    "linalg_vector_norm": _vector_norm,
-    "norm": _vector_norm,
-}
-_DETECTORS: dict[str, Callable[[Graph, Node], Visit | None]] = {
-    "mul": _product,
-    "div": _quotient,
-    "native_layer_norm": _fused_layer,
-    "_fused_rms_norm": _fused_rms,
-    "rms_norm": _fused_rms,
-    **dict.fromkeys(DYNAMIC, _dyt),
+_FUSED: dict[str, Callable[[Graph, int, Node], Visit | None]] = {
+    **dict.fromkeys(("native_layer_norm", "layer_norm"), _fused("layer")),
+    **dict.fromkeys(("_fused_rms_norm", "rms_norm"), _fused("rms")),
+    **dict.fromkeys(
+        ("native_group_norm", "group_norm", "native_batch_norm", "instance_norm"), _grouped
+    ),
 }

@@ -24,7 +24,7 @@ from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import POINTWISE, ParamView
 from flashnorm.graph.record import ALIAS_WRITE
 from flashnorm.graph.rules import RULES, Labels
-from flashnorm.graph.sites import Visit, inner_nodes
+from flashnorm.graph.sites import Visit
 from flashnorm.plan import Centring, Entry
 
 Tag = Centring | Entry
@@ -66,10 +66,10 @@ def find_streams(flow: Flow, entries: Mapping[int, Entry] | None = None) -> Stre
     """Follow all writers of a graph whose gains were followed; `entries` are centred explicitly."""
     own = Flow(flow.graph, visits=flow.visits, views=flow.views, zeros=flow.zeros, roots=flow.roots)
     streams = Streams(own, entries or {})
-    inside = _insides(flow.graph, flow.visits)
+    inside = _insides(flow.visits)
     for index, node in enumerate(flow.graph.nodes):
         visit = flow.visits.get(index)
-        if visit is not None and visit.kind == "layer":
+        if visit is not None and visit.centres:
             _read(streams, index, visit)
         if index not in inside:
             _refuse_leaks(streams, node, inside)
@@ -82,10 +82,10 @@ def find_streams(flow: Flow, entries: Mapping[int, Entry] | None = None) -> Stre
     return streams
 
 
-def _insides(graph: Graph, visits: Mapping[int, Visit]) -> dict[int, Visit]:
+def _insides(visits: Mapping[int, Visit]) -> dict[int, Visit]:
     """The nodes of LayerNorms themselves, whose reading of a stream is what they are for."""
-    layers = [visit for visit in visits.values() if visit.kind == "layer"]
-    return {index: visit for visit in layers for index in inner_nodes(graph, visit)}
+    layers = [visit for visit in visits.values() if visit.centres]
+    return {index: visit for visit in layers for index in visit.inside}
 
 
 def _refuse_leaks(streams: Streams, node: Node, inside: Mapping[int, Visit]) -> None:

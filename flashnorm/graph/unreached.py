@@ -25,7 +25,7 @@ def refuse_unreached(flow: Flow, untie: bool) -> tuple[str, ...]:
     """Refuse the gains in doubt; returns the names of all parameters that were not read."""
     graph = flow.graph
     read = {value for node in graph.nodes for value in node.inputs}
-    unread = {name: value for name, value in graph.parameters.items() if value not in read}
+    unread = {name: v for name, v in graph.parameters.items() if not flow.reads.get(name)}
     buffers = {name: value for name, value in graph.buffers.items() if value not in read}
     active = _with_ancestors(
         {node.path for node in graph.nodes} | {call.path for call in graph.calls.values()}

@@ -25,6 +25,9 @@ _log = logging.getLogger("flashnorm")
 _fallbacks: Counter[str] = Counter()
 _forbidden = os.environ.get("FLASHNORM_FALLBACK") == "forbid"
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_autocast = torch._C._is_any_autocast_enabled
+_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 @dataclass(frozen=True)
@@ -125,15 +128,22 @@ def transformed() -> bool:
 
 
 def autocasting() -> bool:
-    """Whether autocast is on, for any of the devices that have kernels."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    """Whether autocast is on, for any device: one question, where each device's takes longer."""
+    return bool(_autocast())
 
 
 def not_plain(x: object) -> str:
     """Why more than the values of x matters, so that no kernel may be called directly; or ""."""
-    if watched(x):
+    # `watched` and `transformed`, written out: this is asked before every call of a kernel.
+    if _modes() or _tracing() is not None or type(x) not in _PLAIN:
         return "a tracer, a mode or a tensor subclass watches every operation"
-    assert isinstance(x, Tensor)
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    return TRANSFORM if transformed() else ""
+    if not x.is_cpu:  # type: ignore[attr-defined]
+        return f"x is on {x.device}, not on the CPU"  # type: ignore[attr-defined]
+    if _autocast() or _functorch() is not None or forward_ad._current_level >= 0:
+        return TRANSFORM
+    return ""
+
+
+def same_as_before() -> bool:
+    """Whether nothing began since the last call of a kernel that has to see what comes next."""
+    return not (_modes() or _autocast())

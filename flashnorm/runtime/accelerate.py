@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.pages import collapse
+from flashnorm.runtime.stand import Stand, retire
 from flashnorm.runtime.steps import Trained
 from flashnorm.runtime.training import Trainer
 
@@ -52,20 +54,32 @@ class Acceleration:
         return asdict(self)
 
     def __str__(self) -> str:
+        """How many modules of each kind, and every reason once; `parts` has them one by one."""
         lines = [f"{len(self.fused)} of {len(self.parts)} modules on {self.kernels}"]
         lines.append(f"attention of single tokens: {self.attention or 'fused'}")
-        for part in self.parts:
-            ahead = f", with {', '.join(part.ahead)}" if part.ahead else ""
-            lines.append(f"{part.path or '(root)'}: {part.kind}: {part.reason or 'fused'}{ahead}")
-        for part in self.training:
-            said = part.reason or "saves what its result is made of"
-            lines.append(f"{part.path or '(root)'}: {part.kind} in training: {said}")
+        lines += _summary(self.parts, "fused")
+        lines += _summary(
+            self.training, "saving for a gradient only what their results are made of"
+        )
         return "\n".join(lines)
+
+
+def _summary(parts: Sequence[Part], done: str) -> Iterator[str]:
+    """A line per kind of module, and below it one per reason, with the first module so refused."""
+    for kind in dict.fromkeys(part.kind for part in parts):
+        own = [part for part in parts if part.kind == kind]
+        ahead = sum(bool(part.ahead) for part in own)
+        more = f", {ahead} of them with what reads them" if ahead else ""
+        yield f"{kind}: {sum(not part.reason for part in own)} of {len(own)} {done}{more}"
+        for reason in dict.fromkeys(part.reason for part in own if part.reason):
+            paths = [part.path or "(root)" for part in own if part.reason == reason]
+            others = f" and {len(paths) - 1} more" if paths[1:] else ""
+            yield f"  {paths[0]}{others}: {reason}"
 
 
 @dataclass
 class _Undo:
-    modules: list[nn.Module]
+    forwards: list[tuple[nn.Module, Stand]]
     attention: UsedAttention | str
     acceleration: Acceleration
 
@@ -107,13 +121,14 @@ def accelerate_(
         raise FlashNormError("this model is accelerated already; restore_ it first")
     graph = record(model, example_inputs)
     plan = make_plan(graph)
-    folded = {gain.parameter for gain in fold_(model, example_inputs).gains()} if fold else set()
+    if fold:
+        fold_(model, example_inputs)
     place = gpu.place(model)
     available, kernels = cpu.available() if place is None else gpu.available(place)
     if huge_pages and available and place is None:
-        collapse(parameter for parameter in model.parameters() if parameter.is_cpu)
+        collapse(model.parameters())
     kinds = ON_CPU if place is None else ON_GPU
-    builder = Builder(model, find_fusible(graph), frozenset(folded), kinds)
+    builder = Builder(model, find_fusible(graph), kinds)
     parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
     forwards: dict[nn.Module, Any] = dict(builder.forwards)
     trainer = Trainer(builder)
@@ -122,10 +137,12 @@ def accelerate_(
         forwards[step.module] = Trained(step, forwards.get(step.module))
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
+    for made in builder.made.values():
+        made.install()
     attention = use_attention_(model) if place is None else gpu.ATTENTION
     reason = attention if isinstance(attention, str) else ""
     found = Acceleration(tuple(parts), kernels, reason, fold, tuple(trained))
-    model.__dict__[RECORD] = _Undo(list(forwards), attention, found)
+    model.__dict__[RECORD] = _Undo(list(forwards.items()), attention, found)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
 
@@ -134,19 +151,33 @@ def restore_(model: Model) -> Model:
     """Undo `accelerate_`; returns the model.
 
     Its weights were not touched, so it is the original again, bit for bit; where `fold` was asked
-    for, `unfold_` divides the gains out again within one rounding. Raises FlashNormError if this
+    for, `unfold_` divides the gains out again within one rounding. A forward that somebody put over
+    one of ours stays, and ours below it is the module's own from then on. Where a step fails, its
+    error is raised and nothing is forgotten: it can be called again. Raises FlashNormError if this
     model object was not accelerated.
     """
-    undo: _Undo | None = model.__dict__.pop(RECORD, None)
+    undo: _Undo | None = model.__dict__.get(RECORD)
     if undo is None:
         raise FlashNormError("this model was not accelerated by accelerate_: nothing to restore")
-    for module in undo.modules:
-        del module.__dict__["forward"]
+    kept = [module for module, forward in undo.forwards if not _take_away(module, forward)]
+    if kept:
+        names = ", ".join(path or "(root)" for path, m in model.named_modules() if m in kept)
+        _log.warning("forwards that were put over those of accelerate_ stay: %s", names)
     if not isinstance(undo.attention, str):
         restore_attention_(model, undo.attention)
     if undo.acceleration.folded:
         unfold_(model)
+    del model.__dict__[RECORD]
     return model
+
+
+def _take_away(module: nn.Module, forward: Stand) -> bool:
+    """Take a forward off its module, and the kernels out of it; False where another is over it."""
+    found = module.__dict__.get("forward")
+    if found is forward:
+        del module.__dict__["forward"]
+    retire(forward)
+    return found is None or found is forward
 
 
 def acceleration(model: nn.Module) -> Acceleration:

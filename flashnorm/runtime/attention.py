@@ -11,7 +11,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ def attention(
 
 def _plain(given: tuple[Tensor, ...]) -> bool:
     """Whether nothing but the values of these tensors matters."""
+    if torch.compiler.is_exporting():
+        return False
     if torch.compiler.is_compiling():
         return not torch.is_grad_enabled() and not fused.wants_torch(given)
     if dispatch.watched(*given) or dispatch.transformed():
@@ -95,6 +97,7 @@ class UsedAttention:
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
+        _allow_batching()
 
     def __reduce__(self) -> tuple[type[UsedAttention], tuple[()]]:
         return UsedAttention, ()
@@ -105,14 +108,41 @@ def use_attention_(model: nn.Module) -> UsedAttention | str:
 
     The name of its attention implementation changes, in its config and those inside, by
     `set_attn_implementation`; nothing else does, and no file keeps the name. Models that share a
-    config object share its attention, which makes no difference but of speed. Continuous batching
-    (`generate_batch`) knows transformers' own names only: `restore_attention_` first.
+    config object share its attention, which makes no difference but of speed.
     """
     if reason := why_not(model):
         return reason
     used = UsedAttention()
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return used
+
+
+def _allow_batching() -> None:
+    """Let continuous batching (`generate_batch`, `transformers serve`) begin with our attention.
+
+    It knows transformers' own names only. So a model of ours, or one that shares its config with
+    one, has its own attention until the manager stops, which then gives back what was before.
+    """
+    try:
+        from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+
+        begin = ContinuousMixin.init_continuous_batching
+    except (ImportError, AttributeError):
+        return
+    if hasattr(begin, "_flashnorm"):
+        return
+
+    @wraps(begin)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != NAME:
+            return begin(self, *args, **kwargs)
+        self.set_attn_implementation(BEFORE)
+        manager = begin(self, *args, **kwargs)
+        manager._original_attn_impl = NAME
+        return manager
+
+    init_continuous_batching._flashnorm = True  # type: ignore[attr-defined]
+    ContinuousMixin.init_continuous_batching = init_continuous_batching
 
 
 def restore_attention_(model: nn.Module, used: UsedAttention) -> None:

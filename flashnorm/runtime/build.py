@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.fusible import Fusible, Gated, Rows
 from flashnorm.kernels import cpu
 from flashnorm.plan import Site
-from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm
+from flashnorm.runtime import learn
+from flashnorm.runtime.ahead import Between
+from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm, Inner
 from flashnorm.runtime.gpu import LIBRARY, GpuGated, GpuLinear, GpuNorm
 from flashnorm.runtime.kernel import Kernel, Norm, Product, Slice
+from flashnorm.runtime.pages import has_memory
+from flashnorm.runtime.watch import Watch
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
-NOT_ALONE = "its module does more than this norm, or takes more than one argument"
 NOT_OWN = "it reads a parameter that its module does not hold itself"
 REPLACED = "its forward has been replaced on the module itself"
-NOT_AFFINE = "its gain is not a number plus a parameter of {} elements"
-NOT_KIND = "the kernels have no {} norm by itself"
+SUBCLASS = "its {} is a {}, not a plain tensor with memory"
 
 
 class Refused(Exception):
@@ -55,11 +58,10 @@ ON_CPU, ON_GPU = Kinds(), Kinds(GpuLinear, GpuGated, GpuNorm)
 
 @dataclass
 class Builder:
-    """Makes the forwards of one model. `folded` names the gains that are one everywhere."""
+    """Makes the forwards of one model."""
 
     model: nn.Module
     fusible: Fusible
-    folded: frozenset[str]
     kinds: Kinds = ON_CPU
     made: dict[str, Fused] = field(default_factory=dict)
 
@@ -71,11 +73,8 @@ class Builder:
         """Linear layers first, then what is made of them, then the norms before both."""
         parts = [self._try(path, "linear", self._linear) for path in self._linears()]
         parts += [self._try(path, "gated", self._gated) for path in self.fusible.gated]
-        at: dict[str, list[Site]] = defaultdict(list)
-        for site in sites:
-            at[site.path].append(site)
-        for path, found in at.items():
-            part = self._try(path, "norm", partial(self._norm, sites=found))
+        for path in dict.fromkeys(site.path for site in sites):
+            part = self._try(path, "norm", self._norm)
             ahead = self._readers(path) if not part.reason else ()
             parts.append(replace(part, ahead=ahead))
         return parts if self.kinds is ON_CPU else self._without_idle(parts)
@@ -107,8 +106,7 @@ class Builder:
 
     def _try(self, path: str, kind: str, make: Callable[[str], Fused]) -> Part:
         try:
-            if "forward" in self.model.get_submodule(path).__dict__:
-                raise Refused(REPLACED)
+            check(self.model.get_submodule(path))
             self.made[path] = make(path)
         except Refused as refusal:
             return Part(path, kind, str(refusal))
@@ -122,23 +120,45 @@ class Builder:
         weight = module._parameters.get(self.held(module, linear.weight))
         assert weight is not None
         product = self._product(Rows(path, 0, weight.shape[0]))
-        return self.kinds.linear(module, Kernel(products=(product,)))
+        _, _, _, own, bias = product.rows
+        known = self._known(path, replace(linear, path="", weight=own, bias=bias))
+        return self.kinds.linear(module, Kernel(products=(product,)), *known)
 
     def _gated(self, path: str) -> Fused:
         gated, module = self.fusible.gated[path], self.model.get_submodule(path)
         pair = self._pair(gated)
         down = self.model.get_submodule(gated.down)
         kernel = Kernel(products=pair, activation=gated.activation)
-        return self.kinds.gated(module, kernel, down, self.inner(module))
+        return self.kinds.gated(module, kernel, down, *self._known(path, _relative(gated), down))
 
-    def inner(self, module: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
-        """(the modules of an owner, name, module) of all modules inside of one."""
-        return [
-            (owner._modules, name, child)
-            for owner in module.modules()
-            for name, child in owner._modules.items()
-            if child is not None
-        ]
+    def _known(
+        self, path: str, told: learn.Told | None, called: nn.Module | None = None
+    ) -> tuple[dict[torch.dtype, str], list[Inner]]:
+        """What a forward has to know of its module: why not in which dtype, and what is inside.
+
+        `told` is what the module was seen to do, by its own names; `called` a module that is called
+        as it is.
+        """
+        module = self.model.get_submodule(path)
+        inner = self.inner(module, called)
+        for child in (module, *(i.module for i in inner if i.watch)):
+            check(child)
+            if reason := Watch(child).why_not():
+                raise Refused(reason)
+        shape, kept = self.fusible.given[path], self.fusible.kept[path]
+        others = [dtype for dtype in cpu.DTYPES if dtype not in kept]
+        dtypes = {dtype: learn.why_not(module, told, shape, dtype) for dtype in others}
+        return dict.fromkeys(kept, "") | dtypes, inner
+
+    def inner(self, module: nn.Module, called: nn.Module | None = None) -> list[Inner]:
+        """All modules inside of one, but for those inside of the one that is called."""
+        found = []
+        for name, child in module._modules.items():
+            if child is not None:
+                watch = None if child is called else Watch(child)
+                found.append(Inner(module._modules, name, child, watch))
+                found += [] if child is called else self.inner(child, called)
+        return found
 
     def _pair(self, gated: Gated) -> tuple[Product, Product]:
         return self._product(gated.gate), self._product(gated.up)
@@ -158,34 +178,52 @@ class Builder:
                 return name
         raise Refused(NOT_OWN)
 
-    def _norm(self, path: str, sites: Sequence[Site]) -> Fused:
-        site, module = sites[0], self.model.get_submodule(path)
-        if len(sites) > 1 or not site.replaceable or site.eps is None:
-            raise Refused(NOT_ALONE)
-        if site.kind == "dyt":
-            raise Refused(NOT_KIND.format(site.kind))
-        norm = self.affine(site, module)
+    def _norm(self, path: str) -> Fused:
+        module, norm = self.model.get_submodule(path), self.affine(path)
+        told = replace(self.fusible.norms[path], path="", gain=norm.gain, bias=norm.bias)
         ahead = [
-            (Kernel(norm, module, products, activation), readers)
+            (Kernel(norm, module, products, activation), readers, self._between(path, readers))
             for products, activation, readers in self._ahead(path)
         ]
-        return self.kinds.norm(module, Kernel(norm, module), ahead)
+        return self.kinds.norm(module, Kernel(norm, module), ahead, *self._known(path, told))
 
-    def affine(self, site: Site, module: nn.Module) -> Norm:
+    def affine(self, path: str) -> Norm:
         """The norm with the gain and bias that its module holds, if it holds nothing else."""
-        gain = self.held(module, site.weight.parameter) if site.weight else ""
-        bias = self.held(module, site.shift) if site.shift else ""
+        if path not in self.fusible.norms:
+            raise Refused(self.fusible.unfit.get(path, NOT_ALONE))
+        norm, module = self.fusible.norms[path], self.model.get_submodule(path)
+        gain, bias = (self.held(module, name) if name else "" for name in (norm.gain, norm.bias))
         held = {name for name, parameter in module.named_parameters()}
         if held != {name for name in (gain, bias) if name}:
             raise Refused(NOT_OWN)
-        if not site.weight:
-            return Norm(site.kind, site.eps or 0.0)
-        shape = self.model.get_parameter(site.weight.parameter).shape
-        if site.weight.scale != 1.0 or shape != (site.width,):
-            raise Refused(NOT_AFFINE.format(site.width))
-        if site.weight.parameter in self.folded:
-            gain = ""
-        return Norm(site.kind, site.eps or 0.0, gain, site.weight.offset, bias)
+        return Norm(norm.kind, norm.eps, gain, norm.offset, bias)
+
+    def _between(self, path: str, readers: Sequence[Fused]) -> Between:
+        """Who is called between a norm and these readers: what one is in, and the other is not."""
+        norm = self.model.get_submodule(path)
+        after, before, places = [norm], [], []
+        for reader in readers:
+            module = reader.module
+            after += [m for m in self.above[norm] if m not in self.above[module]]
+            before += [module, *(m for m in self.above[module] if m not in self.above[norm])]
+            for owner in self.above[module]:
+                names = [name for name, child in owner._modules.items() if child is module]
+                places += [(owner._modules, name, module) for name in names]
+        return Between(list(dict.fromkeys(after)), list(dict.fromkeys(before)), places)
+
+    @cached_property
+    def above(self) -> dict[nn.Module, list[nn.Module]]:
+        """All modules that a module is in, under whatever names."""
+        found: dict[nn.Module, dict[nn.Module, None]] = {}
+
+        def enter(module: nn.Module, over: tuple[nn.Module, ...]) -> None:
+            found.setdefault(module, {}).update(dict.fromkeys(over))
+            for child in module._modules.values():
+                if child is not None:
+                    enter(child, (*over, module))
+
+        enter(self.model, ())
+        return {module: list(over) for module, over in found.items()}
 
     def _readers(self, path: str) -> tuple[str, ...]:
         """The modules that are always given the norm's output and run on kernels."""
@@ -205,3 +243,34 @@ class Builder:
             if name in self.fusible.gated:
                 gated = self.fusible.gated[name]
                 yield self._pair(gated), gated.activation, (self.made[name],)
+
+
+def check(module: nn.Module) -> None:
+    """Raise Refused where a module's forward or tensors are of a kind that has to run itself."""
+    if "forward" in module.__dict__:
+        raise Refused(REPLACED)
+    for held in (module._parameters, module._buffers):
+        for name, tensor in held.items():
+            if tensor is not None and not has_memory(tensor):
+                raise Refused(SUBCLASS.format(name, _kind(tensor)))
+
+
+def _kind(tensor: Tensor) -> str:
+    kind = type(tensor).__name__
+    return f"{kind} on {tensor.device}" if tensor.is_meta else kind
+
+
+def _relative(gated: Gated) -> Gated | None:
+    """The same with paths as the module has them; None where a part is not inside it."""
+    inside = f"{gated.path}." if gated.path else ""
+    paths = (gated.gate.path, gated.up.path, gated.down)
+    if not all(path.startswith(inside) for path in paths):
+        return None
+    gate, up, down = (path[len(inside) :] for path in paths)
+    return replace(
+        gated,
+        path="",
+        gate=replace(gated.gate, path=gate),
+        up=replace(gated.up, path=up),
+        down=down,
+    )

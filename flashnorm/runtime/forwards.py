@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +20,72 @@ from flashnorm.functional import fused
 from flashnorm.kernels import cpu, dispatch, operators
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import DTYPES
+from flashnorm.runtime import learn
+from flashnorm.runtime.ahead import Ahead, Between
 from flashnorm.runtime.kernel import Kernel, part, recipe
+from flashnorm.runtime.stand import Stand
+from flashnorm.runtime.watch import CHANGED, TRAINING, Watch
 
-TRAINING = "the module is in training mode"
 # Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
 # float32 the graph's own product is faster then.
 COMPILED = (torch.bfloat16, torch.float16)
 MORE = "the module was given more than one argument"
-OTHER = "the module returns another dtype than it is given"
 HOOKED = "a module inside has hooks, or is another one than it was"
 
 
-class Fused:
-    """A forward with a kernel; it falls back to that of the module's class, with a reason."""
+class Inner(NamedTuple):
+    """A module inside of one that a kernel stands for; without a watch it is called as it is."""
 
-    def __init__(self, module: nn.Module, kernel: Kernel) -> None:
-        self.module, self.kernel = module, kernel
-        # The dtypes that the module has been seen to return as it was given them, and the others.
-        self._kept: frozenset[torch.dtype] = frozenset()
-        self._changed: frozenset[torch.dtype] = frozenset()
+    owner: dict[str, nn.Module | None]
+    name: str
+    module: nn.Module
+    watch: Watch | None
+
+
+class Fused(Stand):
+    """A forward with a kernel; it falls back to that of the module's class, with a reason.
+
+    `dtypes` says why a dtype is not taken, or nothing where it is; `inner` are the modules inside.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kernel: Kernel,
+        dtypes: dict[torch.dtype, str],
+        inner: Sequence[Inner] = (),
+    ) -> None:
+        self.module, self.kernel, self.dtypes = module, kernel, dtypes
+        self.inner, self.watch = tuple(inner), Watch(module)
+        # What the module itself calls, and those inside it: this forward, or one around it.
+        self.installed: Any = self
+        self.inside: tuple[Any, ...] = ()
+
+    def install(self) -> None:
+        """Remember who is called by the module's name, once all forwards are in place."""
+        self.installed = self.module.__dict__.get("forward")
+        self.inside = tuple(inner.module.__dict__.get("forward") for inner in self.inner)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.compiled(x, *args, **kwargs)
-        reason = MORE if args or kwargs else self.why_not(x)
-        if not reason:
-            packed, most, reason = self.kernel.bind(x)
-            if not reason:
-                return self.fast(x, packed, most) if x.dtype in self._kept else self._first(x)
-        dispatch.fell_back(reason)
-        return self.original(x, *args, **kwargs)
+        if args or kwargs:
+            return self.fall_back(MORE, x, *args, **kwargs)
+        return self.eager(x)
+
+    def eager(self, x: Any) -> Any:
+        if reason := self.why_not(x):
+            return self.fall_back(reason, x)
+        packed, most, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         """What the module returns, on kernels; the packed one takes `most` elements of x."""
         raise NotImplementedError
+
+    def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        dispatch.fell_back(reason)
+        return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -63,7 +95,11 @@ class Fused:
 
     def for_kernels(self, x: Tensor) -> bool:
         """Whether a compiled graph should call the kernel: no gradient, few rows, if known."""
+        if torch.compiler.is_exporting():  # a program must run where flashnorm is not installed
+            return False
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES:
+            return False
+        if self.unlike(x) or self.changed_in_graph():
             return False
         size = x.numel()
         if not isinstance(size, int):
@@ -72,35 +108,67 @@ class Fused:
 
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
-        if reason := dispatch.not_plain(x):
+        if reason := dispatch.not_plain(x) or self.changed() or self.unlike(x):
             return reason
         if torch.is_grad_enabled() and self._needs_gradient(x):
             return dispatch.GRADIENT
-        return OTHER if x.dtype in self._changed else ""
+        return ""
+
+    def changed(self) -> str:
+        """Why the module is not what was recorded; empty where it is."""
+        if self.watch.changed():
+            return TRAINING if self.module.training else CHANGED
+        return HOOKED if self.inner and not self._intact() else ""
+
+    def _intact(self) -> bool:
+        """Whether the modules inside are those that were recorded, and nobody listens to them."""
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return False
+        for (owner, name, child, watch), forward in zip(self.inner, self.inside, strict=True):
+            if owner.get(name) is not child:
+                return False
+            if watch is not None and (
+                child._forward_hooks
+                or child._forward_pre_hooks
+                or child.__dict__.get("forward") is not forward
+                or watch.changed()
+            ):
+                return False
+        return True
+
+    def changed_in_graph(self) -> bool:
+        """`changed`, for a compiled graph."""
+        if self.watch.changed_in_graph():
+            return True
+        if self.inner and (hooks._global_forward_hooks or hooks._global_forward_pre_hooks):
+            return True
+        for owner, name, child, watch in self.inner:
+            if owner.get(name) is not child:
+                return True
+            if watch is not None and (
+                child._forward_hooks or child._forward_pre_hooks or watch.changed_in_graph()
+            ):
+                return True
+        return False
+
+    def unlike(self, x: Tensor) -> str:
+        """Why the kernel does not stand for the module in this dtype; empty where it does."""
+        reason = self.dtypes.get(x.dtype)
+        return learn.UNKNOWN.format(x.dtype) if reason is None else reason
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.kernel.parameters())
-
-    def _first(self, x: Tensor) -> Tensor:
-        """The first call in a dtype is the module's own: some return another one than they get."""
-        y = self.original(x)
-        if y.dtype == x.dtype:
-            self._kept |= {x.dtype}
-        else:
-            self._changed |= {x.dtype}
-        return y
 
 
 class FusedLinear(Fused):
     """`x Wᵀ + c`, taken from x where a norm has computed it ahead."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            if (ready := taken(x, self)) is not None:
-                return ready
-            if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
-                return self.original(x, *args, **kwargs)  # the library is faster
-        return super().__call__(x, *args, **kwargs)
+    def eager(self, x: Any) -> Any:
+        if (ready := taken(x, self)) is not None:
+            return ready
+        if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
+            return self.original(x)  # the library is faster
+        return super().eager(x)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
@@ -112,43 +180,15 @@ class FusedLinear(Fused):
 
 
 class FusedGated(Fused):
-    """`down(act(gate(x)) ⊙ up(x))`: gate, up and activation as one call, then the module `down`.
+    """`down(act(gate(x)) ⊙ up(x))`: gate, up and activation as one call, then the module `down`."""
 
-    `inner` are (the modules of an owner, name, module) of all that it stands for.
-    """
+    def __init__(self, module: nn.Module, kernel: Kernel, down: nn.Module, *rest: Any) -> None:
+        super().__init__(module, kernel, *rest)
+        self.down = down
 
-    def __init__(
-        self,
-        module: nn.Module,
-        kernel: Kernel,
-        down: nn.Module,
-        inner: Sequence[tuple[dict[str, nn.Module | None], str, nn.Module]],
-    ) -> None:
-        super().__init__(module, kernel)
-        self.down, self.inner = down, tuple(inner)
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            if reason := self._changed_inside():
-                dispatch.fell_back(reason)
-                return self.original(x, *args, **kwargs)
-            if (hidden := taken(x, self)) is not None:
-                return self.down(hidden)
-        return super().__call__(x, *args, **kwargs)
-
-    def _changed_inside(self) -> str:
-        if self.module.training:
-            return TRAINING
-        return "" if self._intact() else HOOKED
-
-    def _intact(self) -> bool:
-        """Whether the modules inside are those that were recorded, and nobody listens to them."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-            return False
-        for owner, name, child in self.inner:
-            if owner.get(name) is not child or child._forward_hooks or child._forward_pre_hooks:
-                return False
-        return True
+    def eager(self, x: Any) -> Any:
+        hidden = taken(x, self)
+        return super().eager(x) if hidden is None else self.down(hidden)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
         if x.numel() <= most:
@@ -168,7 +208,7 @@ class FusedGated(Fused):
         return gate
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or self.module.training or not self.for_kernels(x):
+        if args or kwargs or not self.for_kernels(x):
             return self.original(x, *args, **kwargs)
         return self.down(in_graph(self.kernel.call(x))[0])
 
@@ -191,30 +231,36 @@ class FusedNorm(Fused):
         self,
         module: nn.Module,
         kernel: Kernel,
-        ahead: Sequence[tuple[Kernel, tuple[Fused, ...]]] = (),
+        ahead: Sequence[tuple[Kernel, tuple[Fused, ...], Between]],
+        *rest: Any,
     ) -> None:
-        super().__init__(module, kernel)
+        super().__init__(module, kernel, *rest)
         self.ahead = tuple(ahead)
 
     def why_not(self, x: Any) -> str:
         return super().why_not(x) or ("" if x.is_contiguous() else "x is not contiguous")
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        z = torch.empty(x.shape, dtype=x.dtype)
-        # Without a version nobody could tell that z was changed before its readers saw it; and
-        # a reader's weights may want a gradient where the norm has none.
-        if self.ahead and not z.is_inference() and not torch.is_grad_enabled():
-            found = self._ahead(x, z)
-            if found:
-                z._flashnorm = (z._version, found)  # type: ignore[attr-defined]
+    def eager(self, x: Any) -> Any:
+        if reason := self.why_not(x):
+            return self.fall_back(reason, x)
+        # A reader's weights may want a gradient where the norm has none.
+        if self.ahead and not torch.is_grad_enabled():
+            z = torch.empty(x.shape, dtype=x.dtype)
+            if found := self._ahead(x, z):
+                z._flashnorm = Ahead(z, found)  # type: ignore[attr-defined]
                 return z
-        cpu.normalize_packed(packed, x, z)
-        return z
+        packed, most, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
+
+    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
+        return cpu.normalize_packed(packed, x, torch.empty(x.shape, dtype=x.dtype))
 
     def _ahead(self, x: Tensor, z: Tensor) -> dict[Fused, Tensor]:
         """What the readers will ask for; where there is any, z has been filled as well."""
         found: dict[Fused, Tensor] = {}
-        for kernel, readers in self.ahead:
+        for kernel, readers, between in self.ahead:
+            if not between.is_clear():
+                continue
             packed, most, reason = kernel.bind(x)
             if x.numel() <= most and not reason:
                 normalized = None if found else z
@@ -226,7 +272,16 @@ class FusedNorm(Fused):
 def taken(x: Any, reader: Fused) -> Tensor | None:
     """What a norm computed ahead for this reader of its output, once."""
     ahead = getattr(x, "_flashnorm", None)
-    if ahead is None or torch.is_grad_enabled():
+    if ahead is None or torch.is_grad_enabled() or not may_take(reader):
         return None
-    version, found = ahead
-    return found.pop(reader, None) if x._version == version else None
+    if not dispatch.same_as_before() or reader.unlike(x):
+        return None
+    found: Tensor | None = ahead.take(x, reader)
+    return found
+
+
+def may_take(reader: Fused) -> bool:
+    """Whether a reader is what was recorded, and is called by the module as it was."""
+    if reader.module.__dict__.get("forward") is not reader.installed:
+        return False
+    return not reader.changed()

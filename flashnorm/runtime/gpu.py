@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks
 
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.call import Call
 from flashnorm.runtime.forwards import (
     COMPILED,
-    MORE,
-    OTHER,
     Fused,
     FusedGated,
     FusedLinear,
     FusedNorm,
-    taken,
+    may_take,
 )
 from flashnorm.runtime.kernel import Kernel, part
 
@@ -64,7 +61,9 @@ def available(device: torch.device) -> tuple[bool, str]:
 
 def worth_compiling(x: Tensor) -> bool:
     """Whether a compiled graph should call a kernel: no gradient, few rows, as far as is known."""
-    if torch.is_grad_enabled() or not on_gpu(x) or x.dtype not in COMPILED:
+    if torch.compiler.is_exporting() or torch.is_grad_enabled():
+        return False
+    if not on_gpu(x) or x.dtype not in COMPILED:
         return False
     rows = x.numel() // x.shape[-1]
     return isinstance(rows, int) and rows <= FEW_COMPILED
@@ -73,13 +72,9 @@ def worth_compiling(x: Tensor) -> bool:
 class OnGpu(Fused):
     """What the forwards on a GPU have in common: PyTorch's own operations, bound to nothing."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.compiled(x, *args, **kwargs)
-        if reason := MORE if args or kwargs else self.why_not(x) or self.kernel.why_not(x):
-            dispatch.fell_back(reason)
-            return self.original(x, *args, **kwargs)
-        return self.values(x) if x.dtype in self._kept else self._first(x)
+    def eager(self, x: Any) -> Any:
+        reason = self.why_not(x)
+        return self.fall_back(reason, x) if reason else self.values(x)
 
     def values(self, x: Tensor) -> Tensor:
         """What the module returns."""
@@ -92,31 +87,31 @@ class OnGpu(Fused):
             return f"x is on {x.device}, and the model was accelerated on a GPU"
         if dispatch.transformed():
             return dispatch.TRANSFORM
+        if reason := self.changed():
+            return reason
         if torch.is_grad_enabled() and self._needs_gradient(x):
             return dispatch.GRADIENT
-        return OTHER if x.dtype in self._changed else ""
+        return self.unlike(x) or self.kernel.why_not(x)
 
 
 class GpuLinear(FusedLinear):
     """`x Wᵀ + c`: what a norm has computed ahead, else the module's own."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled = torch.compiler.is_compiling()
-        ready = traced(x, self) if compiled else taken(x, self)
+    def eager(self, x: Any) -> Any:
+        ready = captured(x, self)
+        return self.original(x) if ready is None else ready
+
+    def compiled(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        ready = None if args or kwargs else traced(x, self)
         return self.original(x, *args, **kwargs) if ready is None else ready
 
 
 class GpuGated(OnGpu, FusedGated):
     """`down(act(gate(x)) ⊙ up(x))` without the modules in between."""
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            if reason := self._changed_inside():
-                dispatch.fell_back(reason)
-                return self.original(x, *args, **kwargs)
-            if (hidden := taken(x, self)) is not None:
-                return self.down(hidden)
-        return super().__call__(x, *args, **kwargs)
+    def eager(self, x: Any) -> Any:
+        hidden = captured(x, self)
+        return super().eager(x) if hidden is None else self.down(hidden)
 
     def values(self, x: Tensor) -> Tensor:
         """With few rows what Python does least for, with many one pass over both products."""
@@ -132,7 +127,7 @@ class GpuGated(OnGpu, FusedGated):
         return y
 
     def compiled(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        ready = None if self.module.training else traced(x, self)
+        ready = None if args or kwargs else traced(x, self)
         return self.original(x, *args, **kwargs) if ready is None else self.down(ready)
 
 
@@ -150,36 +145,36 @@ class GpuNorm(OnGpu, FusedNorm):
         if not (self.ahead and few) or z.is_inference() or torch.is_grad_enabled():
             return z
         state = (x.numel(), x.dtype, x.device.index)
-        if (state in self._loaded) == capturing():  # the first time, which loads, and in captures
+        if capturing():
+            if state in self._loaded:
+                z._flashnorm = (z._version, z.data_ptr(), self._computed(x))  # type: ignore[attr-defined]
+        elif state not in self._loaded:  # which loads them; every call has to give the same bits
             self._loaded |= {state}
-            z._flashnorm = (z._version, self._computed(x))  # type: ignore[attr-defined]
+            self._computed(x)
         return z
 
     def _computed(self, x: Tensor) -> dict[Fused, Tensor]:
         """What the readers will ask for, by the kernels that have the norm inside."""
         found: dict[Fused, Tensor] = {}
-        for kernel, readers in self.ahead:
-            if not kernel.why_not(x) and absorbs(call := kernel.call(x)):
+        for kernel, readers, between in self.ahead:
+            clear = between.is_clear() and not kernel.why_not(x)
+            if clear and absorbs(call := kernel.call(x)):
                 found.update(zip(readers, fused.run(call), strict=True))
         return found
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What nobody reads of z is left out of a compiled graph."""
         z = self.original(x, *args, **kwargs)
-        if args or kwargs or not worth_compiling(x) or z.dtype != x.dtype or self._heard():
+        if args or kwargs or not worth_compiling(x) or z.dtype != x.dtype:
+            return z
+        if self.unlike(x) or self.changed_in_graph():
             return z
         found: dict[Fused, Tensor] = {}
-        for kernel, readers in self.ahead:
-            found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
-        z._flashnorm = (None, found)
+        for kernel, readers, between in self.ahead:
+            if not between.is_heard():
+                found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
+        z._flashnorm = (None, 0, found)
         return z
-
-    def _heard(self) -> bool:
-        """Whether hooks could change z in place, which a graph cannot tell by a version."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-            return True
-        readers = [reader.module for _, readers in self.ahead for reader in readers]
-        return bool(self.module._forward_hooks) or any(r._forward_pre_hooks for r in readers)
 
 
 def normalized(kernel: Kernel, x: Tensor) -> Tensor:
@@ -198,7 +193,28 @@ def absorbs(call: Call) -> bool:
     return choice.backend != "reference" and not choice.reason.startswith("matmul")
 
 
-def traced(x: Any, reader: Fused) -> Tensor | None:
-    """`taken`, in a compiled graph."""
+def captured(x: Any, reader: Fused) -> Tensor | None:
+    """What a norm computed for this reader, once, where nothing can be compared with what it was.
+
+    While a graph is captured there are no values yet. What writes into x in place is told by its
+    version, but for what goes past it (`x.data`); hooks that could are excluded.
+    """
     ahead = getattr(x, "_flashnorm", None)
-    return None if ahead is None or torch.is_grad_enabled() else ahead[1].pop(reader, None)
+    if ahead is None or torch.is_grad_enabled() or not may_take(reader):
+        return None
+    version, place, found = ahead
+    if x._version != version or x.data_ptr() != place or reader.unlike(x):
+        return None
+    ready: Tensor | None = found.pop(reader, None)
+    return ready
+
+
+def traced(x: Any, reader: Fused) -> Tensor | None:
+    """The same in a compiled graph, which is made of what was seen while it was traced."""
+    ahead = getattr(x, "_flashnorm", None)
+    if ahead is None or torch.is_grad_enabled() or reader.changed_in_graph():
+        return None
+    if reader.unlike(x) or reader.module._forward_pre_hooks:
+        return None
+    ready: Tensor | None = ahead[2].pop(reader, None)
+    return ready

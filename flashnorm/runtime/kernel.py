@@ -101,7 +101,7 @@ class Kernel:
         count = len(self.products)
         self.most = {dtype: n * cpu.rows_for(dtype, n, count) for dtype in cpu.DTYPES}
         self.written = self._write()
-        self._bound: tuple[tuple[Any, ...], bytes, int, str] = ((), b"", 0, "")
+        self._bound: tuple[list[Any], bytes, int, str] = ([], b"", 0, "")
 
     def _write(self) -> str:
         """The kernel as a text, which `recipe` reads."""
@@ -127,11 +127,15 @@ class Kernel:
 
     def bind(self, x: Tensor) -> tuple[bytes, int, str]:
         """The packed call, how many elements of x it may take, and why there is none ("" if so)."""
+        state: list[Any] = [x.dtype, x.shape[-1]]
         try:
-            places = [held[name].data_ptr() for held, name in self._slots]
+            for held, name in self._slots:
+                p = held[name]
+                state += (p.data_ptr(), type(p), p.dtype, p.shape, p.stride())
         except (AttributeError, KeyError):
             return b"", 0, GONE
-        state = (x.dtype, x.shape[-1], *places)
+        except RuntimeError:  # there is no memory to point to
+            return b"", 0, self.why_not(x) or GONE
         bound = self._bound
         if bound[0] != state:
             self._bound = bound = (state, *self._pack(x))

@@ -9,7 +9,8 @@ import ctypes
 import sys
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 HUGE = 2 << 20  # bytes of a huge page on x86 and, with 4 KB pages, on ARM
 GAP = 4096  # what an allocator leaves between two tensors
@@ -19,7 +20,8 @@ COLLAPSE = 25  # MADV_COLLAPSE of <linux/mman.h>
 def collapse(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' memory that lie in huge pages now; 0 where the system does not do it.
 
-    Takes some seconds per GB, once. Memory that is a mapped file stays as it is.
+    Takes some seconds per GB, once. Memory that is a mapped file stays as it is, and so does that
+    of tensors that are not plain ones with elements on the CPU.
     """
     if not sys.platform.startswith("linux"):
         return 0
@@ -27,10 +29,16 @@ def collapse(tensors: Iterable[Tensor]) -> int:
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return sum(
         HUGE
-        for begin, end in _spans(tensors)
+        for begin, end in _spans(t for t in tensors if has_memory(t) and t.is_cpu)
         for page in range(-(-begin // HUGE) * HUGE, end - HUGE + 1, HUGE)
         if not madvise(page, HUGE, COLLAPSE)
     )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass, and has its elements in memory, one by one."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not tensor.is_meta and tensor.layout == torch.strided
 
 
 def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from flashnorm.kernels import autograd, dispatch, gradient
+from flashnorm.runtime.forwards import Inner
 from flashnorm.runtime.kernel import GONE, Norm
+from flashnorm.runtime.stand import Stand
+from flashnorm.runtime.watch import CHANGED, Watch
 
 RANDOM = "in training the module draws random numbers, or computes something else than was recorded"
 SUBCLASS = "a tracer watches, or a tensor is of a subclass (sharded, fake) with its own operations"
@@ -60,7 +63,7 @@ class Step:
     """A module's forward with a gradient, where it is what was recorded; else None."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.watch = module, Watch(module, modes=False)
         # In which dtypes and modes the module was seen to compute what this does, or not.
         self._seen: dict[tuple[torch.dtype, str, bool], bool] = {}
 
@@ -85,8 +88,10 @@ class Step:
         raise NotImplementedError
 
     def why_not(self, x: Tensor) -> str:
-        if dispatch.transformed() or torch.is_autocast_enabled(x.device.type):
+        if dispatch.transformed():
             return dispatch.TRANSFORM
+        if self.watch.changed():
+            return CHANGED
         try:
             held = [p for p in self.parameters() if p is not None]
         except KeyError:
@@ -209,7 +214,7 @@ class Half(NamedTuple):
 class GatedStep(Step):
     """`down(act(gate(x)) ⊙ up(x))` by the modules themselves, whose hooks are called.
 
-    `inner` are (the modules of an owner, name, module) of all that it stands for.
+    `inner` are the modules that it stands for.
     """
 
     def __init__(
@@ -218,7 +223,7 @@ class GatedStep(Step):
         halves: tuple[Half, Half],
         activation: str,
         down: nn.Module,
-        inner: Sequence[tuple[dict[str, nn.Module | None], str, nn.Module]],
+        inner: Sequence[Inner],
     ) -> None:
         super().__init__(module)
         self.halves, self.activation, self.down = halves, activation, down
@@ -236,7 +241,7 @@ class GatedStep(Step):
     def _intact(self) -> bool:
         """Modules that are called here may have hooks; what is between them may not."""
         called = (self.halves[0].module, self.halves[1].module, self.down)
-        for owner, name, child in self.inner:
+        for owner, name, child, _ in self.inner:
             if owner.get(name) is not child:
                 return False
             hooked = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
@@ -267,11 +272,11 @@ class Regate:
         return gradient.gated(self.activation, a, b)
 
 
-class Trained:
+class Trained(Stand):
     """A forward that is a step where a gradient is wanted, else what it was before."""
 
     def __init__(self, step: Step, forward: Callable[..., Any] | None) -> None:
-        self.step, self.forward = step, forward
+        self.step, self.forward, self.module = step, forward, step.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         alone = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
@@ -282,5 +287,4 @@ class Trained:
     def _before(self, *args: Any, **kwargs: Any) -> Any:
         if self.forward is not None:
             return self.forward(*args, **kwargs)
-        module = self.step.module
-        return type(module).forward(module, *args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)

@@ -9,9 +9,10 @@ from functools import partial
 
 from torch import nn
 
+from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.fusible import Rows
 from flashnorm.plan import Site
-from flashnorm.runtime.build import NOT_ALONE, NOT_OWN, REPLACED, Builder, Part, Refused
+from flashnorm.runtime.build import NOT_OWN, REPLACED, Builder, Part, Refused
 from flashnorm.runtime.kernel import Norm
 from flashnorm.runtime.steps import GatedStep, Half, LinearStep, NormStep, Step
 
@@ -75,7 +76,7 @@ class Trainer:
         if len(sites) > 1 or not site.replaceable or (site.eps is None and not dynamic):
             raise Refused(NOT_ALONE)
         if not dynamic:
-            return NormStep(module, self.builder.affine(site, module))
+            return NormStep(module, self.builder.affine(path))
         return self._dynamic(site, module)
 
     def _dynamic(self, site: Site, module: nn.Module) -> Step:

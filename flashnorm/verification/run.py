@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashnorm.checkpoint.twins import why_untied
 from flashnorm.errors import FlashNormError
 from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transformers
 from flashnorm.verification import inputs as feed
@@ -85,6 +88,8 @@ def verify(
     for source in (reference, candidate):
         if not isinstance(source, nn.Module):
             locate(source)  # a misspelt candidate is found before the reference is measured
+            if why := why_untied(Path(source).expanduser()):
+                warnings.warn(f"{source}: {why}", stacklevel=2)
     with _opened(reference) as model:
         samples = _samples(reference, model, example_inputs, tokenizer, text, tokens, sample)
         half = _half_dtype(model)

@@ -371,7 +371,7 @@ def test_another_layout_than_planned(src, axis, span):
 
 def test_a_stored_head_that_differs_from_its_tie(src):
     plan = llama_plan(2, untied=True)
-    refused(src, "copies lm_head.weight from model.embed_tokens.weight.* they differ", plan=plan)
+    refused(src, "ties lm_head.weight to model.embed_tokens.weight.* they differ", plan=plan)
 
 
 # --- numbers ----------------------------------------------------------------------------------

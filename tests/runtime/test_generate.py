@@ -122,8 +122,7 @@ def test_an_exported_graph_takes_any_length(dtype):
         for rows in (2, 700):
             x = torch.randn(rows, 32, dtype=dtype)
             assert close(program.module()(x), expected(x), dtype)
-    names = {str(node.target) for node in program.graph.nodes}
-    assert ("flashnorm.norm_linear.default" in names) == (dtype == torch.bfloat16)
+    assert not any("flashnorm" in str(node.target) for node in program.graph.nodes)
 
 
 def test_a_compiled_graph_with_gradients_is_the_originals():

@@ -90,6 +90,7 @@ def test_kernels_with_the_norm_inside_run_once_to_be_loaded_and_then_in_captures
 def test_a_capture_loads_nothing(capture, calls):
     """Rows that were not seen before, so whose kernels may not be loaded."""
     original, model = accelerated()
+    calls.clear()
     capture.on = True
     assert close(logits(model, ids(1, 3)), logits(original, ids(1, 3)))
     assert calls == []
@@ -97,6 +98,7 @@ def test_a_capture_loads_nothing(capture, calls):
 
 def test_many_rows_leave_norms_and_products_to_the_library_and_join_the_gate(capture, calls):
     original, model = accelerated()
+    calls.clear()
     tokens = ids(1, gpu.FEW + 1)
     assert close(logits(model, tokens), logits(original, tokens))
     assert calls == [("none", 160, 160)] * 2

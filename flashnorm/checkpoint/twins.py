@@ -1,0 +1,52 @@
+"""Tensors of a checkpoint that its config takes for one tied weight: they must hold the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashnorm.checkpoint.mapping import Mapped, map_parameters
+from flashnorm.checkpoint.source import Source, open_source
+from flashnorm.checkpoint.values import load_tensor
+from flashnorm.errors import FlashNormError
+
+UNEQUAL = (
+    "config.json ties {} to {}, but the checkpoint holds both and they differ, so that readers "
+    "differ in which one they take; set tie_word_embeddings to false, or remove the one that is "
+    "not meant"
+)
+
+
+def unequal_twins(source: Source, mapped: Mapped) -> str:
+    """Which tied weight is stored twice with different values, and the mend; empty if none is."""
+    for name, others in mapped.twins.items():
+        for other in others:
+            pairs = zip(mapped.wholes[name].tensors, mapped.wholes[other].tensors, strict=False)
+            for first, second in pairs:
+                if not same_bytes(source, first, second):
+                    return UNEQUAL.format(first, second)
+    return ""
+
+
+def why_untied(path: Path) -> str:
+    """`unequal_twins` of a directory; empty too where it cannot be told."""
+    try:
+        source = open_source(path)
+        return unequal_twins(source, map_parameters(source))
+    except (FlashNormError, OSError):
+        return ""
+
+
+def same_bytes(source: Source, first: str, second: str) -> bool:
+    """Whether two tensors of a checkpoint have one dtype, one shape and the same bits."""
+    entries = source.where[first].entry, source.where[second].entry
+    if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
+        return False
+    one, other = (load_tensor(source, source.where[name]) for name in (first, second))
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

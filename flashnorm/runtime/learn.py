@@ -1,0 +1,101 @@
+"""Whether a module does in another dtype what it was seen to do: it is recorded again, by itself.
+
+On tensors without memory, so that no number of the module's own is ever the answer of a call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashnorm.graph.affine import Normed
+from flashnorm.graph.fusible import Gated, Linear, find_fusible
+from flashnorm.graph.trace import trace
+from flashnorm.runtime.watch import Watch, is_plain
+
+Told = Linear | Gated | Normed
+
+OTHER = "in {} the module does something else than it was seen to do, or returns another dtype"
+UNKNOWN = "what the module does in {} is not known: restore_ and accelerate again in it"
+
+# Modules of one class with the same attributes and shapes do the same.
+_known: dict[Any, str] = {}
+MOST = 4096
+
+
+def why_not(module: nn.Module, told: Told | None, shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Why a kernel may not stand for the module once it is moved to a dtype; empty where it may.
+
+    `told` is what the module was seen to do, with names as the module has them itself, given a
+    tensor of this shape.
+    """
+    if told is None:
+        return UNKNOWN.format(dtype)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    key = (told, dtype, device.type, tuple(shape), _summary(module))
+    try:
+        hash(key)
+    except TypeError:
+        return _recorded(module, told, shape, dtype, device)
+    if key not in _known:
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[key] = _recorded(module, told, shape, dtype, device)
+    return _known[key]
+
+
+def _summary(module: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, Watch(inner).summary()) for name, inner in module.named_modules())
+
+
+def _recorded(
+    module: nn.Module, told: Told, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> str:
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            with mode:
+                x = torch.empty(tuple(shape), dtype=dtype, device=device)
+            twin = _twin(module, partial(_moved, mode, dtype), {})
+            found = find_fusible(trace(twin, [(x,)], allow_real=False))
+    except Exception as error:
+        return f"{UNKNOWN.format(dtype)} ({type(error).__name__})"
+    kinds: dict[type, dict[str, Any]] = {Linear: found.linears, Gated: found.gated}
+    seen = kinds.get(type(told), found.norms).get("")
+    return "" if seen == told and dtype in found.kept[""] else OTHER.format(dtype)
+
+
+def _twin(module: nn.Module, moved: Callable[[Any], Any], made: dict[int, nn.Module]) -> nn.Module:
+    """A module like this one, without memory, hooks and other forwards; all inside it as well."""
+    if id(module) in made:
+        return made[id(module)]
+    made[id(module)] = twin = type(module).__new__(type(module))
+    held = {name: value for name, value in module.__dict__.items() if name != "forward"}
+    for name, value in held.items():
+        if name.endswith("_hooks"):
+            held[name] = OrderedDict()
+        elif is_plain(value):
+            held[name] = copy.deepcopy(value)
+    held["_parameters"] = {n: moved(p) for n, p in module._parameters.items()}
+    held["_buffers"] = {n: moved(b) for n, b in module._buffers.items()}
+    held["_modules"] = {
+        n: None if m is None else _twin(m, moved, made) for n, m in module._modules.items()
+    }
+    twin.__dict__.update(held)
+    return twin
+
+
+def _moved(mode: FakeTensorMode, dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    """A tensor without memory, in the dtype if it is one of numbers with a point."""
+    if tensor is None:
+        return None
+    fake = mode.from_tensor(tensor)
+    moved = fake.to(dtype) if fake.is_floating_point() else fake
+    return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved

@@ -1,0 +1,117 @@
+"""The fuzzer can fail: with a rule of the analysis broken it finds a counterexample."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashnorm import planner
+from flashnorm.graph import absorb, contractions, deferral, modules, rules, streams
+from flashnorm.plan import Span
+from tests.fuzz.draft import draft
+from tests.fuzz.oracle import Options, judge
+
+MODELS = 400
+
+
+def sums_pass(monkeypatch):
+    """A sum with a value that carries no gain, such as the residual, is not refused."""
+    unified = rules._unified
+
+    def lax(flow, node, first, second):
+        try:
+            return unified(flow, node, first, second)
+        except rules.Blocked:
+            value = first if first in flow.labels else second
+            return flow.labels[value].expand(flow.graph.values[node.outputs[0]].shape)
+
+    monkeypatch.setattr(rules, "_unified", lax)
+
+
+def products_pass(monkeypatch):
+    """A product with a function of itself is not refused."""
+
+    def lax(flow, node):
+        labelled = [v for v in node.inputs if v in flow.labels]
+        return [flow.labels[labelled[0]].expand(flow.graph.values[node.outputs[0]].shape)]
+
+    monkeypatch.setitem(rules.RULES, "mul", lax)
+
+
+def slices_begin_at_zero(monkeypatch):
+    """Which columns of a weight are read is not looked at."""
+    column = contractions.column
+
+    def lax(view, axis):
+        number, positions = column(view, axis)
+        return number, torch.arange(len(positions))
+
+    monkeypatch.setattr(contractions, "column", lax)
+
+
+def gains_begin_at_zero(monkeypatch):
+    """Which element of a gain meets a column is not looked at."""
+    spans = absorb._spans
+
+    def lax(flow, gain, labels):
+        return tuple(Span(s.start, 0, s.length) for s in spans(flow, gain, labels))
+
+    monkeypatch.setattr(absorb, "_spans", lax)
+
+
+def nothing_is_in_doubt(monkeypatch):
+    """Parameters that were not read do not matter."""
+    monkeypatch.setattr(planner, "refuse_unreached", lambda *given: ())
+
+
+def readers_are_read_once(monkeypatch):
+    """What else reads a weight is not looked at."""
+    read = absorb._read
+
+    def lax(flow, name, column, use):
+        if use.labels is not None and not use.other:
+            read(flow, name, column, use)
+
+    monkeypatch.setattr(absorb, "_read", lax)
+
+
+def streams_have_one_reader(monkeypatch):
+    """What else reads a stream than LayerNorms is not looked at (centring)."""
+    monkeypatch.setattr(streams.Streams, "refuse", lambda self, value, reason: None)
+
+
+def modules_are_norms(monkeypatch):
+    """Any module with one norm in it is replaced by a norm (centring, cancelling)."""
+
+    def lax(flow, visit):
+        call = flow.graph.calls.get(visit.node.call)
+        return visit.standard and bool(call and call.path) and call.arguments == 1
+
+    for module in (planner, deferral, modules):
+        monkeypatch.setattr(module, "is_replaceable", lax)
+
+
+# Each with the first seed that notices it: from there on it takes a moment, from zero a minute.
+MUTATIONS = {
+    sums_pass: 31,
+    products_pass: 84,
+    slices_begin_at_zero: 51,
+    gains_begin_at_zero: 51,
+    nothing_is_in_doubt: 9,
+    readers_are_read_once: 78,
+    streams_have_one_reader: 0,
+    modules_are_norms: 112,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_rule_is_found(mutation, monkeypatch):
+    mutation(monkeypatch)
+    first = MUTATIONS[mutation]
+    found = (seed for seed in [*range(first, MODELS), *range(first)] if _wrong(seed))
+    assert next(found, None) is not None, f"{MODELS} models did not notice it"
+
+
+def _wrong(seed):
+    options = replace(Options.of(seed), accelerate=False, force=False, fail=False)
+    return judge(draft(seed), seed, options).wrong == "fold_"
