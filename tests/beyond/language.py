@@ -73,7 +73,6 @@ DENSE: dict[str, Any] = {
 }
 BUILDERS = (
     "llama2", "llama3", "llama3_1", "llama3_2", "gemma", "gemma2", "mistral", "phi3", "qwen2",
-    "qwen3",
 )  # fmt: skip
 
 
