@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,10 +71,18 @@ def fold_(
     return plan
 
 
-def apply_plan_(model: nn.Module, plan: Plan, *, cancel: bool = False, eps: Eps = "exact") -> None:
+def apply_plan_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    cancel: bool = False,
+    eps: Eps = "exact",
+    within: Transaction | None = None,
+) -> None:
     """Execute a plan on the model that it was made for, whole or not at all.
 
-    Raises FoldError as `fold_` does.
+    `within` is a transaction of the caller's that it is a part of. Raises FoldError as `fold_`
+    does.
     """
     if UNDO in model.__dict__:
         # The record of the first fold would be lost, and with it the way back.
@@ -82,7 +91,7 @@ def apply_plan_(model: nn.Module, plan: Plan, *, cancel: bool = False, eps: Eps 
     _check(model, plan, parameters)
     if cancel:
         check_cancel(model, plan)
-    with Transaction() as change, torch.no_grad():
+    with nullcontext(within) if within else Transaction() as change, torch.no_grad():
         tied = _untie_(model, plan, parameters, change)
         vectors, wiped = _saved(plan, parameters)
         _move_biases_(plan, parameters, change)

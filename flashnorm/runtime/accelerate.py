@@ -11,12 +11,17 @@ from torch import nn
 
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
-from flashnorm.inspection import record
+from flashnorm.inspection import inspect_module, record
 from flashnorm.kernels import cpu
 from flashnorm.planner import make_plan
-from flashnorm.rewrite import fold_, unfold_
+from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import gpu
-from flashnorm.runtime.attention import UsedAttention, restore_attention_, use_attention_
+from flashnorm.runtime.attention import (
+    UsedAttention,
+    restore_attention_,
+    use_attention_,
+    why_not,
+)
 from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
@@ -24,6 +29,7 @@ from flashnorm.runtime.pages import collapse
 from flashnorm.runtime.stand import Stand, retire
 from flashnorm.runtime.steps import Trained
 from flashnorm.runtime.training import Trainer
+from flashnorm.transaction import Transaction
 
 RECORD = "_flashnorm_acceleration"
 
@@ -119,30 +125,45 @@ def accelerate_(
         raise FlashNormError("this model is accelerated already; restore_ it first")
     graph = record(model, example_inputs)
     plan = make_plan(graph)
-    if fold:
-        fold_(model, example_inputs)
     place = gpu.place(model)
     available, kernels = cpu.available() if place is None else gpu.available(place)
     if huge_pages and available and place is None:
         collapse(model.parameters())
-    kinds = ON_CPU if place is None else ON_GPU
-    builder = Builder(model, find_fusible(graph), kinds)
-    parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
-    forwards: dict[nn.Module, Any] = dict(builder.forwards)
-    trainer = Trainer(builder)
-    trained = trainer.build(plan.sites) if training else []
-    for step in trainer.steps.values():
-        forwards[step.module] = Trained(step, forwards.get(step.module))
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    for made in builder.made.values():
-        made.install()
-    attention = use_attention_(model) if place is None else gpu.ATTENTION
-    reason = attention if isinstance(attention, str) else ""
-    found = Acceleration(tuple(parts), kernels, reason, fold, tuple(trained))
-    model.__dict__[RECORD] = _Undo(list(forwards.items()), attention, found)
+    with Transaction() as change:
+        folded = fold and _fold(model, example_inputs, change)
+        builder = Builder(model, find_fusible(graph), ON_CPU if place is None else ON_GPU)
+        parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
+        forwards: dict[nn.Module, Any] = dict(builder.forwards)
+        trainer = Trainer(builder)
+        trained = trainer.build(plan.sites) if training else []
+        for step in trainer.steps.values():
+            forwards[step.module] = Trained(step, forwards.get(step.module))
+        for module, forward in forwards.items():
+            change.item(module.__dict__, "forward", forward)
+        for made in builder.made.values():
+            made.install()
+        attention = _attend(model, change) if place is None else gpu.ATTENTION
+        reason = attention if isinstance(attention, str) else ""
+        found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained))
+        change.item(model.__dict__, RECORD, _Undo(list(forwards.items()), attention, found))
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
+
+
+def _fold(model: nn.Module, example_inputs: Any, change: Transaction) -> bool:
+    """Fold the gains of a model; False where there is nothing to fold."""
+    plan = inspect_module(model, example_inputs)
+    if plan.folded:
+        apply_plan_(model, plan, within=change)
+    return bool(plan.folded)
+
+
+def _attend(model: nn.Module, change: Transaction) -> UsedAttention | str:
+    """`use_attention_`, as a part of a transaction."""
+    if reason := why_not(model):
+        return reason
+    change.step(lambda: restore_attention_(model, UsedAttention()))
+    return use_attention_(model)
 
 
 def restore_(model: Model) -> Model:
