@@ -164,10 +164,10 @@ class Recorder(TorchDispatchMode):
                 nn.Module.register_forward_hook(part, leave, prepend=True, always_call=True)
 
     def _enter(self, path: str, module: nn.Module, given: Any) -> None:
+        call = Call(path, self._values_in(given), _count_arguments(type(module).forward))
         self._calls += 1
+        self.graph.calls[self._calls] = call
         self._stack.append((path, self._calls))
-        arguments = _count_arguments(type(module).forward)
-        self.graph.calls[self._calls] = Call(path, self._values_in(given), arguments)
 
     def _leave(self, path: str, module: nn.Module, given: Any, output: Any) -> None:
         if self._stack[-1][0] == path:  # else another hook failed before the module was entered
