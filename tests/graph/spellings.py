@@ -142,14 +142,17 @@ class Spelled(nn.Module):
         super().__init__()
         self.code = compile(code, "spelling", "eval")
         for name, size in (("g", D), ("b", D), ("a", 1), ("s", 1)):
-            if name in self.code.co_names or any(name in c.co_names for c in self._inner()):
+            if self._names(name):
                 self.register_parameter(name, nn.Parameter(1 + 0.3 * torch.randn(size)))
-        self.register_buffer("eps", torch.tensor(1e-5))
-        self.register_buffer("m", torch.randn(D))
-        self.register_buffer("v", torch.rand(D) + 0.5)
+        # What nobody reads could be another gain, for all that a recording knows.
+        held = {"eps": torch.tensor(1e-5), "m": torch.randn(D), "v": torch.rand(D) + 0.5}
+        for name, value in held.items():
+            if self._names(name):
+                self.register_buffer(name, value)
 
-    def _inner(self):
-        return [c for c in self.code.co_consts if hasattr(c, "co_names")]
+    def _names(self, name: str) -> bool:
+        inner = [c for c in self.code.co_consts if hasattr(c, "co_names")]
+        return any(name in c.co_names for c in (self.code, *inner))
 
     def forward(self, x):
         names = {"x": x, "self": self, "torch": torch, "F": F, **self._parameters}
