@@ -131,7 +131,7 @@ def _check(model: nn.Module, undo: Undo) -> None:
         if type(vars(module).get("forward")).__module__.startswith("flashnorm."):
             raise FoldError("this model is accelerated, with its gains folded: restore_ it first")
     for swap in undo.swaps.last():
-        _check_swap(swap, undo)
+        _check_swap(swap)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in [*undo.after, *(name for pair in undo.tied for name in pair)]:
         if name not in parameters and not _is_swapped(model, name, undo):
@@ -160,18 +160,16 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _check_swap(swap: Swap, undo: Undo) -> None:
+def _check_swap(swap: Swap) -> None:
     if swap.owner._modules.get(swap.attribute) is not swap.new:
         raise FoldError(
             f"the norm {swap.attribute} that fold_ put into a {type(swap.owner).__name__} was "
             f"replaced or wrapped since: put it back, or {ORIGINAL}"
         )
-    ours = {handle.id for handle in undo.swaps.hooks}
-    found = {*swap.new._forward_hooks, *swap.new._forward_pre_hooks} - ours
-    if found or is_replaced(swap.new):
+    if is_replaced(swap.new):  # hooks are the old norm's as well
         raise FoldError(
-            f"the norm {swap.attribute} of a {type(swap.owner).__name__} was given hooks or "
-            "another forward since the fold, which would be lost with it: remove them first"
+            f"the norm {swap.attribute} of a {type(swap.owner).__name__} was given another forward "
+            "since the fold, which would be lost with it: remove it first"
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashnorm import planner
-from flashnorm.graph import absorb, contractions, deferral, modules, rules, streams
+from flashnorm.graph import absorb, contractions, rules, streams
 from flashnorm.plan import Span
 from tests.fuzz.draft import draft
 from tests.fuzz.oracle import Options, judge
@@ -80,17 +80,6 @@ def streams_have_one_reader(monkeypatch):
     monkeypatch.setattr(streams.Streams, "refuse", lambda self, value, reason: None)
 
 
-def modules_are_norms(monkeypatch):
-    """Any module with one norm in it is replaced by a norm (centring, cancelling)."""
-
-    def lax(flow, visit):
-        call = flow.graph.calls.get(visit.node.call)
-        return visit.standard and bool(call and call.path) and call.arguments == 1
-
-    for module in (planner, deferral, modules):
-        monkeypatch.setattr(module, "is_replaceable", lax)
-
-
 # Each with the first seed that notices it: from there on it takes a moment, from zero a minute.
 MUTATIONS = {
     sums_pass: 31,
@@ -100,7 +89,6 @@ MUTATIONS = {
     nothing_is_in_doubt: 9,
     readers_are_read_once: 78,
     streams_have_one_reader: 0,
-    modules_are_norms: 112,
 }
 
 
