@@ -96,10 +96,6 @@ def logits(model, adapter: Path | None, inputs: dict, *, seed: int | None = None
         return model(**copy.deepcopy(inputs)).logits
 
 
-def relative(found, expected) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
 def folded_model(case: Made, **options) -> tuple[torch.nn.Module, Plan]:
     model = copy.deepcopy(case.model)
     plan = flashnorm.fold_(model, copy.deepcopy(case.inputs), **options)

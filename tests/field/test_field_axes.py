@@ -8,6 +8,7 @@ from torch import nn
 
 import flashnorm
 from flashnorm.verification.bounds import Size, output_bound
+from tests.errors import relative
 
 
 class Pixel(nn.Module):
@@ -44,10 +45,6 @@ class Steps(Pixel):
 
 # As many channels as the last axis is long, and not.
 SHAPES = [(2, 16, 5, 16), (2, 16, 16), (2, 16, 5, 8), (2, 16, 12)]
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

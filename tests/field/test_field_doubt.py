@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import flashnorm
 from flashnorm.cli import app
-from tests.field.test_field_recording import WIDTH, X, randomize_
+from tests.errors import relative
+from tests.field.test_field_recording import EXACT, WIDTH, X, randomize_
 
 X64 = X.double()
 
@@ -155,7 +156,7 @@ def test_field_what_one_pass_does_not_see_refuses(kind):
     assert reasons
     assert all("not reach" in r or "in part" in r or "feature by" in r for r in reasons), reasons
     for found, truth in zip(outputs(model), expected, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        assert relative(found, truth) <= EXACT
 
 
 @pytest.mark.parametrize("kind", FORKS)
@@ -166,7 +167,7 @@ def test_field_several_sets_of_inputs_settle_it(kind):
     plan = flashnorm.fold_(model, [(X64,), {"x": X64, "kind": 1}])
     assert not any("not reach" in site.reason for site in plan.sites), str(plan)
     for found, truth in zip(outputs(model), expected, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        assert relative(found, truth) <= EXACT
 
 
 class Heads(nn.Module):
@@ -191,7 +192,7 @@ def test_field_united_inputs_fold_what_each_alone_leaves_in_doubt():
     assert [site.gain for site in plan.sites] == ["folded"]
     assert {c.parameter for c in plan.sites[0].consumers} == {"heads.0.weight", "heads.1.weight"}
     for found, truth in zip(outputs(model), expected, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        assert relative(found, truth) <= EXACT
 
 
 def test_field_no_set_of_inputs_is_an_error():

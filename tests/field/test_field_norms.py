@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
+from tests.errors import relative
 
 D, K = 8, 6
 BOUND = 1e-12  # float64: a few roundings on eight numbers
@@ -132,10 +133,6 @@ def made(norm):
     model = (Images if images else Model)(norm).double().eval()
     shape = (2, D, 3, 5) if images else (2, 5, D)
     return model, torch.randn(shape, dtype=torch.float64)
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from accelerate.hooks import remove_hook_from_module
 
 import flashnorm
 from flashnorm.graph.offload import is_replaced
+from tests.errors import relative
 
-from .test_field_states import EXACT, IDS, far, gpt2, llama
+from .test_field_states import EXACT, IDS, gpt2, llama
 
 PLACES = {
     "model.embed_tokens": "cpu",
@@ -72,9 +73,9 @@ def test_field_offloaded_weights_are_not_folded_and_nothing_is_touched(offload):
     assert not hasattr(model.config, "flashnorm")
     take_off(model)
     assert flashnorm.fold_(model).folded
-    assert far(logits(model), expected) < 1e-6  # its rotation is in float32
+    assert relative(logits(model), expected) < 1e-6  # its rotation is in float32
     offload(model)
-    assert far(logits(model), expected) < 1e-6
+    assert relative(logits(model), expected) < 1e-6
 
 
 def test_field_a_folded_model_that_is_offloaded_unfolds_when_it_is_back(offload):
@@ -89,7 +90,7 @@ def test_field_a_folded_model_that_is_offloaded_unfolds_when_it_is_back(offload)
     assert torch.equal(logits(model), folded)
     take_off(model)
     flashnorm.unfold_(model)
-    assert all(far(v, original[k]) < EXACT for k, v in model.state_dict().items())
+    assert all(relative(v, original[k]) < EXACT for k, v in model.state_dict().items())
 
 
 def test_field_a_centred_model_that_is_offloaded_unfolds_when_it_is_back(tmp_path):
@@ -101,7 +102,7 @@ def test_field_a_centred_model_that_is_offloaded_unfolds_when_it_is_back(tmp_pat
     assert torch.equal(logits(model), folded)
     take_off(model)
     flashnorm.unfold_(model)
-    assert all(far(v, original[k]) < EXACT for k, v in model.state_dict().items())
+    assert all(relative(v, original[k]) < EXACT for k, v in model.state_dict().items())
 
 
 def test_field_an_offloaded_model_accelerates_and_is_restored(offload):
@@ -126,11 +127,11 @@ def test_field_an_accelerated_model_that_is_offloaded_is_restored(offload, first
     bound = 2**-23 * 48 * 40  # of sums of up to 48 products, in some 40 operations in a row
     offload(model)
     for _ in range(3):
-        assert far(logits(model), expected) < bound
+        assert relative(logits(model), expected) < bound
     steps = [lambda: take_off(model), lambda: flashnorm.restore_(model)]
     for step in steps if first == "hooks" else reversed(steps):
         step()
-        assert far(logits(model), expected) < bound
+        assert relative(logits(model), expected) < bound
     assert torch.equal(logits(model), expected)
     if first == "hooks":
         assert not any(is_replaced(module) for module in model.modules())

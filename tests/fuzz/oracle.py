@@ -21,6 +21,7 @@ from flashnorm.planner import NO_GAIN
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.bounds import Size, output_bound, owns_matrix, width_of
 from flashnorm.verification.precision import float64_truth
+from tests.errors import nudged
 from tests.forcing import forced_plans
 from tests.fuzz.program import Program, Written, build, inputs_of
 from tests.zoo.fold import relative
@@ -220,13 +221,13 @@ def _accelerated(case: _Case, verdict: Verdict) -> None:
     before = _state(model)
     inputs = [[_narrow(t) for t in given] for given in case.inputs]
     own = [_run(model, given) for given in inputs]
-    nudged = [_run(_nudged(model), given) for given in inputs]
+    noisy = [_run(nudged(model), given) for given in inputs]
     flashnorm.accelerate_(model, tuple(t.clone() for t in inputs[0]), huge_pages=False)
     verdict.fused = len(flashnorm.acceleration(model).fused)
     _same_bits(model, before, "accelerate_ changed a tensor")
     depth = sum(owns_matrix(module) for module in model.modules()) + len(case.program.statements)
     size = Size(width_of(model), depth, torch.float32)
-    for given, expected, other, truth in zip(inputs, own, nudged, case.truth, strict=True):
+    for given, expected, other, truth in zip(inputs, own, noisy, case.truth, strict=True):
         noise = max(relative(other, expected), relative(expected, truth))
         bound = max(output_bound(size, torch.float32), 20 * noise)
         for time in ("first", "second"):
@@ -248,17 +249,6 @@ def _run(model: nn.Module, inputs: Sequence[Tensor]) -> Outputs:
     with torch.no_grad():
         out = model(*(tensor.clone() for tensor in inputs))
     return [t.double() for t in (out if isinstance(out, tuple) else (out,))]
-
-
-def _nudged(model: nn.Module) -> nn.Module:
-    """The model with every weight changed by about one rounding."""
-    nudged = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in nudged.parameters():
-            step = torch.randint(-1, 2, parameter.shape, generator=generator)
-            parameter.mul_(1 + step * torch.finfo(torch.float32).eps)
-    return nudged
 
 
 def _forced(case: _Case, plan: Plan, verdict: Verdict) -> None:

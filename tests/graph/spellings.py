@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import flashnorm
 from flashnorm.plan import Site
+from tests.errors import relative
 
 D, K = 8, 6
 # Rounding of float64, times the operations of a norm and two products.
@@ -183,10 +184,6 @@ def blocks(codes: Sequence[str], seed: int = 0, dtype: torch.dtype = torch.float
 def inputs(seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 5, D, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 
 import flashnorm
 from flashnorm.inspection import inspect_module
+from tests.errors import relative
 from tests.forcing import force_
 
 from .adversarial import Base, K, N, TiedEmbedding
@@ -38,10 +39,6 @@ def outputs(model, inputs):
     with torch.no_grad():
         out = model(*inputs)
     return torch.cat([o.flatten() for o in out]) if isinstance(out, tuple) else out.flatten()
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("cls", EXPECTED, ids=lambda cls: cls.__name__)

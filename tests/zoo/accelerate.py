@@ -11,6 +11,7 @@ import flashnorm
 from flashnorm.kernels import dispatch
 from flashnorm.runtime import Acceleration
 from flashnorm.verification.bounds import Size, output_bound, owns_matrix, width_of
+from tests.errors import nudged
 
 from .fold import narrowed, relative, specimen
 from .further import tensors_of
@@ -33,7 +34,7 @@ def accelerate_outcome(name: str, seed: int = 0) -> Outcome:
     model, inputs = specimen(name, seed)
     model, inputs = model.float(), narrowed(inputs)
     before = outputs(model, inputs)
-    noise = relative(outputs(_nudged(model), inputs), before)
+    noise = relative(outputs(nudged(model), inputs), before)
     torch.manual_seed(0)
     flashnorm.accelerate_(model, copy.deepcopy(inputs))
     acceleration = flashnorm.acceleration(model)
@@ -63,14 +64,3 @@ def _run(model, inputs) -> list[torch.Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
         return tensors_of(model(**copy.deepcopy(inputs)))
-
-
-def _nudged(model):
-    """The model with every weight changed by about one rounding."""
-    nudged = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in nudged.parameters():
-            step = torch.randint(-1, 2, parameter.shape, generator=generator)
-            parameter.mul_(1 + step * torch.finfo(torch.float32).eps)
-    return nudged

@@ -12,6 +12,7 @@ import flashnorm
 from flashnorm.plan import Plan
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
+from tests.errors import nudged
 from tests.forcing import forced_plans
 
 from .build import causal_lm_types, tiny_inputs, tiny_model
@@ -54,7 +55,7 @@ def fold_outcome(
     """Fold the tiny model `name` in float64, planned on its own inputs or on the default ones."""
     model, inputs = specimen(name, seed)
     before = outputs(model, inputs)
-    noise = relative(outputs(_nudged(model), inputs), before)
+    noise = relative(outputs(nudged(model), inputs), before)
     options = EVERYTHING if everything else {}
     plan = _folded_(model, copy.deepcopy(inputs) if with_inputs else None, options)
     return Outcome(plan, relative(outputs(model, inputs), before), noise)
@@ -96,16 +97,6 @@ def outputs(model, inputs) -> list[torch.Tensor]:
     torch.manual_seed(0)
     with torch.no_grad(), float64_truth():
         return tensors_of(model(**inputs))
-
-
-def _nudged(model):
-    nudged = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in nudged.parameters():
-            step = torch.randint(-1, 2, parameter.shape, generator=generator)
-            parameter.mul_(1 + step.double() * torch.finfo(torch.float64).eps)
-    return nudged
 
 
 def relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
