@@ -15,7 +15,7 @@ def _made(**made: str) -> dict[str, str]:
 
 
 def _parameter(*shape: str) -> str:
-    return f"nn.Parameter(torch.empty({', '.join(shape)}))"
+    return f"nn.Parameter(torch.zeros({', '.join(shape)}))"
 
 
 LINEAR = "nn.Linear({a}, {b}, bias={bias})"
