@@ -18,12 +18,14 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from flashnorm.graph.offload import FORWARD, HOOK
 
 T = TypeVar("T")
 
@@ -304,15 +306,18 @@ def _is_installed(file: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[frozenset[str], bool]:
     """All names that code looks up outside of itself, and whether it assigns one of them."""
-    names, writes = (
-        set(code.co_names),
-        "STORE_GLOBAL" in {i.opname for i in dis.get_instructions(code)},
-    )
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            more, also = _names(inner)
-            names, writes = names | more, writes or also
-    return frozenset(names), writes
+    found = list(codes(code))
+    names = frozenset(name for inner in found for name in inner.co_names)
+    writes = any(i.opname == "STORE_GLOBAL" for c in found for i in dis.get_instructions(c))
+    return names, writes
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and all that are written inside of it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
 
 
 def evaluating(model: nn.Module) -> nn.Module:
@@ -329,8 +334,8 @@ def evaluating(model: nn.Module) -> nn.Module:
         if "training" in state:
             state["training"] = False
         state.pop("_compiled_call_impl", None)
-        if state.pop("_hf_hook", None) is not None and "_old_forward" in state:
-            state["forward"] = state.pop("_old_forward")
+        if state.pop(HOOK, None) is not None and FORWARD in state:
+            state["forward"] = state.pop(FORWARD)
         if "dynamo_ctx" in state and "_orig_mod" in module._modules:
             state["forward"] = module._modules["_orig_mod"]
         if isinstance(module, nn.TransformerEncoder):

@@ -5,8 +5,6 @@ On tensors without memory, so that no number of the module's own is ever the ans
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashnorm.graph.affine import Normed
 from flashnorm.graph.fusible import Gated, Linear, find_fusible
+from flashnorm.graph.standin import Copies
 from flashnorm.graph.trace import trace
-from flashnorm.runtime.watch import Watch, is_plain
+from flashnorm.runtime.watch import Watch
 
 Told = Linear | Gated | Normed
 
@@ -63,7 +62,7 @@ def _recorded(
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             with mode:
                 x = torch.empty(tuple(shape), dtype=dtype, device=device)
-            twin = _twin(module, partial(_moved, mode, dtype), {})
+            twin = _twin(module, partial(_moved, mode, dtype))
             found = find_fusible(trace(twin, [(x,)], allow_real=False))
     except Exception as error:
         return f"{UNKNOWN.format(dtype)} ({type(error).__name__})"
@@ -72,30 +71,19 @@ def _recorded(
     return "" if seen == told and dtype in found.kept[""] else OTHER.format(dtype)
 
 
-def _twin(module: nn.Module, moved: Callable[[Any], Any], made: dict[int, nn.Module]) -> nn.Module:
+def _twin(module: nn.Module, moved: Callable[[Tensor], Tensor]) -> nn.Module:
     """A module like this one, without memory, hooks and other forwards; all inside it as well."""
-    if id(module) in made:
-        return made[id(module)]
-    made[id(module)] = twin = type(module).__new__(type(module))
-    held = {name: value for name, value in module.__dict__.items() if name != "forward"}
-    for name, value in held.items():
-        if name.endswith("_hooks"):
-            held[name] = OrderedDict()
-        elif is_plain(value):
-            held[name] = copy.deepcopy(value)
-    held["_parameters"] = {n: moved(p) for n, p in module._parameters.items()}
-    held["_buffers"] = {n: moved(b) for n, b in module._buffers.items()}
-    held["_modules"] = {
-        n: None if m is None else _twin(m, moved, made) for n, m in module._modules.items()
-    }
-    twin.__dict__.update(held)
+    twin = Copies(moved).of(module)
+    for inner in twin.modules():
+        state = vars(inner)
+        state.pop("forward", None)
+        for name in [name for name in state if name.endswith("_hooks")]:
+            state[name].clear()
     return twin
 
 
-def _moved(mode: FakeTensorMode, dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+def _moved(mode: FakeTensorMode, dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """A tensor without memory, in the dtype if it is one of numbers with a point."""
-    if tensor is None:
-        return None
     fake = mode.from_tensor(tensor)
     moved = fake.to(dtype) if fake.is_floating_point() else fake
     return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved

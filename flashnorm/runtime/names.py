@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from flashnorm.graph.standin import codes
+
 
 class Names(NamedTuple):
     """Names in the code of a forward, and whether it stores any attribute."""
@@ -37,7 +39,7 @@ def _named_in(kind: type, forward: Any) -> Names:
     names: set[str] = set()
     stores = False
     for function in _functions(kind, forward):
-        for code in _codes(function.__code__):
+        for code in codes(function.__code__):
             names.update(_names(code))
             stores = stores or any(
                 op.opname in ("STORE_ATTR", "DELETE_ATTR") for op in dis.get_instructions(code)
@@ -52,7 +54,7 @@ def outer_values(kind: type[nn.Module]) -> list[tuple[str, str, Any]]:
         space, where = function.__globals__, function.__module__
         if getattr(sys.modules.get(where), "__dict__", None) is not space:
             continue
-        for code in _codes(function.__code__):
+        for code in codes(function.__code__):
             for name in code.co_names:
                 if name in space and isinstance(space[name], _CONSTANTS):
                     found[where, name] = space[name]
@@ -69,7 +71,7 @@ def _functions(kind: type, forward: Any) -> Iterator[FunctionType]:
             continue
         seen.add(id(function))
         yield function
-        names = {name for code in _codes(function.__code__) for name in _names(code)}
+        names = {name for code in codes(function.__code__) for name in _names(code)}
         for owner in kind.__mro__:
             if owner not in (nn.Module, object):
                 waiting += [_plain(owner.__dict__[name]) for name in names & owner.__dict__.keys()]
@@ -97,13 +99,6 @@ def _plain(item: Any) -> Any:
     if isinstance(item, functools.cached_property):
         return item.func
     return getattr(item, "__func__", item)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
-from tests.errors import relative
+from tests.errors import relative, rounding
 
 D, K = 8, 6
 BOUND = 1e-12  # float64: a few roundings on eight numbers
-SINGLE = 2.0**-24 * (3 * D + 30) * 10  # float32: three sums, the operations of a norm, a digit lost
+SINGLE = rounding(D, 4, torch.float32)  # a norm between two matrices, and a residual
 
 
 def parameter(*shape):

@@ -1,5 +1,7 @@
 """Tiny models whose gains and biases are random, so that no identity hides a mistake."""
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
@@ -17,7 +19,8 @@ NEOX = GPTNeoXConfig(**SIZES)
 
 def tiny(config=LLAMA, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # What is done to one model's config is not done to all that are made from it.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
