@@ -42,8 +42,8 @@ def fold_(
     E1: `norm(x)·g Wᵀ = norm(x) W*ᵀ`, `W* = W diag(g)`; the gain is left at its identity. A norm's
     bias goes into its readers' biases, `c* = c + W β` (E2), or where one of them has none stays
     with the norm as β/g (E13). Weights keep their dtype (float16, bfloat16, float32 or float64) and
-    are rounded once. `example_inputs`
-    is a dict or tuple for the model's forward, needed for modules that are not from transformers.
+    are rounded once. `example_inputs` is a dict or tuple for the model's forward, or a list of
+    several, needed for modules that are not from transformers.
     `untie` gives a tied head a weight of its own, which costs vocab × width elements; the config
     says so, and the state dict fits only a model whose config does.
 

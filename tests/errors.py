@@ -15,12 +15,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def rounding(width: int, depth: int, dtype: torch.dtype = torch.float64) -> float:
-    """`bounds.output_bound` of a model that is stored and computed in one dtype.
+def rounding(
+    width: int,
+    depth: int,
+    stored: torch.dtype = torch.float64,
+    computed: torch.dtype | None = None,
+) -> float:
+    """`bounds.output_bound`; sums are in the stored dtype unless they are `computed` in another.
 
-    width: terms of its longest product; depth: matrices and norms that the data passes.
+    width: terms of the longest product; depth: matrices and norms that the data passes.
     """
-    return output_bound(Size(width, depth, dtype), dtype)
+    return output_bound(Size(width, depth, stored), computed or stored)
 
 
 def nudged(model: nn.Module) -> nn.Module:

@@ -117,8 +117,8 @@ def accelerate_(
     act(a) ⊙ b are made again where a weight's gradient needs them. Every parameter gets the
     gradient it would have got. Do it before the model is wrapped or sharded (DDP, `fully_shard`).
 
-    `example_inputs` is a dict or tuple for the model's forward, needed for modules that are not
-    from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
+    `example_inputs` is a dict or tuple for the model's forward, or a list of several, needed for
+    modules that are not from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
     is accelerated already. Source: FlashNorm, arXiv 2407.09577.
     """
     if RECORD in model.__dict__:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
-from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
+from tests.errors import relative, rounding
 
 N, M = 64, 96
 
@@ -81,15 +81,8 @@ def run(model, x):
 
 
 def close(found, expected, dtype=torch.float32):
-    """Within λ (√d u + √(d n) u₃₂) of the largest, for d roundings in a row.
-
-    Each rounds n numbers to the dtype, of which a sum keeps one part in √n, as it does of itself;
-    sums of n products are in float32 (Higham and Mary 2019).
-    """
-    depth, width = 8, max(N, M)
-    sums = (depth * width) ** 0.5 * unit_roundoff(torch.float32)
-    bound = CONFIDENCE * (depth**0.5 * unit_roundoff(dtype) + sums)
-    return float((found - expected).abs().max() / expected.abs().max()) <= bound
+    """Within what rounding explains: each step rounds to the dtype, sums are in float32."""
+    return relative(found, expected) <= rounding(max(N, M), 8, dtype, torch.float32)
 
 
 def same(original, fast, dtype=torch.float32, rows=(1, 2, 40)):

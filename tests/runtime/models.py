@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
+from tests.errors import relative, rounding
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -42,7 +44,5 @@ def logits(model, tokens, **options):
 
 
 def close(found, expected, dtype=torch.float32):
-    """Within λ √d (√n u): other roundings of the same sums, d products of width n."""
-    depth, width = 15, 160
-    bound = 4 * depth**0.5 * width**0.5 * float(torch.finfo(dtype).eps) / 2
-    return float((found - expected).abs().max() / expected.abs().max()) < bound
+    """Within what rounding explains: each step rounds to the dtype, sums are in float32."""
+    return relative(found, expected) < rounding(160, 15, dtype, torch.float32)
