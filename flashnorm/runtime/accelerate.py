@@ -118,8 +118,8 @@ def accelerate_(
     gradient it would have got. Do it before the model is wrapped or sharded (DDP, `fully_shard`).
 
     `example_inputs` is a dict or tuple for the model's forward, or a list of several, needed for
-    modules that are not from transformers. Raises TraceError where the model cannot be recorded, FlashNormError where it
-    is accelerated already. Source: FlashNorm, arXiv 2407.09577.
+    modules that are not from transformers. Raises TraceError where the model cannot be recorded,
+    FlashNormError where it is accelerated already. Source: FlashNorm, arXiv 2407.09577.
     """
     if RECORD in model.__dict__:
         raise FlashNormError("this model is accelerated already; restore_ it first")
