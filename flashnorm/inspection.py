@@ -175,9 +175,10 @@ def with_values(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
         return settled[key](site)
 
     sites = tuple(settle(s) if s.gain == "folded" else s for s in plan.sites)
-    kept = {c.parameter for s in sites for c in s.consumers}
-    kept |= {new for new, old in plan.untied for c in plan.centrings if c.parameter in (new, old)}
-    return replace(plan, sites=sites, untied=tuple(u for u in plan.untied if u[0] in kept))
+    changed = {c.parameter for s in sites for c in s.consumers}
+    changed |= {centring.parameter for centring in plan.centrings}
+    untied = tuple(pair for pair in plan.untied if changed & {*pair})
+    return replace(plan, sites=sites, untied=untied)
 
 
 def _settlement(

@@ -29,8 +29,8 @@ from tests.adapting import (  # noqa: E402 (after the question whether PEFT is t
     logits,
     made,
     quietly,
-    relative,
 )
+from tests.errors import relative  # noqa: E402
 
 
 def error_of(case: Made, out: Path, **options) -> float:

@@ -21,6 +21,7 @@ from flashnorm.checkpoint.header import read_header
 from flashnorm.cli import app
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Entry, Span
+from tests.errors import relative
 from tests.zoo import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -33,7 +34,6 @@ from tests.adapting import (  # noqa: E402 (after the question whether PEFT is t
     made,
     name_base,
     quietly,
-    relative,
     settings,
 )
 

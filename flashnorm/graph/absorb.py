@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashnorm.graph.flow import Flow, Use
 from flashnorm.graph.labels import NONE
+from flashnorm.graph.ties import can_be_untied, copies, names_of, owned
 from flashnorm.plan import Consumer, Span
 
 _UNTOUCHED = -2
@@ -42,18 +43,14 @@ def absorb(
     for name, column in columns.items():
         for gain in flow.gains_in(column.labels):
             consumers[gain].append(Consumer(name, column.axis, _spans(flow, gain, column.labels)))
-    aliases = {a: first for first, names in flow.graph.aliases.items() for a in names}
     used = {c.parameter for g, found in consumers.items() if g not in flow.refused for c in found}
-    untied = tuple((n, aliases[n]) for n in sorted(used) if untie and _is_tied(flow, aliases[n]))
-    return consumers, tuple((new, old) for new, old in untied if new != old)
-
-
-def _is_tied(flow: Flow, name: str) -> bool:
-    return len(flow.graph.aliases[name]) > 1
+    parted = [n for n in used if untie and can_be_untied(flow, names_of(flow.graph, n)[0])]
+    return consumers, copies(flow.graph, parted)
 
 
 def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
-    """Uses by parameter; with `untie`, by the one of its names that the reading module owns."""
+    """Uses by parameter; with `untie`, by the one of its names that the reading module owns, if
+    that is known of all."""
     as_gains = defaultdict(list)
     for gain in flow.gains:
         as_gains[gain.parameter].append(Use(gain.visit.node, other=True))
@@ -62,9 +59,9 @@ def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
         return uses
     split: dict[str, list[Use]] = defaultdict(list)
     for name, found in uses.items():
+        parts = can_be_untied(flow, name)
         for use in found:
-            owned = [a for a in flow.graph.aliases[name] if a.rpartition(".")[0] == use.node.path]
-            split[owned[0] if owned else name].append(use)
+            split[owned(flow.graph, name, use.node) if parts else name].append(use)
     return split
 
 

@@ -9,6 +9,7 @@ from flashnorm.graph.flow import Flow
 from flashnorm.graph.nouns import Call, Graph
 from flashnorm.graph.sites import same_as
 from flashnorm.graph.streams import Streams, Tags, find_streams
+from flashnorm.graph.ties import can_be_untied, copies, names_of
 from flashnorm.plan import Centring, Entry, Plan, Site
 
 NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
@@ -37,7 +38,7 @@ def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool
         sites=sites,
         centrings=writers,
         entries=tuple(entry for entry in entries if entry in used),
-        untied=_untied(plan, flow, writers),
+        untied=tuple(sorted({*plan.untied, *copies(flow.graph, (w.parameter for w in writers))})),
         notes=(*plan.notes, *((WITHOUT_MEAN,) if writers else ())),
     )
 
@@ -48,7 +49,7 @@ def _ordered(tags: Tags | tuple[()]) -> list[Centring | Entry]:
 
 def _tags(streams: Streams, nodes: Sequence[int], untie: bool) -> Tags | None:
     """The writers of all that a LayerNorm reads; None where one of them cannot be centred."""
-    if not nodes or any(index not in streams.read for index in nodes):
+    if not nodes or any(i not in streams.read or i in streams.kept for i in nodes):
         return None
     found: Tags = frozenset().union(*(streams.read[index] for index in nodes))
     return None if any(_refusal(streams, tag, untie) for tag in found) else found
@@ -57,13 +58,13 @@ def _tags(streams: Streams, nodes: Sequence[int], untie: bool) -> Tags | None:
 def _refusal(streams: Streams, tag: Centring | Entry, untie: bool) -> str:
     if tag in streams.refused:
         return streams.refused[tag]
-    if isinstance(tag, Entry) or untie:
+    if isinstance(tag, Entry):
         return ""
-    aliases = streams.graph.aliases
-    tied = next(n for n in aliases.values() if tag.parameter in n)
-    if len(tied) == 1:
+    names = names_of(streams.graph, tag.parameter)
+    if len(names) == 1 or (untie and can_be_untied(streams.whole, names[0])):
         return ""
-    return f"its writer {tag.parameter} is tied to {tied[tied[0] == tag.parameter]}{UNTIE}"
+    other = names[names[0] == tag.parameter]
+    return f"its writer {tag.parameter} is tied to {other}{'' if untie else UNTIE}"
 
 
 def _site(
@@ -78,6 +79,8 @@ def _site(
 
 def _reason(streams: Streams, nodes: Sequence[int], untie: bool) -> str:
     for index in nodes:
+        if index in streams.kept:
+            return streams.kept[index]
         for tag in _ordered(streams.read.get(index, frozenset())):
             if reason := _refusal(streams, tag, untie):
                 return reason
@@ -86,16 +89,6 @@ def _reason(streams: Streams, nodes: Sequence[int], untie: bool) -> str:
         return streams.broken[source]
     made = streams.graph.producer(source)
     return NOT_LINEAR.format(made.where if made else "it is an input of the model")
-
-
-def _untied(plan: Plan, flow: Flow, writers: Sequence[Centring]) -> tuple[tuple[str, str], ...]:
-    """Tied names that need a weight of their own, because one of them is centred."""
-    found = dict(plan.untied)
-    for writer in writers:
-        for first, names in flow.graph.aliases.items():
-            if writer.parameter in names:
-                found |= {name: first for name in names if name != first}
-    return tuple(sorted(found.items()))
 
 
 def _with_entries(

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from flashnorm.graph.flow import Flow
 from flashnorm.graph.modules import is_replaceable
+from flashnorm.graph.nouns import Graph
 from flashnorm.graph.scales import BIASED, ReaderUse, Renormed, Scales, find_scales
+from flashnorm.graph.unreached import Unreached
 from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
 
 SCALED = ("rms", "layer")
 NOT_A_MODULE = "the norm is not a module of its own"
+NOT_OURS = "its module has more than a weight and a bias, so that none of ours can replace it"
 BIAS = "the norm adds a bias after its scale"
 MEAN = "its mean has to be subtracted first; centring (--centre) would take it out"
+# What a matrix, and what a vector, that was not reached may do.
+_DOUBTS = ("read what has no scale", "be added to what has no scale")
 UNREAD = "nothing that was recorded reads it linearly"
 
 
@@ -35,16 +40,33 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     if not outputs:
         return plan
     scales = find_scales(flow, outputs)
-    _refuse_shared_renorms(scales, flow)
+    linked = {site.path for site in plan.sites if _can_be_linked(flow.graph, site)}
+    _refuse_shared_renorms(scales, linked)
+    _refuse_unreached(scales, flow)
     undone = _undone(scales)
     sites = tuple(
-        _site(scales, site, nodes, undone) if site.kind in SCALED else site
+        _site(scales, site, nodes, undone, linked) if site.kind in SCALED else site
         for site, nodes in zip(plan.sites, visits, strict=True)
     )
     return replace(plan, sites=sites)
 
 
-def _refuse_shared_renorms(scales: Scales, flow: Flow) -> None:
+def _can_be_linked(graph: Graph, site: Site) -> bool:
+    """Whether a norm of ours, which has a `weight` and a `bias`, can take the module's place."""
+    if not site.replaceable or site.eps is None or (site.weight and site.weight.scale != 1.0):
+        return False
+    used = [site.weight.parameter if site.weight else "", site.shift]
+    own = f"{site.path}." if site.path else ""
+    names = [
+        own + leaf if name else "" for name, leaf in zip(used, ("weight", "bias"), strict=True)
+    ]
+    held = [
+        n for alike in graph.aliases.values() for n in alike if n.rpartition(".")[0] == site.path
+    ]
+    return names == used and {*held} <= {*used}
+
+
+def _refuse_shared_renorms(scales: Scales, linked: set[str]) -> None:
     """A norm undoes the scale of one other norm whenever it runs; else it reads it scaled."""
     graph, visits = scales.graph, scales.flow.visits
     by_path: dict[str, list[int]] = defaultdict(list)
@@ -57,7 +79,7 @@ def _refuse_shared_renorms(scales: Scales, flow: Flow) -> None:
         paths = {graph.calls[visits[i].node.call].path for i in indices}
         same = {owners.get(i, frozenset()) for i in indices}
         one_owner = len(same) == 1 and len(next(iter(same))) == 1
-        if not (is_replaceable(flow, visit) and one_owner and len(paths) == 1):
+        if not (visit.node.path in linked and one_owner and len(paths) == 1):
             _need_all(scales, renormed)
 
 
@@ -74,8 +96,46 @@ def _need_all(scales: Scales, renormed: Renormed) -> None:
         reader.reason = reader.reason or "the norm that reads it is not a module of its own"
 
 
+def _refuse_unreached(scales: Scales, flow: Flow) -> None:
+    """Other inputs may read a value without its scale, or use one of the norms elsewhere."""
+    if not scales.renormed:
+        return
+    unreached, paths = Unreached.of(flow), _extents(scales)
+    for use in scales.readers:
+        own = flow.visits[use.norm]
+        norms = {_path(scales, r) for r in scales.renormed if _reads(scales, r, use)}
+        reasons = [
+            unreached.doubt(own.width, paths[use.norm], *_DOUBTS),
+            *map(unreached.module_elsewhere, (own.node.path, use.path, *sorted(norms))),
+        ]
+        if reason := next(filter(None, reasons), ""):
+            use.needed[:] = True
+            use.reason = reason
+
+
+def _reads(scales: Scales, renormed: Renormed, use: ReaderUse) -> bool:
+    return any(scales.readers[n] is use for n, _ in scales.by_reader(renormed.labels))
+
+
+def _extents(scales: Scales) -> dict[int, set[str]]:
+    """For every norm the modules that its output, and what is scaled by it, pass by."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for node in scales.graph.nodes:
+        for value in node.inputs:
+            if value in scales.direct:
+                found[scales.direct[value]].add(node.path)
+            elif value in scales.flow.labels:
+                for number, _ in scales.by_reader(scales.involved(value)):
+                    found[scales.readers[number].norm].add(node.path)
+    return found
+
+
 def _site(
-    scales: Scales, site: Site, nodes: Sequence[int], undone_by: Mapping[int, list[Renormed]]
+    scales: Scales,
+    site: Site,
+    nodes: Sequence[int],
+    undone_by: Mapping[int, list[Renormed]],
+    linked: set[str],
 ) -> Site:
     reason = _reason(scales, site, nodes)
     uses = [use for use in scales.readers if use.norm in nodes]
@@ -94,6 +154,8 @@ def _site(
     state, why = _state(scales, readers, undone, uses)
     if site.kind == "layer" and site.centring != "folded" and state in ("partial", "cancelled"):
         state, why = "deferred", MEAN
+    if site.path not in linked and state in ("partial", "cancelled"):
+        state, why = "deferred", NOT_OURS
     return replace(site, scale=state, scale_reason=why, readers=readers, renorms=renorms)
 
 
@@ -132,10 +194,11 @@ def _state(
     if all(reader.place == "nowhere" for reader in readers):
         return "cancelled", ""
     latent = [r for r in undone if any(use.norm == r.index for use in scales.readers)]
-    # A module's output is scaled as a whole, and a bias in it must not be.
-    executable = all(reader.path for reader in readers if reader.place != "nowhere") and not any(
-        use.reason == BIASED for use in uses
-    )
+    # A module's output is scaled as a whole, at every call, and a bias in it must not be.
+    scaled = [reader.path for reader in readers if reader.place != "nowhere"]
+    own = {use.call for use in uses}
+    called = {n for n, call in scales.graph.calls.items() if call.path in scaled}
+    executable = all(scaled) and called <= own and not any(use.reason == BIASED for use in uses)
     if latent and executable:
         return "partial", reason
     return "deferred", reason

@@ -156,9 +156,7 @@ def _follow_parameters(flow: Flow, index: int, node: Node) -> None:
     if derived is not None:
         flow.views.update(zip(node.outputs, derived, strict=False))
         return
-    # What had no rows was not computed: an expert that no token was sent to.
-    idle = any(0 in flow.graph.values[out].shape for out in node.outputs)
-    for value in () if idle else node.inputs:
+    for value in () if flow.graph.is_idle(node) else node.inputs:
         if value in flow.views:
             flow.reads[flow.views[value].name].append(flow.views[value])
     if node.op in CONTRACTIONS:

@@ -109,6 +109,10 @@ class Graph:
         index = self.values[value].node
         return None if index < 0 else self.nodes[index]
 
+    def is_idle(self, node: Node) -> bool:
+        """What has no rows was not computed: an expert that no token was sent to."""
+        return any(0 in self.values[out].shape for out in node.outputs)
+
 
 def refs(tree: Any) -> Iterator[int]:
     """The values in a tree of arguments, in order."""

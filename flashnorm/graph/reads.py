@@ -30,6 +30,20 @@ def is_whole(views: Sequence[ParamView]) -> bool:
     return False
 
 
+def row_of_bank(views: Sequence[ParamView]) -> tuple[int, ...]:
+    """The shape of a row where every reading is of one row, and not all were read; else ()."""
+    if not views or is_whole(views):
+        return ()
+    rows = []
+    for view in views:
+        positions = _positions(view)
+        picked = [axis for axis, found in enumerate(positions) if found is not None]
+        if any(len(positions[axis] or ()) > 1 for axis in picked):
+            return ()
+        rows.append(tuple(size for axis, size in enumerate(view.sizes) if axis not in picked))
+    return max(rows, key=len)
+
+
 def _positions(view: ParamView) -> list[set[int] | None]:
     """Per axis of the parameter the positions that a view shows; None where it shows all."""
     found: list[set[int] | None] = []

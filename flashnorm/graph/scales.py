@@ -30,7 +30,8 @@ BIASED = "its bias is added after the scale"
 class ReaderUse:
     """One product of a norm's output with a parameter; feature j has the label `base + j`.
 
-    `path` is the module that is this product and nothing else, if there is one. `needed` marks the
+    `path` is the module that is this product and nothing else, if there is one, and `call` the call
+    of it. `needed` marks the
     features that the scale must be on at once, for `reason`; `later` those for which it is early
     enough after the product with the parameter `after`, which gives `after_features`.
     """
@@ -38,6 +39,7 @@ class ReaderUse:
     norm: int  # index of the norm's node
     parameter: str
     path: str
+    call: int
     base: int
     features: int
     needed: Tensor
@@ -158,7 +160,8 @@ def _read(scales: Scales, node: Node) -> None:
     base = scales.readers[-1].base + scales.readers[-1].features if scales.readers else 1
     masks = (torch.full((features,), biased), torch.zeros(features, dtype=torch.bool))
     path, reason = _linear_path(graph, node, direct[0]), BIASED if biased else ""
-    scales.readers.append(ReaderUse(norm, parameter, path, base, features, *masks, reason))
+    use = ReaderUse(norm, parameter, path, node.call, base, features, *masks, reason)
+    scales.readers.append(use)
     scales.starts.append(base)
     if biased:
         return

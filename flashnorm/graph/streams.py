@@ -22,9 +22,12 @@ from flashnorm.graph.labels import Conflict, along, unify, varies
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import POINTWISE, ParamView
+from flashnorm.graph.reads import is_whole
 from flashnorm.graph.record import ALIAS_WRITE
 from flashnorm.graph.rules import RULES, Labels
 from flashnorm.graph.sites import Visit
+from flashnorm.graph.ties import can_be_untied, names_of, owned
+from flashnorm.graph.unreached import IN_PART, Unreached
 from flashnorm.plan import Centring, Entry
 
 Tag = Centring | Entry
@@ -35,17 +38,20 @@ Tags = frozenset[Tag]
 class Streams:
     """What is known after following every writer through a graph.
 
-    `read` maps the index of every LayerNorm's node to the writers of its input, `refused` every
-    writer that may not be centred to the reason.
+    `flow` labels the features, `whole` knows gains and readings. `read` maps the index of every
+    LayerNorm's node to the writers of its input, `refused` every writer that may not be centred to
+    the reason, `kept` every node that may not lose its mean.
     """
 
     flow: Flow
+    whole: Flow
     entries: Mapping[int, Entry]
     tags: dict[int, Tags] = field(default_factory=dict)
     refused: dict[Tag, str] = field(default_factory=dict)
     broken: dict[int, str] = field(default_factory=dict)  # values that a stream did not reach, why
     writes: dict[Tag, set[int]] = field(default_factory=lambda: defaultdict(set))
     read: dict[int, Tags] = field(default_factory=dict)
+    kept: dict[int, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -65,7 +71,7 @@ class Streams:
 def find_streams(flow: Flow, entries: Mapping[int, Entry] | None = None) -> Streams:
     """Follow all writers of a graph whose gains were followed; `entries` are centred explicitly."""
     own = Flow(flow.graph, visits=flow.visits, views=flow.views, zeros=flow.zeros, roots=flow.roots)
-    streams = Streams(own, entries or {})
+    streams = Streams(own, flow, entries or {})
     inside = _insides(flow.visits)
     for index, node in enumerate(flow.graph.nodes):
         visit = flow.visits.get(index)
@@ -78,7 +84,8 @@ def find_streams(flow: Flow, entries: Mapping[int, Entry] | None = None) -> Stre
         _enter(streams, node)
     for value in flow.graph.outputs:
         streams.refuse(value, "the model returns what it writes")
-    _refuse_other_readings(streams, flow)
+    _refuse_other_readings(streams)
+    _refuse_unreached(streams)
     return streams
 
 
@@ -197,9 +204,7 @@ def _spread(positions: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _owned(flow: Flow, name: str, node: Node) -> str:
-    """The name of a tied parameter that belongs to the module which reads it."""
-    names = flow.graph.aliases[name]
-    return next((n for n in names if n.rpartition(".")[0] == node.path), name)
+    return owned(flow.graph, name, node) or name
 
 
 def _enter(streams: Streams, node: Node) -> None:
@@ -260,8 +265,9 @@ def _written(flow: Flow, node: Node) -> list[tuple[int, int, int, int | None]]:
     return [side for side in sides if side[0] in flow.views][:1]
 
 
-def _refuse_other_readings(streams: Streams, flow: Flow) -> None:
+def _refuse_other_readings(streams: Streams) -> None:
     """A writer must be read as such and in no other way."""
+    flow = streams.whole
     axes: dict[str, set[int]] = defaultdict(set)
     for tag in streams.writes:
         if isinstance(tag, Centring):
@@ -269,13 +275,43 @@ def _refuse_other_readings(streams: Streams, flow: Flow) -> None:
     for tag, nodes in streams.writes.items():
         if not isinstance(tag, Centring):
             continue
-        name = next(n for n, names in flow.graph.aliases.items() if tag.parameter in names)
+        name = names_of(flow.graph, tag.parameter)[0]
         for use in flow.uses.get(name, ()):
             if id(use.node) not in nodes and _owned(flow, name, use.node) == tag.parameter:
                 reason = f"{tag.parameter} is also read by {use.node.where}"
                 streams.refused.setdefault(tag, reason)
         if len(axes[tag.parameter]) > 1:
             streams.refused.setdefault(tag, f"{tag.parameter} writes along two of its axes")
+
+
+def _refuse_unreached(streams: Streams) -> None:
+    """Other inputs may write to the same stream or read it, or use a norm elsewhere."""
+    whole, unreached = streams.whole, Unreached.of(streams.whole)
+    for tag, (width, paths) in _extents(streams).items():
+        reasons = [unreached.doubt(width, paths, *_DOUBTS)]
+        if isinstance(tag, Centring):
+            name = names_of(whole.graph, tag.parameter)[0]
+            if not is_whole(whole.reads[name]):
+                reasons.append(IN_PART.format(f"its writer {tag.parameter}"))
+            parts = can_be_untied(whole, name)
+            reasons.append(unreached.elsewhere("its writer", tag.parameter, parts))
+        if reason := next(filter(None, reasons), ""):
+            streams.refused.setdefault(tag, reason)
+    for index in streams.read:
+        if reason := unreached.module_elsewhere(whole.visits[index].node.path):
+            streams.kept[index] = reason
+
+
+def _extents(streams: Streams) -> dict[Tag, tuple[int, set[str]]]:
+    """For every writer how many features it has, and the modules that its stream passes by."""
+    found: dict[Tag, tuple[int, set[str]]] = {}
+    for node in streams.graph.nodes:
+        for value in {*node.inputs, *node.outputs} & streams.tags.keys():
+            for tag in streams.tags[value]:
+                if tag not in found:
+                    found[tag] = len(_features(streams.flow.labels[value])), set()
+                found[tag][1].add(node.path)
+    return found
 
 
 def _join(flow: Flow, node: Node) -> Labels:
@@ -318,6 +354,8 @@ def _contract(flow: Flow, node: Node) -> Labels:
     return [carry(flow, node, sides[0], flow.labels[sides[0].value])]
 
 
+# What a matrix, and what a vector, that was not reached may do.
+_DOUBTS = ("read or write the same stream", "be added to the same stream")
 _JOINS = frozenset({"add", "sub", "cat", "stack", "copy", "index_put", "where"})
 _WRITERS = frozenset({*CONTRACTIONS, "embedding"})
 _SAME_RULE = (

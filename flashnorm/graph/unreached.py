@@ -1,65 +1,139 @@
-"""What the recorded passes did not read, and the gains that this leaves in doubt.
+"""What the recorded passes did not read, and the edits that this leaves in doubt.
 
 A cold expert or an unused head may read a norm's output all the same; the norm of another modality,
-or another row of a bank of gains, may stand before the same linear layer. Whatever could do so for
-another input is a doubt, and a doubt refuses. Inputs that reach it settle it.
+or another row of a bank of gains, may stand before the same linear layer, another writer before
+the same LayerNorm. Whatever could do so for another input is a doubt, and a doubt refuses. Inputs
+that reach it settle it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.reads import is_whole
+from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.reads import is_whole, row_of_bank
+from flashnorm.graph.ties import can_be_untied, names_of
 
 UNREAD = "{} was not reached by the recorded passes and may {}; inputs that reach it settle it"
 IN_PART = "{} was read in part by the recorded passes; inputs that reach the rest settle it"
 ELSEWHERE = (
-    "its reader {} is also {}, in a part of the model that the recorded passes did not reach; "
+    "{} {} is also {}, in a part of the model that the recorded passes did not reach; "
     "inputs that reach it settle it"
 )
 
 
+@dataclass(frozen=True)
+class Unreached:
+    """What nothing was computed with, and the modules where anything was.
+
+    `unread` maps parameters, and those of which some rows alone were read, to the shape of what is
+    left, or of one row of it.
+    """
+
+    graph: Graph
+    parameters: tuple[str, ...]
+    unread: dict[str, tuple[int, ...]]
+    buffers: dict[str, int]
+    active: set[str]
+
+    @classmethod
+    def of(cls, flow: Flow) -> Unreached:
+        graph = flow.graph
+        ran = [node for node in graph.nodes if _computes(flow, node)]
+        read = {value for node in ran for value in node.inputs}
+        called = [
+            call.path
+            for call in graph.calls.values()
+            if not any(0 in graph.values[v].shape for v in (*call.received, *call.returned))
+        ]
+        unread = {
+            n: graph.values[v].shape for n, v in graph.parameters.items() if not flow.reads.get(n)
+        }
+        rows = {name: row_of_bank(views) for name, views in flow.reads.items()}
+        return cls(
+            graph,
+            tuple(unread),
+            unread | {name: row for name, row in rows.items() if row},
+            {name: value for name, value in graph.buffers.items() if value not in read},
+            _with_ancestors({node.path for node in ran} | set(called)),
+        )
+
+    def doubt(self, width: int, paths: set[str], read: str, replace: str) -> str:
+        """Why values of this width, which pass by these modules, may be read or made otherwise.
+
+        `read` and `replace` say what a matrix, and what a vector, may do with them. Empty where
+        nothing that was not reached could.
+        """
+        for name, what in self._suspects(width, read, replace):
+            if _is_visible(paths, self._owner(name)):
+                part = name in self.graph.parameters and name not in self.parameters
+                return IN_PART.format(name) if part else UNREAD.format(name, what)
+        return ""
+
+    def elsewhere(self, what: str, name: str, untie: bool) -> str:
+        """Why a parameter may be used in another way, by another of its names.
+
+        With `untie` a weight that modules of their own share is given to each of them.
+        """
+        names = names_of(self.graph, name)
+        for alias in names if len(names) > 1 else ():
+            own = alias.rpartition(".")[0]
+            holder = self._holder(own)
+            if holder not in self.active and not (untie and holder == own):
+                return ELSEWHERE.format(what, name, alias)
+        return ""
+
+    def module_elsewhere(self, path: str) -> str:
+        """Why a module may be used in another way, at another of its paths."""
+        for alias, first in self.graph.modules.items():
+            if first == path != alias and self._holder(alias) not in self.active:
+                return ELSEWHERE.format("the module", path, alias)
+        return ""
+
+    def _suspects(self, width: int, read: str, replace: str) -> Iterator[tuple[str, str]]:
+        """What could do either by its shape."""
+        for name, shape in self.unread.items():
+            if len(shape) >= 2:
+                yield name, read
+            elif _fits(prod(shape), width):
+                yield name, replace
+        for name, value in self.buffers.items():
+            held = self.graph.values[value]
+            if held.dtype.is_floating_point and prod(held.shape) == width > 1:
+                yield name, replace
+
+    def _owner(self, name: str) -> str:
+        """The nearest module around a parameter in which anything ran."""
+        path = name.rpartition(".")[0]
+        while path not in self.active:
+            path = path.rpartition(".")[0]
+        return path
+
+    def _holder(self, path: str) -> str:
+        """The innermost module around a path that is registered there first and so is itself."""
+        while self.graph.modules.get(path, path) != path:
+            path = path.rpartition(".")[0]
+        return path
+
+
+def _computes(flow: Flow, node: Node) -> bool:
+    """Whether anything was computed of values: a weight that is transposed for nothing is none."""
+    values = (v for v in node.inputs if v not in flow.views and 0 not in flow.graph.values[v].shape)
+    return not flow.graph.is_idle(node) and any(True for _ in values)
+
+
 def refuse_unreached(flow: Flow, untie: bool) -> tuple[str, ...]:
     """Refuse the gains in doubt; returns the names of all parameters that were not read."""
-    graph = flow.graph
-    read = {value for node in graph.nodes for value in node.inputs}
-    unread = {name: v for name, v in graph.parameters.items() if not flow.reads.get(name)}
-    buffers = {name: value for name, value in graph.buffers.items() if value not in read}
-    active = _with_ancestors(
-        {node.path for node in graph.nodes} | {call.path for call in graph.calls.values()}
-    )
+    unreached = Unreached.of(flow)
     for gain, paths in flow.touched.items():
-        for name, what in _suspects(flow, gain, unread, buffers):
-            if _is_visible(paths, _owner(name, active)):
-                flow.refused.setdefault(gain, UNREAD.format(name, what))
-                break
+        if doubt := unreached.doubt(flow.numel(gain), paths, "read it", "take its place"):
+            flow.refused.setdefault(gain, doubt)
     _refuse_parts(flow)
-    _refuse_elsewhere(flow, active, untie)
-    return tuple(unread)
-
-
-def _suspects(
-    flow: Flow, gain: str, unread: dict[str, int], buffers: dict[str, int]
-) -> Iterator[tuple[str, str]]:
-    """What could read values with this gain, or stand in its place, by its shape."""
-    width = flow.numel(gain)
-    for name, value in unread.items():
-        shape = flow.graph.values[value].shape
-        if len(shape) >= 2:
-            yield name, "read it"
-        elif _fits(prod(shape), width):
-            yield name, "take its place"
-    for name, value in buffers.items():
-        held = flow.graph.values[value]
-        if held.dtype.is_floating_point and prod(held.shape) == width > 1:
-            yield name, "take its place"
-
-
-def _fits(size: int, width: int) -> bool:
-    """Whether a vector can multiply values that a gain of this width multiplies."""
-    return size > 1 and (width % size == 0 or size % width == 0)
+    _refuse_elsewhere(flow, unreached, untie)
+    return unreached.parameters
 
 
 def _refuse_parts(flow: Flow) -> None:
@@ -78,27 +152,25 @@ def _refuse_parts(flow: Flow) -> None:
                 flow.refuse(labels, IN_PART.format(f"its reader {name}"))
 
 
-def _refuse_elsewhere(flow: Flow, active: set[str], untie: bool) -> None:
-    """Readers that are also a part of a module that did not run, and may get another value there.
-
-    With `untie` a weight that modules of their own share is given to each of them.
-    """
+def _refuse_elsewhere(flow: Flow, unreached: Unreached, untie: bool) -> None:
+    """Gains, biases and readers that are also a part of a module that did not run, and may do
+    something else there."""
+    for gain in dict.fromkeys(use.parameter for use in flow.gains):
+        held = [("the gain", gain), *(("its bias", s.parameter) for s in flow.shifts.get(gain, ()))]
+        for what, name in held:
+            if doubt := unreached.elsewhere(what, name, untie=False):
+                flow.refused.setdefault(gain, doubt)
     for name, uses in flow.uses.items():
         absorbing = [use.labels for use in uses if use.labels is not None]
-        names = flow.graph.aliases[name]
-        for alias in names if absorbing and len(names) > 1 else ():
-            own = alias.rpartition(".")[0]
-            holder = _holder(flow, own)
-            if holder not in active and not (untie and holder == own):
-                for labels in absorbing:
-                    flow.refuse(labels, ELSEWHERE.format(name, alias))
+        parts = untie and can_be_untied(flow, name)
+        if absorbing and (doubt := unreached.elsewhere("its reader", name, parts)):
+            for labels in absorbing:
+                flow.refuse(labels, doubt)
 
 
-def _holder(flow: Flow, path: str) -> str:
-    """The innermost module around a path that is registered there first and so is itself."""
-    while flow.graph.modules.get(path, path) != path:
-        path = path.rpartition(".")[0]
-    return path
+def _fits(size: int, width: int) -> bool:
+    """Whether a vector can multiply values that a gain of this width multiplies."""
+    return size > 1 and (width % size == 0 or size % width == 0)
 
 
 def _with_ancestors(paths: set[str]) -> set[str]:
@@ -108,14 +180,6 @@ def _with_ancestors(paths: set[str]) -> set[str]:
             found.add(path)
             path = path.rpartition(".")[0]
     return found
-
-
-def _owner(name: str, active: set[str]) -> str:
-    """The nearest module around a parameter in which anything ran."""
-    path = name.rpartition(".")[0]
-    while path not in active:
-        path = path.rpartition(".")[0]
-    return path
 
 
 def _is_visible(touched: set[str], owner: str) -> bool:

@@ -181,6 +181,7 @@ class Experts(Base):
 
     def __init__(self):
         super().__init__()
+        del self.second  # what nothing reads is a doubt
         self.experts = nn.Parameter(torch.ones(3, N, N))
         self.biases = nn.Parameter(torch.zeros(3, N))
 
