@@ -290,9 +290,9 @@ class _Draft:
         width, s = self.width_of(h), self.number()
         again = [found for found in self.linears if found[1:] == (width, out)]
         if again and self.chance(0.08):
-            return self.add(
-                "reader", (h,), out, (f"{{out}} = self.{self.rng.choice(again)[0]}({{0}})",)
-            )
+            name = self.rng.choice(again)[0]
+            form = self.rng.choice((f"self.{name}({{0}})", f"F.linear({{0}}, self.{name}.weight)"))
+            return self.add("reader", (h,), out, (f"{{out}} = {form}",))
         kind = self.rng.choice(sorted(readers.BRANCHES))
         if self.chance(0.05) and kind not in self.without:
             body, made = readers.branch(self.rng, kind, width, out, s, h)
@@ -300,7 +300,7 @@ class _Draft:
             body, made = readers.reader(self.rng, width, out, s, h)
         for name, code in made.items():
             self.made[name] = (_buffered(f"self.{name} = {code}"),)
-        if f"l{s}" in made and self.linears and self.chance(0.04):
+        if f"l{s}" in made and self.linears and self.chance(0.15):
             self.tie(f"l{s}", made[f"l{s}"], width, out)
         if f"l{s}" in made and made[f"l{s}"].startswith("nn.Linear") and len(made) == 1:
             self.linears.append((f"l{s}", width, self.rows(made[f"l{s}"])))

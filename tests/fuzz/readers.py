@@ -22,6 +22,8 @@ LINEAR = "nn.Linear({a}, {b}, bias={bias})"
 OI, IO = _parameter("{b}", "{a}"), _parameter("{a}", "{b}")
 BIAS = "nn.Parameter(torch.zeros({b}))"
 IN, OUT = "torch.ones({a})", "torch.ones({b}, 1)"
+# Two blocks with one norm.
+TWINS = "nn.ModuleList([nn.Sequential(n, nn.Linear({{a}}, {{b}})) for n in [{}] * 2])"
 
 # What a fold has to get right. The plain linear layer comes most often.
 READERS: tuple[Reader, ...] = (
@@ -288,6 +290,19 @@ BRANCHES: dict[str, Reader] = {
             "    {out} = {out} + {{0}} @ self.v{s}.unsqueeze(-1)",
         ),
         _made(l=LINEAR, v=_parameter("{a}")),
+    ),
+    "cold block": (
+        ("{out} = self.e{s}[{{0}}.shape[1] // 5]({{0}})",),
+        _made(
+            e=TWINS.format("nn.RMSNorm({a})"),
+        ),
+    ),
+    "cold centred block": (
+        ("{out} = self.e{s}[{{0}}.shape[1] // 5](self.l{s}({{0}}))",),
+        _made(
+            l="nn.Linear({a}, {a})",
+            e=TWINS.format("nn.LayerNorm({a})"),
+        ),
     ),
     "cold rows": (
         ("{out} = F.linear({{0}}, self.w{s}[min({{0}}.shape[1] // 5, 1)])",),
