@@ -295,6 +295,8 @@ def _refuse_unreached(streams: Streams) -> None:
                 reasons.append(IN_PART.format(f"its writer {tag.parameter}"))
             parts = can_be_untied(whole, name)
             reasons.append(unreached.elsewhere("its writer", tag.parameter, parts))
+        else:
+            reasons.append(unreached.module_elsewhere(tag.path))
         if reason := next(filter(None, reasons), ""):
             streams.refused.setdefault(tag, reason)
     for index in streams.read:
