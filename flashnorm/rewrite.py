@@ -66,7 +66,7 @@ def fold_(
     if eps not in ("exact", "ignore"):
         raise ValueError(f'eps must be "exact" or "ignore", not {eps!r}')
     cancels = cancel and any(site.scale in ("partial", "cancelled") for site in plan.sites)
-    if plan.folded or plan.centrings or cancels:
+    if plan.folded or plan.centrings or plan.entries or cancels:
         apply_plan_(model, plan, cancel=cancel, eps=eps)
     return plan
 

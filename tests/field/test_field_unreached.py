@@ -240,3 +240,17 @@ def test_field_inputs_that_reach_it_settle_it(cls, options):
 )
 def test_field_what_is_settled_is_edited(cls, options, done):
     assert done(flashnorm.inspect(cls(), [(X64,), (X64, 1)], **options))
+
+
+def test_field_centring_by_entries_alone_is_done():
+    """Nothing folds and no weight is centred: the norms are replaced all the same."""
+    model = SharedEntry()
+    del model.block
+    expected = model(X64)
+    plan = flashnorm.fold_(model, (X64,), centre=True)
+    assert plan.entries
+    assert not plan.centrings
+    assert all(isinstance(norm, flashnorm.nn.FlashRMSNorm) for norm in model.norms)
+    assert relative(model(X64).detach(), expected.detach()) <= EXACT
+    flashnorm.unfold_(model)
+    assert all(isinstance(norm, nn.LayerNorm) for norm in model.norms)
