@@ -16,7 +16,7 @@ from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.nouns import Graph
 from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
-from flashnorm.graph.unreached import refuse_unreached
+from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
 from flashnorm.plan import Consumer, Gain, Plan, Site
 
 NO_GAIN = "the norm has no gain"
@@ -47,15 +47,17 @@ def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Pla
 
 def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
     flow = follow(graph)
-    unreached = refuse_unreached(flow, untie)
+    unreached = Unreached.of(flow)
+    refuse_unreached(flow, unreached)
     conventions = _conventions(flow)
     _refuse_other_readings(flow)
     shifts = find_shifts(flow)
     consumers, untied = absorb(flow, untie)
+    refuse_unreached_readers(flow, unreached, untie)
     rows = _rows(flow)
     sites = tuple(_site(flow, row, conventions, consumers, shifts) for row in rows)
     notes = (*graph.notes, *_final_note(sites))
-    return Plan(sites, untied=untied, unreached=unreached, notes=notes), flow, rows
+    return Plan(sites, untied=untied, unreached=unreached.parameters, notes=notes), flow, rows
 
 
 def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class Unreached:
             own = alias.rpartition(".")[0]
             holder = self._holder(own)
             if holder not in self.active and not (untie and holder == own):
-                return ELSEWHERE.format(what, name, alias)
+                return ELSEWHERE.format(what, names[-1] if alias == name else name, alias)
         return ""
 
     def module_elsewhere(self, path: str) -> str:
@@ -125,15 +125,29 @@ def _computes(flow: Flow, node: Node) -> bool:
     return not flow.graph.is_idle(node) and any(True for _ in values)
 
 
-def refuse_unreached(flow: Flow, untie: bool) -> tuple[str, ...]:
-    """Refuse the gains in doubt; returns the names of all parameters that were not read."""
-    unreached = Unreached.of(flow)
+def refuse_unreached(flow: Flow, unreached: Unreached) -> None:
+    """Refuse the gains in doubt."""
     for gain, paths in flow.touched.items():
         if doubt := unreached.doubt(flow.numel(gain), paths, "read it", "take its place"):
             flow.refused.setdefault(gain, doubt)
     _refuse_parts(flow)
-    _refuse_elsewhere(flow, unreached, untie)
-    return unreached.parameters
+    for gain in dict.fromkeys(use.parameter for use in flow.gains):
+        held = [("the gain", gain)]
+        held += [("its bias", shift.parameter) for shift in flow.shifts.get(gain, ())]
+        for what, name in held:
+            if doubt := unreached.elsewhere(what, name, untie=False):
+                flow.refused.setdefault(gain, doubt)
+
+
+def refuse_unreached_readers(flow: Flow, unreached: Unreached, untie: bool) -> None:
+    """Refuse the gains of readers that are also a part of a module that did not run, where no
+    reading that was recorded does: what is known of a tie says more than a doubt."""
+    for name, uses in flow.uses.items():
+        absorbing = [use.labels for use in uses if use.labels is not None]
+        parts = untie and can_be_untied(flow, name)
+        if absorbing and (doubt := unreached.elsewhere("its reader", name, parts)):
+            for labels in absorbing:
+                flow.refuse(labels, doubt)
 
 
 def _refuse_parts(flow: Flow) -> None:
@@ -150,22 +164,6 @@ def _refuse_parts(flow: Flow) -> None:
         if absorbing and not is_whole(flow.reads[name]):
             for labels in absorbing:
                 flow.refuse(labels, IN_PART.format(f"its reader {name}"))
-
-
-def _refuse_elsewhere(flow: Flow, unreached: Unreached, untie: bool) -> None:
-    """Gains, biases and readers that are also a part of a module that did not run, and may do
-    something else there."""
-    for gain in dict.fromkeys(use.parameter for use in flow.gains):
-        held = [("the gain", gain), *(("its bias", s.parameter) for s in flow.shifts.get(gain, ()))]
-        for what, name in held:
-            if doubt := unreached.elsewhere(what, name, untie=False):
-                flow.refused.setdefault(gain, doubt)
-    for name, uses in flow.uses.items():
-        absorbing = [use.labels for use in uses if use.labels is not None]
-        parts = untie and can_be_untied(flow, name)
-        if absorbing and (doubt := unreached.elsewhere("its reader", name, parts)):
-            for labels in absorbing:
-                flow.refuse(labels, doubt)
 
 
 def _fits(size: int, width: int) -> bool:
