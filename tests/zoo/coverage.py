@@ -24,7 +24,7 @@ __all__ = ["EXACT", "main", "recorded"]
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROCESSES = 2
-LIMIT = 240.0  # seconds for one type
+LIMIT = 600.0  # seconds for one type
 SLOW = 5.0  # seconds of the processor from which on a type is left to the slow tests
 
 
