@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashnorm.transaction import uninterrupted
+
 _CACHE = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (dict, list, set, deque)
 _DEEP = 3  # containers in containers of a namespace
@@ -45,15 +47,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for held, before in hooks:
-            _refill(held, before)
-        for before, read, write in settings:
-            if not _same(read(), before):
-                write(before)
-        for cache, misses in sizes:
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()
-        kept.restore()
+        with uninterrupted():
+            for held, before in hooks:
+                _refill(held, before)
+            for before, read, write in settings:
+                if not _same(read(), before):
+                    write(before)
+            for cache, misses in sizes:
+                if cache.cache_info().misses != misses:
+                    cache.cache_clear()
+            kept.restore()
 
 
 def _is_own(kind: type) -> bool:

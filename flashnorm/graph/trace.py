@@ -8,6 +8,7 @@ The model itself is only read (`standin`), so whatever happens it is as it was.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, islice
@@ -25,6 +26,7 @@ from flashnorm.graph.nouns import Graph
 from flashnorm.graph.record import ForeignWrite, Recorder
 from flashnorm.graph.standin import Copies, evaluating
 from flashnorm.graph.tensors import Tensors, overlaps, place
+from flashnorm.transaction import uninterrupted
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 # Official setters of transformers models, and the implementation that hides nothing.
@@ -281,22 +283,28 @@ class _SlowPath(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Silence:
+    """Lives as long as the frame that holds it."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """A fake forward that fails is tried for real; its log, in this thread, would only alarm."""
-    thread = get_ident()
+    thread, silence = get_ident(), _Silence()
+    lasts = weakref.ref(silence)  # a filter that an interruption leaves behind lets all pass
 
-    def is_other(_: logging.LogRecord) -> bool:
-        return get_ident() != thread
+    def is_heard(_: logging.LogRecord) -> bool:
+        return lasts() is None or get_ident() != thread
 
     loggers = [logging.getLogger(name) for name in ("torch", "transformers")]
     loggers += [logging.getLogger("torch._subclasses.fake_tensor")]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     muted: list[logging.Filterer] = [loggers[-1], *handlers]
-    for each in muted:
-        each.addFilter(is_other)
     try:
+        for each in muted:
+            each.addFilter(is_heard)
         yield
     finally:
-        for each in muted:
-            each.removeFilter(is_other)
+        with uninterrupted():
+            for each in muted:
+                each.removeFilter(is_heard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,10 +124,11 @@ def _on_operations(counter: Counter) -> Iterator[None]:
 
 @contextmanager
 def _on_lines(counter: Counter) -> Iterator[None]:
-    """The lines of the package, in this thread."""
+    """The lines of the package, in this thread, where Ctrl-C interrupts."""
+    handler = signal.getsignal(signal.SIGINT)
 
     def local(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
+        if event == "line" and signal.getsignal(signal.SIGINT) is handler:
             name = frame.f_code.co_filename.removeprefix(PACKAGE)
             counter.event(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
         return local

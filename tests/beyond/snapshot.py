@@ -206,10 +206,19 @@ def _torch_flags() -> dict[str, Any]:
     }
 
 
+def _is_heard() -> Iterator[bool]:
+    """Whether what is logged passes every filter."""
+    record = logging.makeLogRecord({"msg": "", "levelno": logging.ERROR})
+    for name in ("", "flashnorm", "torch", "torch._subclasses.fake_tensor", "transformers"):
+        logger = logging.getLogger(name)
+        yield from (bool(each.filter(record)) for each in (logger, *logger.handlers))
+
+
 def _interpreter_flags() -> dict[str, Any]:
     return {
         "logging disabled": logging.root.manager.disable,
         "root log level": logging.root.level,
+        "log filters": tuple(_is_heard()),
         "warning filters": len(warnings.filters),
         "garbage collection": gc.isenabled(),
         "recursion limit": sys.getrecursionlimit(),

@@ -114,3 +114,19 @@ def test_an_injected_failure_comes_where_it_should(kind):
     assert isinstance(attempt("inspect", model, inputs, {kind: counter}), KeyboardInterrupt)
     assert counter.count == count // 2
     assert places({kind: seen}, 20, 0) == places({kind: seen}, 20, 0) != places({kind: seen}, 20, 1)
+
+
+@pytest.mark.parametrize("function", ["_quiet", "uninterrupted"])
+def test_field_an_interruption_leaves_no_log_muted(function):
+    """Whichever line of what mutes the log of a first try is interrupted."""
+    specimen = BY_NAME["blocks"]
+    lines = events("inspect", specimen)["line"]
+    found = [numbers for where, numbers in lines.items() if where.endswith(f" {function}")]
+    assert len(found) > 4
+    for number in dict.fromkeys(n for numbers in found for n in (numbers[0], numbers[-1])):
+        model, inputs = made(specimen)
+        before = Snapshot.of(model, inputs)
+        interruption = Events(Place("line", number, KeyboardInterrupt, False))
+        raised = type(attempt("inspect", model, inputs, {"line": interruption}))
+        assert raised is KeyboardInterrupt
+        assert before.differences(Snapshot.of(model, inputs)) == []
