@@ -73,12 +73,12 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
         return None
     axis = absorbing[0].axis
     assert axis is not None
-    size = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].shape[axis]
+    held = flow.graph.values[flow.graph.parameters[names_of(flow.graph, name)[0]]]
+    size, dtype = held.shape[axis], held.dtype
     column = Column(axis, torch.full((size,), _UNTOUCHED), absorbing[0].node.where)
     # What absorbs comes first, so that every other reading is held against all of it.
     for use in sorted(uses, key=lambda use: use.labels is None):
         _read(flow, name, column, use)
-    dtype = flow.graph.values[flow.graph.parameters[_first_name(flow, name)]].dtype
     if dtype not in _FOLDABLE:
         flow.refuse(
             column.labels,
@@ -86,12 +86,6 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
             "channel does not fit its scales; fold before quantizing",
         )
     return column
-
-
-def _first_name(flow: Flow, name: str) -> str:
-    if name in flow.graph.parameters:
-        return name
-    return next(first for first, names in flow.graph.aliases.items() if name in names)
 
 
 def _read(flow: Flow, name: str, column: Column, use: Use) -> None:
@@ -118,7 +112,7 @@ def _refuse_all(flow: Flow, first: Tensor, second: Tensor | None, reason: str) -
 
 
 def _other_reason(flow: Flow, name: str, use: Use) -> str:
-    names = flow.graph.aliases[_first_name(flow, name)]
+    names = names_of(flow.graph, name)
     if len(names) > 1 or use.node.op == "embedding":
         return (
             f"its reader {names[-1]} is tied to {names[0]}, which is also read by "

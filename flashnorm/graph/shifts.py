@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from flashnorm.graph.flow import Flow, Use
+from flashnorm.graph.ties import names_of
 from flashnorm.plan import Consumer
 
 NO_SLOT = "its reader {} has no bias of its own that could take it"
@@ -64,6 +65,5 @@ def find_slots(flow: Flow, gain: str, consumers: Iterable[Consumer]) -> tuple[di
 
 def _absorbing(flow: Flow, gain: str, parameter: str) -> list[Use]:
     """The readings of a parameter, under any of its names, that carry elements of this gain."""
-    name = next(n for n, names in flow.graph.aliases.items() if parameter in names)
-    uses = [use for use in flow.uses[name] if use.labels is not None]
+    uses = flow.uses[names_of(flow.graph, parameter)[0]]
     return [use for use in uses if use.labels is not None and gain in flow.gains_in(use.labels)]
