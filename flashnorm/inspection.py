@@ -49,6 +49,14 @@ def inspect(
 
     if isinstance(model, nn.Module):
         return inspect_module(model, example_inputs, untie=untie, centre=centre)
+    from flashnorm.graph.ambient import on_cpu
+
+    with on_cpu():
+        return _inspect_origin(model, example_inputs, untie, centre)
+
+
+def _inspect_origin(model: Any, example_inputs: Any, untie: bool, centre: bool) -> Plan:
+    """The plan of a model that is not in memory."""
     from flashnorm.origin import open_origin
 
     origin = open_origin(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flashnorm.graph.absorb import absorb
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.centring import centred
 from flashnorm.graph.deferral import deferred
 from flashnorm.graph.flow import Flow, GainUse
@@ -33,6 +34,7 @@ class _Row:
     visits: list[int] = field(default_factory=list)  # indices of the nodes
 
 
+@on_cpu()
 def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Plan:
     """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan.
 

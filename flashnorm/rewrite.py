@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flashnorm import algebra
 from flashnorm.errors import FoldError
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
 from flashnorm.inspection import inspect_module
 from flashnorm.marker import marker
@@ -71,6 +72,7 @@ def fold_(
     return plan
 
 
+@on_cpu()
 def apply_plan_(
     model: nn.Module,
     plan: Plan,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashnorm import algebra
 from flashnorm.errors import FoldError
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import is_replaced, why_offloaded
 from flashnorm.plan import Centring, Consumer, Gain, Plan
 from flashnorm.swap import Swap, Swaps, swap_back_
@@ -45,6 +46,7 @@ class Undo:
     config: tuple[ConfigBefore, ...]
 
 
+@on_cpu()
 def unfold_(model: nn.Module) -> None:
     """Undo `fold_`: divide the gains out again, within one rounding of every weight.
 

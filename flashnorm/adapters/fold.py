@@ -27,6 +27,7 @@ from flashnorm.algebra import subnormal_warning
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.source import Source
 from flashnorm.checkpoint.workdir import check_target, open_workdir
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
 
@@ -49,6 +50,7 @@ class AdapterFold:
         return asdict(self)
 
 
+@on_cpu()
 def fold_adapter(
     adapter: PathName,
     plan: Plan | None,

@@ -32,6 +32,7 @@ from flashnorm.checkpoint.values import Values
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
 
@@ -41,6 +42,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 Progress = Callable[[int, int, str], None]
 
 
+@on_cpu()
 def fold_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],

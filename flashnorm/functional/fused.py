@@ -42,7 +42,7 @@ def run(call: Call) -> list[Tensor]:
 def wants_torch(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiled graph needs torch's own operations on them."""
     inside = torch._C._functorch.maybe_current_level() is not None
-    return inside or dispatch.autocasting() or _sharded(tensors)
+    return inside or dispatch.autocasting() or dispatch.overridden() or _sharded(tensors)
 
 
 def _sharded(tensors: Sequence[Tensor]) -> bool:

@@ -59,6 +59,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             kept.restore()
 
 
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """What an analysis makes for itself lies on the CPU, whatever device is the default."""
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
 def _is_own(kind: type) -> bool:
     root = kind.__module__.partition(".")[0]
     return root not in ("torch", "flashnorm") and root not in _BUILT_IN
@@ -183,6 +193,7 @@ def _settings() -> list[Setting]:
         (torch.get_rng_state, torch.set_rng_state),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_default_dtype, torch.set_default_dtype),
+        (_default_device, _set_default_device),
         (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -195,6 +206,15 @@ def _settings() -> list[Setting]:
     if (numpy := sys.modules.get("numpy")) is not None:
         found.append((numpy.random.get_state, numpy.random.set_state))
     return found
+
+
+def _default_device() -> Any:
+    """What `torch.set_default_device` has left, which is less than a context around us says."""
+    return getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+
+
+def _set_default_device(before: Any) -> None:
+    torch.set_default_device(getattr(before, "device", None))
 
 
 def _set_environment(before: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flashnorm.graph.affine import NOT_ALONE, Normed, Unfit, normed
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.nouns import Call, Graph, Node
 from flashnorm.graph.sites import find_visits, same_as
 from flashnorm.graph.within import Within
@@ -70,6 +71,7 @@ class Fusible:
     given: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+@on_cpu()
 def find_fusible(graph: Graph) -> Fusible:
     """What of a recorded model the kernels can take as it is."""
     calls: dict[str, list[int]] = defaultdict(list)

@@ -71,7 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
     batch, heads, _, width = q.shape
     _, groups, length, value_width = v.shape
     dtype = q.dtype
-    out = torch.empty(batch, 1, heads, value_width, dtype=dtype)
+    out = q.new_empty((batch, 1, heads, value_width))
     number = hiding = DTYPES[dtype]
     place = mask_batch = mask_step = 0
     if mask is not None:

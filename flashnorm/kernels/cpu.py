@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def run_packed(
 ) -> list[Tensor]:
     """The fused kernel on x [.., n], for results of these widths; `normalized` takes norm(x)."""
     shape = x.shape
-    n, lead, dtype = shape[-1], shape[:-1], x.dtype
+    n = shape[-1]
     if x.is_contiguous():
         rows, stride = x.numel() // n, n
     else:
@@ -174,7 +175,8 @@ def run_packed(
     outputs: list[Tensor] = []
     places: list[int] = []
     for width in widths:
-        y = torch.empty((*lead, width), dtype=dtype)
+        # Of x, so that no default device or dtype is asked; with strides, which is the fastest.
+        y = x.new_empty_strided(*_layout(shape, width))
         outputs.append(y)
         places += (y.data_ptr(), width)
     threads = torch.get_num_threads()
@@ -193,6 +195,15 @@ def run_packed(
     return outputs
 
 
+@lru_cache(1 << 12)
+def _layout(shape: torch.Size, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a contiguous result for x of this shape."""
+    sizes, strides = (*shape[:-1], width), [1]
+    for size in sizes[:0:-1]:
+        strides.append(strides[-1] * max(size, 1))
+    return sizes, tuple(reversed(strides))
+
+
 def _library() -> Library:
     library = load()
     assert isinstance(library, Library)
@@ -209,7 +220,7 @@ def _many_rows(call: Call) -> list[Tensor]:
     """Norm, torch's matmul, gate and residual: the norm and the gate are one pass each."""
     x, biases = _rows(call.x), call.biases
     plain = call.norm == "none" and call.gain is None and call.norm_bias is None
-    z = x if plain else normalize_packed(pack(call), x, torch.empty(x.shape, dtype=x.dtype))
+    z = x if plain else normalize_packed(pack(call), x, x.new_empty(x.shape))
     found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
     if call.activation:
         found = [gate_(found[0], found[1], call.activation)]

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import cpu, reference
 from flashnorm.kernels.call import Call, check
 
 GRADIENT = "a gradient is wanted, which the kernels do not have (use torch.no_grad())"
-TRANSFORM = "torch.func, forward-mode derivatives or autocast want torch's own operations"
+TRANSFORM = (
+    "torch.func, forward-mode derivatives, autocast or a TorchFunctionMode want torch's own "
+    "operations"
+)
 
 _log = logging.getLogger("flashnorm")
 _fallbacks: Counter[str] = Counter()
@@ -28,6 +33,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 _functorch = torch._C._functorch.peek_interpreter_stack
+_functions = torch._C._len_torch_function_stack
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,20 @@ def watched(*tensors: object) -> bool:
 
 
 def transformed() -> bool:
-    """Whether something must see torch's own operations: vmap, jvp, autocast."""
+    """Whether something must see torch's own operations: vmap, jvp, autocast, function modes."""
     return bool(
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or autocasting()
+        or overridden()
+    )
+
+
+def overridden() -> bool:
+    """Whether a TorchFunctionMode may change what torch's functions do; a default device is one,
+    and does not: kernels make their results where x is."""
+    return _functions() > 0 and not all(
+        type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
     )
 
 
@@ -141,9 +156,11 @@ def not_plain(x: object) -> str:
         return f"x is on {x.device}, not on the CPU"  # type: ignore[attr-defined]
     if _autocast() or _functorch() is not None or forward_ad._current_level >= 0:
         return TRANSFORM
+    if _functions() and overridden():
+        return TRANSFORM
     return ""
 
 
 def same_as_before() -> bool:
     """Whether nothing began since the last call of a kernel that has to see what comes next."""
-    return not (_modes() or _autocast())
+    return not (_modes() or _autocast() or (_functions() and overridden()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.graph.affine import NOT_ALONE
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Fusible, Gated, Rows
 from flashnorm.kernels import cpu
 from flashnorm.plan import Site
@@ -69,6 +70,7 @@ class Builder:
     def forwards(self) -> list[tuple[nn.Module, Fused]]:
         return [(fused.module, fused) for fused in self.made.values()]
 
+    @on_cpu()
     def build(self, sites: Sequence[Site]) -> list[Part]:
         """Linear layers first, then what is made of them, then the norms before both."""
         parts = [self._try(path, "linear", self._linear) for path in self._linears()]

@@ -63,7 +63,7 @@ def worth_compiling(x: Tensor) -> bool:
     """Whether a compiled graph should call a kernel: no gradient, few rows, as far as is known."""
     if torch.compiler.is_exporting() or torch.is_grad_enabled():
         return False
-    if not on_gpu(x) or x.dtype not in COMPILED:
+    if not on_gpu(x) or x.dtype not in COMPILED or dispatch.overridden():
         return False
     rows = x.numel() // x.shape[-1]
     return isinstance(rows, int) and rows <= FEW_COMPILED

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from flashnorm.graph.affine import NOT_ALONE
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Rows
 from flashnorm.plan import Site
 from flashnorm.runtime.build import NOT_OWN, REPLACED, Builder, Part, Refused
@@ -24,6 +25,7 @@ class Trainer:
     builder: Builder
     steps: dict[str, Step] = field(default_factory=dict)
 
+    @on_cpu()
     def build(self, sites: Sequence[Site]) -> list[Part]:
         fusible = self.builder.fusible
         parts = [self._try(path, "linear", self._linear) for path in fusible.linears]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flashnorm.checkpoint.twins import why_untied
 from flashnorm.errors import FlashNormError
+from flashnorm.graph.ambient import on_cpu
 from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transformers
 from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
@@ -48,6 +49,7 @@ class Outcome:
     notes: tuple[str, ...]
 
 
+@on_cpu()
 def verify(
     reference: Source,
     candidate: Source,
