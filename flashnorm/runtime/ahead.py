@@ -57,6 +57,29 @@ class Ahead:
         return self.found.pop(reader, None) if same else None
 
 
+class Places:
+    """Where modules are: in which module's dict, under which name."""
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str, nn.Module]]) -> None:
+        owners = {id(owner): owner for owner, _, _ in places}
+        self.expected = []
+        for owner in owners.values():
+            names = [name for other, name, _ in places if other is owner]
+            found = [module for other, _, module in places if other is owner]
+            pick = itemgetter(*names, names[0])  # of one name there is no tuple
+            self.expected.append((owner, pick, (*found, found[0])))
+
+    def hold(self) -> bool:
+        """Whether every module is still where it was."""
+        try:
+            for owner, pick, expected in self.expected:
+                if pick(owner) != expected:
+                    return False
+        except KeyError:
+            return False
+        return True
+
+
 class Between:
     """The modules whose hooks run after a norm and before some of its readers, and the readers.
 
@@ -71,29 +94,14 @@ class Between:
         places: Sequence[tuple[dict[str, Any], str, nn.Module]],
     ) -> None:
         self.after, self.before = tuple(after), tuple(before)
-        owners = {id(owner): owner for owner, _, _ in places}
-        self.places = []
-        for owner in owners.values():
-            names = [name for other, name, _ in places if other is owner]
-            found = [module for other, _, module in places if other is owner]
-            pick = itemgetter(*names, names[0])  # of one name there is no tuple
-            self.places.append((owner, pick, (*found, found[0])))
+        self.places = Places(places)
 
     def is_clear(self) -> bool:
         """Whether nobody listens and the readers are where they were.
 
         A hook could change the readers themselves; a reader that is gone asks for nothing.
         """
-        return not self.is_heard() and self._in_place()
-
-    def _in_place(self) -> bool:
-        try:
-            for owner, pick, expected in self.places:
-                if pick(owner) != expected:
-                    return False
-        except KeyError:
-            return False
-        return True
+        return not self.is_heard() and self.places.hold()
 
     def is_heard(self) -> bool:
         """Whether there is a hook."""

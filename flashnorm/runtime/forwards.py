@@ -21,7 +21,7 @@ from flashnorm.kernels import cpu, dispatch, operators
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import DTYPES
 from flashnorm.runtime import learn
-from flashnorm.runtime.ahead import Ahead, Between
+from flashnorm.runtime.ahead import Ahead, Between, Places
 from flashnorm.runtime.kernel import Kernel, part, recipe
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, TRAINING, Watch
@@ -57,14 +57,16 @@ class Fused(Stand):
     ) -> None:
         self.module, self.kernel, self.dtypes = module, kernel, dtypes
         self.inner, self.watch = tuple(inner), Watch(module)
-        # What the module itself calls, and those inside it: this forward, or one around it.
+        self.places = Places([(owner, name, child) for owner, name, child, _ in self.inner])
+        self.watches = [watch for *_, watch in self.inner if watch is not None]
+        # What is called by the module's name: this forward, or one around it.
         self.installed: Any = self
-        self.inside: tuple[Any, ...] = ()
 
     def install(self) -> None:
-        """Remember who is called by the module's name, once all forwards are in place."""
+        """Remember who is called by the modules' names, once all forwards are in place."""
         self.installed = self.module.__dict__.get("forward")
-        self.inside = tuple(inner.module.__dict__.get("forward") for inner in self.inner)
+        for watch in self.watches:
+            watch.include_calls()
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -99,6 +101,8 @@ class Fused(Stand):
             return False
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES:
             return False
+        if dispatch.overridden():
+            return False
         if self.unlike(x) or self.changed_in_graph():
             return False
         size = x.numel()
@@ -118,21 +122,16 @@ class Fused(Stand):
         """Why the module is not what was recorded; empty where it is."""
         if self.watch.changed():
             return TRAINING if self.module.training else CHANGED
-        return HOOKED if self.inner and not self._intact() else ""
+        return HOOKED if self.inner and not self.intact() else ""
 
-    def _intact(self) -> bool:
+    def intact(self) -> bool:
         """Whether the modules inside are those that were recorded, and nobody listens to them."""
         if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
             return False
-        for (owner, name, child, watch), forward in zip(self.inner, self.inside, strict=True):
-            if owner.get(name) is not child:
-                return False
-            if watch is not None and (
-                child._forward_hooks
-                or child._forward_pre_hooks
-                or child.__dict__.get("forward") is not forward
-                or watch.changed()
-            ):
+        if not self.places.hold():
+            return False
+        for watch in self.watches:  # noqa: SIM110  (this is asked at every call)
+            if watch.changed():
                 return False
         return True
 
@@ -245,7 +244,7 @@ class FusedNorm(Fused):
             return self.fall_back(reason, x)
         # A reader's weights may want a gradient where the norm has none.
         if self.ahead and not torch.is_grad_enabled():
-            z = torch.empty(x.shape, dtype=x.dtype)
+            z = torch.empty_like(x)
             if found := self._ahead(x, z):
                 z._flashnorm = Ahead(z, found)  # type: ignore[attr-defined]
                 return z
@@ -253,7 +252,7 @@ class FusedNorm(Fused):
         return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
 
     def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        return cpu.normalize_packed(packed, x, torch.empty(x.shape, dtype=x.dtype))
+        return cpu.normalize_packed(packed, x, torch.empty_like(x))
 
     def _ahead(self, x: Tensor, z: Tensor) -> dict[Fused, Tensor]:
         """What the readers will ask for; where there is any, z has been filled as well."""
@@ -282,6 +281,6 @@ def taken(x: Any, reader: Fused) -> Tensor | None:
 
 def may_take(reader: Fused) -> bool:
     """Whether a reader is what was recorded, and is called by the module as it was."""
-    if reader.module.__dict__.get("forward") is not reader.installed:
+    if reader.module.__dict__.get("forward") is not reader.installed or reader.watch.changed():
         return False
-    return not reader.changed()
+    return not reader.inner or reader.intact()

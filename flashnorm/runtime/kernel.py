@@ -131,7 +131,8 @@ class Kernel:
         try:
             for held, name in self._slots:
                 p = held[name]
-                state += (p.data_ptr(), type(p), p.dtype, p.shape, p.stride())
+                strides = p.is_contiguous() or p.stride()
+                state += (p.data_ptr(), type(p), p.dtype, p.shape, strides)
         except (AttributeError, KeyError):
             return b"", 0, GONE
         except RuntimeError:  # there is no memory to point to

@@ -22,6 +22,8 @@ CHANGED = "the module is not what was recorded: an attribute, its class or its c
 STORES = "its forward stores attributes, which a kernel would not"
 OPAQUE = "its forward reads {}, a {} that could change without notice"
 
+# Who listens to a module.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What torch keeps in every module, which is compared otherwise or says nothing of its results.
 _TORCH = frozenset(nn.Module().__dict__) | {"forward", "_compiled_call_impl"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, range)
@@ -41,16 +43,36 @@ class Watch:
         self.expected = {"training": False} if modes else {}
         self.expected |= {name: _frozen(held[name]) for name in plain}
         self.parameters = module._parameters
-        names = ("_parameters", "_parameters", *self.expected)  # of one name there is no tuple
-        self.pick = itemgetter(*names)
-        self.values = (self.parameters, self.parameters, *self.expected.values())
+        self.calls: dict[str, Any] = {}  # what is compared of who is called, by `include_calls`
         self.objects = self._objects(held, plain)
         self.outer = outer_values(self.kind)
         self.buffers = _shown(module._buffers)
-        self.more = bool(self.objects or self.outer or self.buffers)
-        self.many = len(self.parameters)
         self.absent = [name for name, p in self.parameters.items() if p is None]
-        self.seen, self.count = frozenset(held), len(held)
+        self.noticed = self.names.all - _TORCH
+        self.seen = frozenset(held)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """All that a look needs in one tuple: reading it attribute by attribute takes longer."""
+        expected = {**self.expected, **self.calls}
+        # Twice the parameters, because of one name alone there is no tuple.
+        pick = itemgetter("_parameters", "_parameters", *expected)
+        values = (self.parameters, self.parameters, *expected.values())
+        more = bool(self.absent or self.objects or self.outer or self.buffers)
+        self.look = (
+            *(self.module, self.kind, self.code, pick, values),
+            *(self.parameters, len(self.parameters), len(self.seen), more),
+        )
+
+    def include_calls(self) -> None:
+        """From now on a hook is a change as well, and another forward than the module has now."""
+        held = self.module.__dict__
+        self.calls = {name: {} for name in _HOOKS}
+        if "forward" in held:
+            self.calls["forward"] = held["forward"]
+        self.noticed |= {"forward"}
+        self.seen |= {"forward"} & held.keys()
+        self._arrange()
 
     def _is_compared(self, name: str, value: Any) -> bool:
         if name in _TORCH or (name.startswith("_") and name not in self.names.all):
@@ -82,21 +104,17 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether the module is in training, or anything that its forward could read is new."""
-        module, parameters = self.module, self.parameters
-        kind, held = type(module), module.__dict__
+        module, kind, code, pick, values, parameters, many, count, more = self.look
+        held = module.__dict__
         try:
-            if (
-                (kind is not self.kind and not self._is_alike(kind))
-                or kind.forward is not self.code
-                or self.pick(held) != self.values
-                or len(parameters) != self.many
-                or (len(held) != self.count and self._added(held))
-            ):
-                return True
-            for name in self.absent:
-                if parameters[name] is not None:
-                    return True
-            return self.more and self._differs(held)
+            return (
+                pick(held) != values
+                or (type(module) is not kind and not self._is_alike(type(module)))
+                or type(module).forward is not code
+                or len(parameters) != many
+                or (len(held) != count and self._added(held))
+                or (more and self._differs(held))
+            )
         except (KeyError, AttributeError, RuntimeError, ValueError, TypeError):
             return True  # it is gone, or cannot be compared with what it was
 
@@ -112,13 +130,17 @@ class Watch:
 
     def _added(self, held: Mapping[str, Any]) -> bool:
         """Whether there is an attribute now, that was not there before, and that the code names."""
-        if self.names.all & (held.keys() - self.seen - _TORCH):
+        if self.noticed & (held.keys() - self.seen):
             return True
-        self.seen, self.count = self.seen | held.keys(), len(held)
+        self.seen = frozenset(held)
+        self._arrange()
         return False
 
     def _differs(self, held: Mapping[str, Any]) -> bool:
         """The rest, which few modules have."""
+        for name in self.absent:
+            if self.parameters[name] is not None:
+                return True
         for name, value, inside in self.objects:
             if held.get(name) is not value:
                 return True
@@ -139,11 +161,12 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the code, which may have no name to be found by: it is that of the class."""
-        return {name: value for name, value in self.__dict__.items() if name != "code"}
+        return {name: v for name, v in self.__dict__.items() if name not in ("code", "look")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.code = self.kind.forward
+        self._arrange()
 
     def changed_in_graph(self) -> bool:
         """`changed` as a compiled graph guards it: what is read here is checked at every call."""
