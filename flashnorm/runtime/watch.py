@@ -58,10 +58,17 @@ class Watch:
         # Twice the parameters, because of one name alone there is no tuple.
         pick = itemgetter("_parameters", "_parameters", *expected)
         values = (self.parameters, self.parameters, *expected.values())
-        more = bool(self.absent or self.objects or self.outer or self.buffers)
+        more = bool(self.objects or self.outer or self.buffers)
+        parameters = (self.parameters, len(self.parameters), tuple(self.absent))
         self.look = (
-            *(self.module, self.kind, self.code, pick, values),
-            *(self.parameters, len(self.parameters), len(self.seen), more),
+            self.module,
+            self.kind,
+            self.code,
+            pick,
+            values,
+            parameters,
+            len(self.seen),
+            more,
         )
 
     def include_calls(self) -> None:
@@ -104,9 +111,12 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether the module is in training, or anything that its forward could read is new."""
-        module, kind, code, pick, values, parameters, many, count, more = self.look
+        module, kind, code, pick, values, (parameters, many, absent), count, more = self.look
         held = module.__dict__
         try:
+            for name in absent:
+                if parameters[name] is not None:
+                    return True
             return (
                 pick(held) != values
                 or (type(module) is not kind and not self._is_alike(type(module)))
@@ -138,9 +148,6 @@ class Watch:
 
     def _differs(self, held: Mapping[str, Any]) -> bool:
         """The rest, which few modules have."""
-        for name in self.absent:
-            if self.parameters[name] is not None:
-                return True
         for name, value, inside in self.objects:
             if held.get(name) is not value:
                 return True
