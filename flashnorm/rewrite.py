@@ -179,7 +179,7 @@ def _check(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) ->
             )
     _check_biases(plan, parameters)
     if lost:
-        warnings.warn(algebra.subnormal_warning(lost), stacklevel=3)
+        warnings.warn(algebra.subnormal_warning(lost), stacklevel=4)
 
 
 def _check_biases(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:

@@ -103,9 +103,9 @@ def fold_adapter(
         )
     lost = _write(weights, edits, config, target)
     if not done.changed and not done.added:
-        warnings.warn(NOTHING, stacklevel=2)
+        warnings.warn(NOTHING, stacklevel=3)
     if lost:
-        warnings.warn(subnormal_warning(lost), stacklevel=2)
+        warnings.warn(subnormal_warning(lost), stacklevel=3)
     return done
 
 

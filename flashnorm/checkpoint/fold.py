@@ -211,22 +211,22 @@ def _warn(plan: Plan, values: Values, lost: int) -> None:
         warnings.warn(
             "no gain of this checkpoint folds, so the target is a copy of it; flashnorm inspect "
             "says why",
-            stacklevel=4,
+            stacklevel=5,
         )
     elif plan.folded and all(bool((gain == 1).all()) for gain in values.gains.values()):
         warnings.warn(
             "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
             "have been folded before",
-            stacklevel=4,
+            stacklevel=5,
         )
     if plan.entries:
         warnings.warn(
             f"what leaves or enters {plan.entries[0].path} is not centred, because that takes an "
             "operation, which a checkpoint cannot hold: the norms behind it still need their mean",
-            stacklevel=4,
+            stacklevel=5,
         )
     if lost:
-        warnings.warn(subnormal_warning(lost), stacklevel=4)
+        warnings.warn(subnormal_warning(lost), stacklevel=5)
 
 
 def _warn_of_readers(layout: Layout, source: Path, copies: tuple[str, ...]) -> None:
@@ -234,7 +234,7 @@ def _warn_of_readers(layout: Layout, source: Path, copies: tuple[str, ...]) -> N
     if removed := sorted(layout.changes.removed):
         warnings.warn(
             f"{len(removed)} folded tensors are left out, the first is {removed[0]}: {STRICT_NOTE}",
-            stacklevel=4,
+            stacklevel=5,
         )
     if damaged := next(filter(None, (why_damaged(source / file) for file in copies)), ""):
-        warnings.warn(f"copied as it was: {damaged}", stacklevel=4)
+        warnings.warn(f"copied as it was: {damaged}", stacklevel=5)

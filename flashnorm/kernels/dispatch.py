@@ -29,6 +29,7 @@ TRANSFORM = (
 _log = logging.getLogger("flashnorm")
 _fallbacks: Counter[str] = Counter()
 _forbidden = os.environ.get("FLASHNORM_FALLBACK") == "forbid"
+_TRACERS = ("torch.fx.", "torch.export.", "torch._export.")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
@@ -135,10 +136,14 @@ def transformed() -> bool:
 
 
 def overridden() -> bool:
-    """Whether a TorchFunctionMode may change what torch's functions do; a default device is one,
-    and does not: kernels make their results where x is."""
+    """Whether a TorchFunctionMode may change what torch's functions do.
+
+    A default device is one, and does not: kernels make their results where x is. Nor do those that
+    torch writes graphs with.
+    """
     return _functions() > 0 and not all(
-        type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
+        type(mode) is DeviceContext or type(mode).__module__.startswith(_TRACERS)
+        for mode in _get_current_function_mode_stack()
     )
 
 

@@ -91,7 +91,7 @@ def verify(
         if not isinstance(source, nn.Module):
             locate(source)  # a misspelt candidate is found before the reference is measured
             if why := why_untied(Path(source).expanduser()):
-                warnings.warn(f"{source}: {why}", stacklevel=2)
+                warnings.warn(f"{source}: {why}", stacklevel=3)
     with _opened(reference) as model:
         samples = _samples(reference, model, example_inputs, tokenizer, text, tokens, sample)
         half = _half_dtype(model)

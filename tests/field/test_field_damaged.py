@@ -158,8 +158,10 @@ def test_field_an_untied_fold_says_so_in_its_config(tmp_path):
 
 def test_field_a_strict_fold_says_who_reads_it(tmp_path):
     path = checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match=r"left out.*transformers loads it.*llama\.cpp.*vLLM"):
+    left_out = r"left out.*transformers loads it.*llama\.cpp.*vLLM"
+    with pytest.warns(UserWarning, match=left_out) as warned:
         flashnorm.fold_checkpoint(path, tmp_path / "strict", strict=True)
+    assert {warning.filename for warning in warned} == {__file__}
     mark = json.loads((tmp_path / "strict" / "config.json").read_text())["flashnorm"]
     assert mark["mode"] == "strict"
     assert "vLLM" in mark["left_out"]
