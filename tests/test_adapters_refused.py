@@ -129,8 +129,9 @@ def test_a_second_fold_is_refused(llama, tmp_path):
 
 def test_an_adapter_that_no_fold_concerns_is_copied_with_a_warning(tmp_path):
     case = made(tmp_path, "llama", target_modules=["o_proj", "down_proj"])
-    with pytest.warns(UserWarning, match="fits both bases; the target is a copy of it"):
+    with pytest.warns(UserWarning, match="fits both bases; the target is a copy of it") as warned:
         done = flashnorm.fold_adapter(case.adapter, None, tmp_path / "out")
+    assert warned[-1].filename == __file__
     assert (done.targets, done.changed) == (4, ())
     for name in (CONFIG, WEIGHTS):
         same = json.loads if name == CONFIG else bytes

@@ -129,8 +129,9 @@ def test_field_tied_weights_that_are_not_equal_are_refused(tmp_path):
         flashnorm.fold_checkpoint(path, tmp_path / "out", untie=True)
     assert any("they differ" in note for note in flashnorm.inspect(path).notes)
     (path / "tokenizer.json").unlink()
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as warned:
         flashnorm.verify(path, path, text="some words", sample=1, tokens=8)
+    assert __file__ in {warning.filename for warning in warned if "differ" in str(warning.message)}
 
 
 def test_field_tied_weights_that_are_equal_are_not_minded(tmp_path):
