@@ -20,10 +20,10 @@ from tests.test_nn_fused import (
     build,
     call_of,
     given,
-    other_values,
     plain,
     results,
 )
+from tests.test_nn_fused_changes import other_values
 
 # torch.func and torch.export still use what torch would like to be rid of.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
