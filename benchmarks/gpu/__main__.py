@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         help="folder for at most 8 files; default $OUT, or benchmarks/results/gpu-CARD-DATE",
     )
     made.add_argument("--minutes", type=float, default=9.0, help="of wall clock, for all of it")
-    made.add_argument("--rounds", type=int, default=15, help="of every norm + linear")
+    made.add_argument("--rounds", type=int, help="of every norm + linear; default 15, dry 1")
     made.add_argument("--resume", action="store_true", help="go on where --work was cut")
     made.add_argument("--tune", action="store_true", help="measure launches and crossovers first")
     made.add_argument("--stages", nargs="+", default=[], help="only these: checks decode few-rows")
@@ -76,7 +76,7 @@ def _work(args: argparse.Namespace) -> int:
         work=args.work,
         device="cpu" if args.dry_run else "cuda",
         seconds=args.minutes * 60 if args.simulate else args.until - time.time(),
-        rounds=1 if args.dry_run else args.rounds,
+        rounds=args.rounds or (1 if args.dry_run else 15),
         tune=args.tune,
         dry=args.dry_run,
         stages=tuple(args.stages),

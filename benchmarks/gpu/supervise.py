@@ -74,10 +74,10 @@ def _measure(watch: Watch, arguments: list[str], resume: bool) -> int:
     while True:
         (watch.work / NOW).unlink(missing_ok=True)
         ended, what, why = _watched(watch, _started(watch, arguments, resume))
-        if watch.stopped:
-            return CUT
         if not what:
             return ended
+        if watch.stopped:
+            return CUT
         if what in watch.skipped or watch.left() < LEAST:
             return CUT
         print(f"{what}: {why}; measuring goes on without it", flush=True)

@@ -21,6 +21,7 @@ from benchmarks.gpu.supervise import Watch
 
 SECONDS = 300  # in which something must have happened on the slowest machine
 FEW = ("--stages", "ceilings", "checks", "few-rows")
+SLOW = ("--rounds", "1000000")  # 2 s a row, so that no signal comes after the last of 18
 
 
 def started(work: Path, *more: str) -> subprocess.Popen[str]:
@@ -62,7 +63,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 def test_killed_in_a_stage_and_resumed_nothing_is_lost_or_measured_again(tmp_path):
     """Both processes at once, as a machine that is taken away ends them."""
-    run = started(tmp_path, *FEW)
+    run = started(tmp_path, *FEW, *SLOW)
     wait_for(tmp_path, "operations", 3)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
@@ -87,7 +88,7 @@ def test_killed_in_a_stage_and_resumed_nothing_is_lost_or_measured_again(tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of children")
 def test_a_process_that_dies_is_started_again_without_the_piece_it_died_in(tmp_path):
-    run = started(tmp_path, *FEW)
+    run = started(tmp_path, *FEW, "--rounds", "300")
     wait_for(tmp_path, "operations", 2)
     os.kill(child_of(run), signal.SIGKILL)
     code, said = finished(run)
@@ -98,7 +99,7 @@ def test_a_process_that_dies_is_started_again_without_the_piece_it_died_in(tmp_p
 
 
 def test_sigterm_ends_both_with_what_was_found(tmp_path):
-    run = started(tmp_path, *FEW)
+    run = started(tmp_path, *FEW, *SLOW)
     wait_for(tmp_path, "operations", 2)
     run.terminate()
     code, said = finished(run)
