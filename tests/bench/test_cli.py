@@ -115,7 +115,8 @@ def test_memory_of_a_process_and_of_a_pass(tmp_path):
         (("--context", "200"), "context and tokens are 232 together, and the model takes 124"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, options, words):
+def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr("flashnorm.cli.progress.SOON", 3600.0)  # no line of progress on a slow day
     result = run(config(tmp_path), *options, code=2)
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
