@@ -44,7 +44,7 @@ venv: $(STAMP)
 # torch comes first and pinned: left to the resolver it may bring gigabytes that nobody asked for.
 # The two models are packages whose own dependencies are not needed to read their files. Triton
 # interprets and compiles the kernels for GPUs without one; builds of torch with CUDA bring their own.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/csrc/*)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gguf,test,lint]"

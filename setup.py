@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("flashnorm/kernels/csrc")
+SOURCES = Path("flashnorm/kernels/cpu/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wextra"]
 # The compiler's own AVX-512 headers would be warned about.
@@ -78,7 +78,7 @@ class AnyPython(bdist_wheel):
 
 
 KERNELS = Extension(
-    "flashnorm.kernels._cpu",
+    "flashnorm.kernels.cpu._cpu",
     sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
     depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
     language="c++",

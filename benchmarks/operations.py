@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from flashnorm.bench import machine
 from flashnorm.bench.timing import interleaved
-from flashnorm.kernels import cpu, reference
+from flashnorm.kernels import reference
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.library import Library, load
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import Library, load
 
 SHAPES = ((576, 960), (576, 3072), (2048, 3072), (2048, 16384), (4096, 6144), (4096, 28672))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

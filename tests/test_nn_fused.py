@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashnorm.errors import FoldError
-from flashnorm.kernels import cpu, dispatch, reference
+from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.nn import NormGLU, NormLinear, NormLinears
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import flashnorm
-from flashnorm.kernels import cpu
-from flashnorm.kernels.library import Library
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import Library
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

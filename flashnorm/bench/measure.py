@@ -20,7 +20,7 @@ from flashnorm.bench.nouns import (
 )
 from flashnorm.bench.timing import interleaved, stopwatch
 from flashnorm.bench.variants import Variant
-from flashnorm.kernels.library import load
+from flashnorm.kernels.cpu.library import load
 
 MEMORY, WEIGHTS = ("read", "memory"), ("read", "weights")  # beside (kind, variant)
 

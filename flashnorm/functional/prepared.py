@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from flashnorm.functional.fused import run
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
 from flashnorm.kernels.call import Call, check
+from flashnorm.kernels.cpu import calls as cpu
 
 
 class PackedCalls:

@@ -17,8 +17,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels import cpu, reference
+from flashnorm.kernels import reference
 from flashnorm.kernels.call import Call, check
+from flashnorm.kernels.cpu import calls as cpu
 
 GRADIENT = "a gradient is wanted, which the kernels do not have (use torch.no_grad())"
 TRANSFORM = (

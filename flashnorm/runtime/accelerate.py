@@ -12,7 +12,8 @@ from torch import nn
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
 from flashnorm.inspection import inspect_module, record
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.pages import collapse
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import gpu
@@ -25,7 +26,6 @@ from flashnorm.runtime.attention import (
 from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
-from flashnorm.runtime.pages import collapse
 from flashnorm.runtime.stand import Stand, retire
 from flashnorm.runtime.steps import Trained
 from flashnorm.runtime.training import Trainer

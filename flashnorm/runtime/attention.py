@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.functional import fused
-from flashnorm.kernels import attention as kernel
-from flashnorm.kernels import cpu, dispatch, operators
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.cpu import attention as kernel
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import operators
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
 

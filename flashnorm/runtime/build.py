@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Fusible, Gated, Rows
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.pages import has_memory
 from flashnorm.plan import Site
 from flashnorm.runtime import learn
 from flashnorm.runtime.ahead import Between
 from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm, Inner
 from flashnorm.runtime.gpu import LIBRARY, GpuGated, GpuLinear, GpuNorm
 from flashnorm.runtime.kernel import Kernel, Norm, Product, Slice
-from flashnorm.runtime.pages import has_memory
 from flashnorm.runtime.watch import Watch
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from flashnorm.functional import fused
-from flashnorm.kernels import cpu, dispatch, operators
+from flashnorm.kernels import dispatch
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.cpu import DTYPES
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import operators
+from flashnorm.kernels.cpu.calls import DTYPES
 from flashnorm.runtime import learn
 from flashnorm.runtime.ahead import Ahead, Between, Places
 from flashnorm.runtime.kernel import Kernel, part, recipe

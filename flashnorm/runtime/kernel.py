@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashnorm.kernels import cpu
 from flashnorm.kernels.call import Call, check
+from flashnorm.kernels.cpu import calls as cpu
 
 
 @dataclass(frozen=True)

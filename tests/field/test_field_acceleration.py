@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 import flashnorm
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from tests.field.modules import (
     Block,
     Glu,

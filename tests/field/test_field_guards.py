@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.cpu import calls as cpu
 from tests.field.modules import (
     Glu,
     Held,

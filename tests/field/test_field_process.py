@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 import flashnorm
 from flashnorm.graph.ambient import on_cpu
-from flashnorm.kernels import cpu
-from flashnorm.kernels.attention import attend
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.attention import attend
 from flashnorm.kernels.dispatch import forbid_fallback
 from flashnorm.runtime.accelerate import acceleration
 from tests.field.modules import Block, Glu, N, random_

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import flashnorm
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.runtime import accelerate
 from tests.field.modules import (
     Block,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import flashnorm
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.plan import Plan, Site
 from flashnorm.planner import NO_GAIN
 from flashnorm.rewrite import apply_plan_

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import cpu
 from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
-from flashnorm.kernels.library import Library, load
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import Library, load
 
 library = load()
 ISAS = library.supported() if isinstance(library, Library) else []

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = Path("flashnorm/kernels/_cpu.so")
+LIBRARY = Path("flashnorm/kernels/cpu/_cpu.so")
 RUNTIMES = ("libasan.so", "libstdc++.so")  # in this order before anything else
 # Tests that build, or that compile with a compiler of their own.
 LEFT_OUT = ("test_build.py", "test_sanitize.py")
@@ -20,7 +20,7 @@ LEFT_OUT = ("test_build.py", "test_sanitize.py")
 # The storage of the last row of weights is given back before the kernel reads it.
 OUT_OF_BOUNDS = """
 import sys, torch
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.kernels.call import Call
 isa, name, rows, n = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 dtype = getattr(torch, name)
@@ -31,7 +31,7 @@ with cpu.use_isa(isa):
 """
 # The end of a row that fills no vector, and rows that fill whole vectors, pairs and tiles.
 SHAPES = (("float32", "9", "33"), ("bfloat16", "16", "64"), ("float16", "4", "64"))
-ISAS = "from flashnorm.kernels.library import load; print(*load().supported())"
+ISAS = "from flashnorm.kernels.cpu.library import load; print(*load().supported())"
 
 
 def runtimes() -> list[str] | str:

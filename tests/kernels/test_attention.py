@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from flashnorm.kernels import cpu
-from flashnorm.kernels.attention import attend, why_not
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.attention import attend, why_not
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels import cases
 from tests.kernels.bounds import STEPS

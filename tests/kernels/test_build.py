@@ -30,7 +30,7 @@ def build(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_compiler_the_build_succeeds_and_makes_no_library(environment, tmp_path):
     done = build(tmp_path, **{"CC": environment["CXX"], **environment})
     assert done.returncode == 0, done.stderr
-    assert 'building extension "flashnorm.kernels._cpu" failed' in done.stderr + done.stdout
+    assert 'building extension "flashnorm.kernels.cpu._cpu" failed' in done.stderr + done.stdout
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -48,6 +48,6 @@ def test_a_compiler_without_an_instruction_set_leaves_only_it_out(tmp_path):
     script.chmod(0o755)
     done = build(tmp_path, CC=str(script), CXX=str(script))
     assert done.returncode == 0, done.stderr
-    names = (tmp_path / "flashnorm/kernels/_cpu.so").read_bytes()
+    names = (tmp_path / "flashnorm/kernels/cpu/_cpu.so").read_bytes()
     assert b"portable" in names
     assert b"avx512bf16\0" not in names

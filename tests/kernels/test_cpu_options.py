@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashnorm.kernels import cpu
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.library import load
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import load
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random

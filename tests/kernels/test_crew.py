@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from flashnorm.functional import Prepared
-from flashnorm.kernels.attention import attend
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.library import Library, load
+from flashnorm.kernels.cpu.attention import attend
+from flashnorm.kernels.cpu.library import Library, load
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "flashnorm/kernels/csrc"
+SOURCES = HERE.parents[1] / "flashnorm/kernels/cpu/csrc"
 
 pytestmark = cases.compiled
 

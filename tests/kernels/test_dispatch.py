@@ -12,8 +12,10 @@ import flashnorm
 from flashnorm import functional
 from flashnorm.errors import FlashNormError
 from flashnorm.functional import Prepared
-from flashnorm.kernels import cpu, dispatch, library, reference
+from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import library
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close, wide
 from tests.kernels.cases import make

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashnorm.kernels import cpu, reference
+from flashnorm.kernels import reference
+from flashnorm.kernels.cpu import calls as cpu
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close, wide
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random

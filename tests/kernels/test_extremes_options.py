@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from flashnorm.kernels import cpu
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import calls as cpu
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashnorm.kernels import attention, cpu, operators
+from flashnorm.kernels.cpu import attention, operators
+from flashnorm.kernels.cpu import calls as cpu
 from tests.kernels import cases
 from tests.kernels.cases import DTYPES, make, random
 from tests.kernels.test_attention import GROUPS, MASKS, WIDTHS, made, mask_of

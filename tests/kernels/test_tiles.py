@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import EVERY_ACTIVATION, EVERY_NORM, make, random

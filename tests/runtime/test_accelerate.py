@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import flashnorm
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.cpu import calls as cpu
 from tests.runtime.models import LLAMA, NEOX, QWEN3, close, ids, logits, tiny
 
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX}

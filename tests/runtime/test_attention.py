@@ -10,8 +10,8 @@ from torch import nn
 from transformers import MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flashnorm.kernels import attention as kernel
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import attention as kernel
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.runtime import attention
 from flashnorm.runtime.attention import NAME, restore_attention_, use_attention_
 from flashnorm.verification.bounds import HALF_RATIO

@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import flashnorm
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.cpu import calls as cpu
 from tests.runtime.models import LLAMA, QWEN3, close, ids, logits, tiny
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason="no compiled kernels here")

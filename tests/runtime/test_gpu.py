@@ -12,8 +12,9 @@ from transformers import GemmaConfig, Phi3Config
 import flashnorm
 from flashnorm.bench.variants import Variant
 from flashnorm.functional import fused
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
 from flashnorm.kernels.call import NORMS, Call
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.runtime import gpu
 from flashnorm.runtime.gpu import GpuGated, GpuLinear, GpuNorm
 from flashnorm.runtime.kernel import Kernel, Norm

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import flashnorm
-from flashnorm.kernels import cpu, dispatch
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.runtime.learn import OTHER
 from flashnorm.runtime.names import named_in
 from tests.field.modules import (

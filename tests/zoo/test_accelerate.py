@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashnorm.kernels import cpu
+from flashnorm.kernels.cpu import calls as cpu
 from tests.zoo.accelerate import accelerate_outcome
 from tests.zoo.coverage import SLOW, recorded
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
-from flashnorm.kernels.library import Library, load, use_isa
+from flashnorm.kernels.cpu.library import Library, load, use_isa
 
 __all__ = [
     "available",

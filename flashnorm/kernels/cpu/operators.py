@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.cpu import ACTIVATION, DTYPES, MOST_WEIGHTS, NORM
-from flashnorm.kernels.library import load, torch_symbols
+from flashnorm.kernels.cpu.calls import ACTIVATION, DTYPES, MOST_WEIGHTS, NORM
+from flashnorm.kernels.cpu.library import load, torch_symbols
 
 # The functions of torch's stable C interface, as csrc/operators.cpp expects them.
 SHIM = [

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from flashnorm.runtime import pages
+from flashnorm.kernels.cpu import pages
 
 
 def test_only_whole_pages_of_the_tensors_are_asked_for():
