@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from flashnorm.bench import machine
 from flashnorm.bench.timing import interleaved
-from flashnorm.kernels import reference
+from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import policy
 from flashnorm.kernels.cpu.library import Library, load
 
 SHAPES = ((576, 960), (576, 3072), (2048, 3072), (2048, 16384), (4096, 6144), (4096, 28672))
@@ -64,7 +65,7 @@ class Rotation:
 
 
 def worst_error(x: Tensor, weight: Tensor, gain: Tensor, found: Tensor) -> float:
-    call = Call(x.double(), (weight.double(),), None, "rms", EPS, gain.double())
+    call = Call(x.double(), (weight.double(),), None, norms.RMS, EPS, gain.double())
     expected = reference.norm_linear(call)[0]
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -77,7 +78,7 @@ def compiled(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
 def prepared(calls: list[Call]) -> Callable[[int], list[Tensor]]:
     """The operation on the i-th weight, packed once, as an accelerated module calls it."""
     x, width = calls[0].x, [calls[0].weights[0].shape[0]]
-    if x.shape[0] > cpu.most_rows(calls[0]):
+    if x.shape[0] > policy.most_rows(calls[0]):
         return lambda i: cpu.run(calls[i])
     packed = [cpu.pack(call) for call in calls]
     return lambda i: cpu.run_packed(packed[i], x, width, None)
@@ -98,7 +99,7 @@ def measure(
 ) -> dict[str, Any]:
     k, n = turn.copies[0].shape
     gain, x = torch.rand(n, dtype=dtype) + 0.5, torch.randn(rows, n, dtype=dtype)
-    bound = [Call(x, (w,), norm="rms", eps=EPS, gain=gain) for w in turn.copies]
+    bound = [Call(x, (w,), eps=EPS, gain=gain) for w in turn.copies]
     ours = prepared(bound)
     error = worst_error(x, turn.copies[0], gain, ours(0)[0])
     eager = F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[0])
@@ -109,7 +110,7 @@ def measure(
     def read() -> None:
         library.read(turn.copies[turn.next()].data_ptr(), turn.bytes, torch.get_num_threads())
 
-    alone = cpu.pack(Call(x, (), norm="rms", eps=EPS, gain=gain))
+    alone = cpu.pack(Call(x, (), eps=EPS, gain=gain))
     z = torch.empty_like(x)
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(turn.next()),

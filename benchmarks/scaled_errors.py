@@ -27,7 +27,7 @@ from flashnorm.functional.scaled import (
     quantize_weight,
     scaled_norm_linear,
 )
-from flashnorm.kernels import reference
+from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
 
 ROWS, WIDTH, OUTPUTS, SEEDS, EPS = 256, 512, 256, 20, 1e-5
@@ -41,10 +41,10 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def errors(x: Tensor, weight: QuantizedWeight, norm: str) -> tuple[float, float]:
     """(norm in the scale, norm before), in what `scaled_norm_linear` returns."""
-    exact = reference.normalized(Call(x.double(), (), norm=norm, eps=EPS))
+    exact = reference.normalized(Call(x.double(), (), norm=norms.find(norm), eps=EPS))
     truth = exact @ weight.dequantized().T
     absorbed = scaled_norm_linear(x, weight, norm=norm, eps=EPS)
-    z = reference.normalized(Call(x, (), norm=norm, eps=EPS))
+    z = reference.normalized(Call(x, (), norm=norms.find(norm), eps=EPS))
     before = scaled_norm_linear(z, weight, norm="none")
     return tuple(float((y.double() - truth).norm() / truth.norm()) for y in (absorbed, before))
 

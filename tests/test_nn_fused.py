@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashnorm.errors import FoldError
-from flashnorm.kernels import dispatch, reference
+from flashnorm.kernels import dispatch, norms, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.nn import NormGLU, NormLinear, NormLinears
@@ -66,7 +66,7 @@ def call_of(kind: str, module: nn.Module, *arguments: Tensor) -> Call:
     return Call(
         x,
         *parameters(kind, held),
-        module.norm,
+        norms.find(module.norm),
         module.eps,
         held.get("gain"),
         module.gain_offset,
@@ -79,13 +79,13 @@ def call_of(kind: str, module: nn.Module, *arguments: Tensor) -> Call:
 
 def plain(kind: str, module: nn.Module, held: dict[str, Tensor], x: Tensor, *residual: Tensor):
     """The formula in torch's own functions."""
-    norms = {
+    formulas = {
         "rms": lambda: F.rms_norm(x, (N,), None, module.eps),
         "layer": lambda: F.layer_norm(x, (N,), None, None, module.eps),
         "dyt": lambda: torch.tanh(held["alpha"] * x),
         "none": lambda: x,
     }
-    z = norms[module.norm]()
+    z = formulas[module.norm]()
     z = z * (module.gain_offset + held["gain"]) if "gain" in held else z
     z = z + held["norm_bias"] if "norm_bias" in held else z
     made = [F.linear(z, w, c) for w, c in zip(*parameters(kind, held), strict=True)]

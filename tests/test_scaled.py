@@ -9,8 +9,8 @@ from benchmarks import scaled_errors
 from flashnorm.errors import FlashNormError
 from flashnorm.functional import scaled
 from flashnorm.functional.scaled import FP8, INT8, QuantizedWeight, quantize_rows, quantize_weight
-from flashnorm.kernels import reference
-from flashnorm.kernels.call import NORMS, Call
+from flashnorm.kernels import norms, reference, weights
+from flashnorm.kernels.call import Call
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.cases import random
 
@@ -33,7 +33,8 @@ def arguments(norm, n, gain=False):
 def normalized(x, options):
     """norm(x) ⊙ (offset + g), exact."""
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return reference.normalized(Call(x.double(), (), **wide))
+    kind = norms.find(wide.pop("norm"))
+    return reference.normalized(Call(x.double(), (), norm=kind, **wide))
 
 
 def quantized_error(exact, dtype):
@@ -50,7 +51,7 @@ def quantized_error(exact, dtype):
 
 
 @EVERY
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", norms.KINDS)
 @pytest.mark.parametrize("gain", [False, True], ids=["", "gain"])
 def test_rows_are_within_half_a_step_of_the_exact_norm(dtype, norm, gain):
     x = random(9, 200, dtype=torch.bfloat16, scale=3) + 1
@@ -77,7 +78,7 @@ def bounded(x, weight, bias, options):
 
 
 @EVERY
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", norms.KINDS)
 @pytest.mark.parametrize(("lead", "n", "k"), [((1,), 64, 48), ((2, 3), 100, 33), ((17,), 577, 96)])
 def test_products_are_those_of_the_quantized_numbers(dtype, norm, lead, n, k):
     """Odd sizes too, which are filled up with zeros."""
@@ -97,7 +98,7 @@ def test_sums_of_large_int8_numbers_are_exact(n):
     made = torch.Generator().manual_seed(n)
     q = torch.randint(100, 128, (3, n), generator=made).to(INT8)
     w = torch.randint(100, 128, (16, n), generator=made).to(INT8)
-    weight = QuantizedWeight(w, torch.ones(16, 1), 16, n)
+    weight = QuantizedWeight(w, weights.INT8_ROWS, torch.ones(16, 1), 16, n)
     y = scaled.scaled_product(q, torch.ones(3, 1), weight, torch.float64)
     assert torch.equal(y, (q.long() @ w.long().T).float().double())
 
@@ -181,7 +182,7 @@ def test_what_cannot_be_done_says_what_to_do():
         quantize_weight(torch.zeros(16, 32), torch.float16)
     with pytest.raises(FlashNormError, match="not finite"):
         quantize_weight(torch.full((16, 32), torch.inf))
-    there = QuantizedWeight(weight.values.to("meta"), weight.scale, 16, 32)
+    there = weight._replace(values=weight.values.to("meta"))
     with pytest.raises(FlashNormError, match="x is on cpu and the weight on meta"):
         scaled.scaled_norm_linear(torch.zeros(2, 32, dtype=torch.bfloat16), there)
     with pytest.raises(ValueError, match="norm is 'batch'"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.functional import fused
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import dispatch, norms
 from flashnorm.kernels.call import Call
 
 CHOSEN = "chosen"  # the way that dispatch takes
@@ -72,10 +72,10 @@ def _around_a_product(call: Call, outputs: list[Tensor]) -> Iterator[Any]:
 
     late, s = matmul.scales_late(call), call.x.new_empty(call.x.shape[0], dtype=torch.float32)
     if late:
-        yield rows.row_scale_step(call.x, "rms", call.eps, s, None)
+        yield rows.row_scale_step(call.x, norms.RMS, call.eps, s, None)
     elif not gemm.as_it_is(call):
         yield rows.normalize_step(call, torch.empty_like(call.x))
-    if call.activation or call.residual is not None:
+    if call.activation or call.output_residual is not None:
         yield rows.gate_step(call, outputs, s if late else None, outputs[0])
 
 

@@ -18,6 +18,7 @@ from benchmarks.gpu import correctness, operations, ours
 from benchmarks.gpu.nouns import Piece, Row, Run, Shape
 from benchmarks.gpu.timing import per_call
 from benchmarks.model_shapes import CONFIGURATIONS
+from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
 
 STAGE = "tune"
@@ -127,7 +128,7 @@ def _calls(task: Task, device: str) -> list[Call]:
         Call(
             x,
             tuple(weight.split(task.widths)),
-            norm=task.norm,
+            norm=norms.find(task.norm),
             eps=operations.EPS,
             gain=gain,
             activation=task.activation,

@@ -4,6 +4,7 @@
 
 x: [.., n], weight: [k, n], bias: [k], gain and norm_bias: [n], residual: [.., k]; returns [.., k]
 in the dtype of x. Without a gain the norm has none (a folded one has moved into the weight, E1);
+with an `input_residual` r, [.., n], x + r is normalized; a weight may also be a `QuantizedWeight`.
 `gain_offset=1` is for models that store g − 1.
 
 float32, bfloat16 and float16 run on kernels, on a CPU (C++) and on CUDA (Triton): sums and all else
@@ -22,20 +23,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import dispatch, ops, reference
+from flashnorm.kernels import dispatch, norms, ops, reference
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.weights import AnyWeight, memory, packed
 
 
 def run(call: Call) -> list[Tensor]:
     """Any call: directly in eager mode, as a registered operation where something watches."""
     if torch.compiler.is_compiling():
-        plain = wants_torch(call.tensors())
+        plain = wants_torch(call.tensors()) or packed(call.weights) is not None
         return reference.norm_linear(call) if plain else ops.run(call)
     gradient = call.needs_gradient()
-    if not gradient and not dispatch.watched(call.x, *call.weights):
+    if not gradient and not dispatch.watched(call.x, *map(memory, call.weights)):
         return dispatch.norm_linear(call)
     # torch.jit cannot write down a list of weights.
     plain = dispatch.transformed() or torch.jit.is_tracing() or _sharded(call.tensors())
+    plain = plain or packed(call.weights) is not None  # which an operator has no name for
     return reference.norm_linear(call) if plain else ops.run(call)
 
 
@@ -54,29 +57,43 @@ def _sharded(tensors: Sequence[Tensor]) -> bool:
 
 def norm_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: AnyWeight,
     bias: Tensor | None = None,
     *,
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
     norm_bias: Tensor | None = None,
     alpha: Tensor | None = None,
     residual: Tensor | None = None,
+    input_residual: Tensor | None = None,
 ) -> Tensor:
     """`(norm(x)·g + β) Wᵀ + c [+ residual]` with norm "rms", "layer", "dyt" or "none"."""
     biases = None if bias is None else (bias,)
     return run(
-        Call(x, (weight,), biases, norm, eps, gain, gain_offset, norm_bias, alpha, None, residual)
+        Call(
+            x,
+            (weight,),
+            biases,
+            norms.find(norm),
+            eps,
+            gain,
+            gain_offset,
+            norm_bias,
+            alpha,
+            None,
+            residual,
+            input_residual,
+        )
     )[0]
 
 
 def explain(
     x: Tensor,
-    *weights: Tensor,
+    *weights: AnyWeight,
     biases: Sequence[Tensor | None] | None = None,
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
@@ -84,6 +101,7 @@ def explain(
     alpha: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    input_residual: Tensor | None = None,
 ) -> dispatch.Choice:
     """Which backend would run norm + linear for these arguments and why; nothing is computed.
 
@@ -97,7 +115,7 @@ def explain(
             x,
             weights,
             biases,
-            norm,
+            norms.find(norm),
             eps,
             gain,
             gain_offset,
@@ -105,27 +123,32 @@ def explain(
             alpha,
             activation,
             residual,
+            input_residual,
         )
     )
 
 
 def norm_linears(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[AnyWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
     norm_bias: Tensor | None = None,
     alpha: Tensor | None = None,
+    input_residual: Tensor | None = None,
 ) -> list[Tensor]:
     """`[z W_iᵀ + c_i]` with `z = norm(x)·g + β`: the readers of one norm (q, k and v) as one call.
 
     weights: [k_i, n], biases: [k_i] or None each; returns [.., k_i].
     """
-    return run(Call(x, weights, biases, norm, eps, gain, gain_offset, norm_bias, alpha))
+    kind, residuals = norms.find(norm), (None, input_residual)
+    return run(
+        Call(x, weights, biases, kind, eps, gain, gain_offset, norm_bias, alpha, None, *residuals)
+    )
 
 
 def rms_norm_linear(
@@ -164,7 +187,7 @@ def layer_norm_linear(
         x,
         weight,
         bias,
-        norm="layer",
+        norm=norms.LAYER.name,
         eps=eps,
         gain=gain,
         gain_offset=gain_offset,
@@ -188,7 +211,7 @@ def dyt_linear(
         x,
         weight,
         bias,
-        norm="dyt",
+        norm=norms.DYT.name,
         eps=0.0,
         gain=gain,
         norm_bias=norm_bias,
@@ -199,19 +222,20 @@ def dyt_linear(
 
 def norm_glu(
     x: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate: AnyWeight,
+    up: AnyWeight,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     *,
     activation: str = "silu",
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
     norm_bias: Tensor | None = None,
     alpha: Tensor | None = None,
     residual: Tensor | None = None,
+    input_residual: Tensor | None = None,
 ) -> Tensor:
     """`act(z Gᵀ + c_g) ⊙ (z Uᵀ + c_u) [+ residual]` with `z = norm(x)·g + β`.
 
@@ -223,7 +247,7 @@ def norm_glu(
             x,
             (gate, up),
             (gate_bias, up_bias),
-            norm,
+            norms.find(norm),
             eps,
             gain,
             gain_offset,
@@ -231,5 +255,6 @@ def norm_glu(
             alpha,
             activation,
             residual,
+            input_residual,
         )
     )[0]

@@ -1,7 +1,7 @@
 """Norm + linear for parameters that stay: what a module calls for every token.
 
-Shapes and dtypes are checked and packed once, so that a call costs a few microseconds; a parameter
-that has moved or been replaced, or another dtype of x, is noticed and packed again.
+Shapes and dtypes are checked and bound once, so that a call costs a few microseconds; a parameter
+that has moved or been replaced, or another dtype of x, is noticed and bound again.
 """
 
 from __future__ import annotations
@@ -13,64 +13,66 @@ import torch
 from torch import Tensor
 
 from flashnorm.functional.fused import run
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import dispatch, norms
+from flashnorm.kernels.backend import Bound
 from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.weights import memory
 
 
-class PackedCalls:
-    """`run(call)` that keeps the packed parameters of the call before, for the next one like it.
+class BoundCalls:
+    """`run(call)` that keeps what a backend bound for the call before, for the next one like it.
 
-    What is packed depends on nothing but the state it is kept with, and no tensor is held: a copy
-    of it, another thread, or memory that has been given to another tensor can do no harm.
+    What is kept depends on nothing but the state it is kept with, and holds no tensor: a copy of
+    it, another thread, or memory that has been given to another tensor can do no harm.
     """
 
     def __init__(self) -> None:
-        # What parameters and x were like, the packed call, how much of x it takes, its results.
-        self._kept: tuple[list[Any], bytes, int, list[int]] = ([], b"", 0, [])
+        # What parameters and x were like, the kernel, or None where there is none.
+        self._kept: tuple[list[Any], Bound | None] = ([], None)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return PackedCalls, ()
+        return BoundCalls, ()
 
     def __call__(self, call: Call) -> list[Tensor]:
         """As `flashnorm.functional`: compiled, traced, with gradients and on other devices too."""
         if torch.compiler.is_compiling() or not _only_values(call):
             return run(call)
-        x, residual = call.x, call.residual
+        x, residual = call.x, call.output_residual
         state = _state(call)
-        known, packed, most, widths = self._kept
+        known, bound = self._kept
         if state != known:
-            packed, most, widths = self._pack(call, state)
-        if x.numel() > most or (residual is not None and not _fits(residual, x, widths)):
+            bound = self._bind(call, state)
+        if bound is None or x.numel() > bound.most or call.input_residual is not None:
             return run(call)
-        return cpu.run_packed(packed, x, widths, residual)
+        if residual is not None and not _fits(residual, call):
+            return run(call)
+        return bound.run(x, residual)
 
-    def _pack(self, call: Call, state: list[Any]) -> tuple[bytes, int, list[int]]:
-        call = call._replace(residual=None)
+    def _bind(self, call: Call, state: list[Any]) -> Bound | None:
+        call = call._replace(output_residual=None, input_residual=None)
         check(call)
-        if cpu.why_not(call):
-            return b"", -1, []
-        made = call.weights[:1] if call.activation else call.weights
-        packed, widths = cpu.pack(call), [w.shape[0] for w in made]
-        most = cpu.most_rows(call) * call.x.shape[-1]
-        self._kept = (state, packed, most, widths)
-        return packed, most, widths
+        backend = dispatch.backend_of(call.x)
+        found = backend.bind(call) if backend.keeps else ""
+        bound = None if isinstance(found, str) else found
+        if backend.keeps:
+            self._kept = (state, bound)
+        return bound
 
 
 def _only_values(call: Call) -> bool:
     """Whether nothing but the values matters: no tracer, no transform, no gradient."""
     return not (
-        dispatch.watched(call.x, *call.weights)
+        dispatch.watched(call.x, *map(memory, call.weights))
         or dispatch.transformed()
         or (torch.is_grad_enabled() and call.needs_gradient())
     )
 
 
 def _state(call: Call) -> list[Any]:
-    """All that a packed call depends on: options, and where and how its parameters lie."""
-    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, _ = call
-    state: list[Any] = [x.dtype, x.is_cpu, x.shape[-1], norm, eps, offset, activation]
-    for w in weights:
+    """All that a bound call depends on: options, and where and how its parameters lie."""
+    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
+    state: list[Any] = [x.dtype, x.device, x.shape[-1], norm, eps, offset, activation]
+    for w in map(memory, weights):
         state += (w.data_ptr(), w.dtype, w.shape, w.stride())
     for vector in (*(biases or ()), gain, norm_bias, alpha):
         if vector is None:
@@ -80,25 +82,33 @@ def _state(call: Call) -> list[Any]:
     return state
 
 
-def _fits(residual: Tensor, x: Tensor, widths: list[int]) -> bool:
-    return residual.dtype == x.dtype and residual.shape == (*x.shape[:-1], *widths)
+def _fits(residual: Tensor, call: Call) -> bool:
+    x = call.x
+    return residual.dtype == x.dtype and residual.shape == (
+        *x.shape[:-1],
+        *(w.shape[0] for w in call.results()),
+    )
 
 
 class Prepared:
     """`flashnorm.functional` for parameters that stay: `prepared(x, residual=None)` gives a list.
 
-    weights, biases and options are those of `kernels.call.Call`. The result is the same as that of
-    the plain functions, in every mode (compiled, traced, with gradients, on other devices).
+    weights, biases and options are those of `flashnorm.functional.norm_linears`, with `activation`
+    those of `norm_glu`. The result is the same as that of the plain functions, in every mode
+    (compiled, traced, with gradients, on other devices).
     """
 
     def __init__(
         self,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None] | None = None,
+        *,
+        norm: str = norms.RMS.name,
         **options: Any,
     ) -> None:
-        self._rest = Call(torch.empty(0), weights, biases, **options)[1:-1]
-        self._run = PackedCalls()
+        call = Call(torch.empty(0), weights, biases, norms.find(norm), **options)
+        self._rest = call[1:-2]
+        self._run = BoundCalls()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
         """x: [.., n], residual: [.., k]; returns [.., k_i] for every weight."""

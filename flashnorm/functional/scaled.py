@@ -16,43 +16,20 @@ Source: FlashNorm, arXiv 2407.09577.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels.call import check_names
+from flashnorm.kernels import norms
+from flashnorm.kernels.norms import NormKind
+from flashnorm.kernels.weights import FP8, FP8_ROWS, INT8, INT8_ROWS, LARGEST
+from flashnorm.kernels.weights import Weight as QuantizedWeight
 
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
-LARGEST = {FP8: 448.0, INT8: 127.0}
 MULTIPLE = 16  # of both sides of a weight, as the products on GPUs ask for
 LEAST_ROWS = 32  # of an int8 product on a GPU, which takes more than 16
 EXACT_PRODUCTS = 1024  # of two int8 numbers, whose sum is below 2²⁴: float32 holds it
 FP8_CAPABILITY, INT8_CAPABILITY = (8, 9), (8, 0)
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """`W ≈ values ⊙ scale`: values [k, n] filled up with zeros to multiples of 16, scale [k, 1].
-
-    outputs and features are k and n before that.
-    """
-
-    values: Tensor
-    scale: Tensor
-    outputs: int
-    features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    def dequantized(self) -> Tensor:
-        """W as the products see it: [k, n], float64."""
-        values = self.values[: self.outputs, : self.features].double()
-        return values * self.scale[: self.outputs].double()
 
 
 def quantize_weight(
@@ -76,14 +53,15 @@ def quantize_weight(
     values, scale = _quantized(wide, dtype)
     k, n = weight.shape
     padded = F.pad(values.view(torch.uint8), (0, -n % MULTIPLE, 0, -k % MULTIPLE)).view(dtype)
-    return QuantizedWeight(padded, F.pad(scale, (0, 0, 0, -k % MULTIPLE)), k, n)
+    scales = F.pad(scale, (0, 0, 0, -k % MULTIPLE))
+    return QuantizedWeight(padded, FP8_ROWS if dtype == FP8 else INT8_ROWS, scales, k, n)
 
 
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = FP8,
     *,
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
@@ -95,11 +73,11 @@ def quantize_rows(
     infinity or NaN has scale NaN. Nothing overflows or vanishes on the way, in any dtype of x.
     """
     _check_dtype(dtype)
-    check_names(norm, None)
-    rows = _centred(x, norm, alpha)
+    kind = _kind(norm)
+    rows = _divided_by_norm(x, kind, alpha)
     top = rows.abs().amax(-1, keepdim=True)
     unit = _divided(rows, top)  # within [−1, 1], whatever the rows are
-    factor = top if norm in ("none", "dyt") else _norm_scale(unit, top, eps)
+    factor = _norm_scale(unit, top, eps) if kind.scales else top
     if gain is not None:
         unit = unit * (gain_offset + gain.float())
     values, scale = _quantized(unit, dtype)
@@ -111,7 +89,7 @@ def scaled_norm_linear(
     weight: QuantizedWeight,
     bias: Tensor | None = None,
     *,
-    norm: str = "rms",
+    norm: str = norms.RMS.name,
     eps: float = 1e-6,
     gain: Tensor | None = None,
     gain_offset: float = 0.0,
@@ -178,14 +156,19 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise FlashNormError(f"cannot quantize to {dtype}; the dtypes are {FP8} and {INT8}")
 
 
-def _centred(x: Tensor, norm: str, alpha: Tensor | None) -> Tensor:
-    """What the norm divides: x, x − μ, or for DyT what it is; float32."""
+def _kind(norm: str) -> NormKind:
+    kind = norms.find(norm)
+    if kind.code is None:
+        raise FlashNormError(f"rows cannot be quantized behind the norm {norm!r}")
+    return kind
+
+
+def _divided_by_norm(x: Tensor, kind: NormKind, alpha: Tensor | None) -> Tensor:
+    """What the norm divides: x or x − μ; where it divides nothing, x̂; float32."""
     wide = x.float()
-    if norm == "layer":
-        return wide - wide.mean(-1, keepdim=True)
-    if norm == "dyt":
-        return torch.tanh(wide if alpha is None else alpha.float() * wide)
-    return wide
+    if kind.scales:
+        return wide - wide.mean(-1, keepdim=True) if kind.centers else wide
+    return kind.hat(wide, None, None, alpha)
 
 
 def _divided(rows: Tensor, top: Tensor) -> Tensor:
@@ -218,7 +201,7 @@ def _cpu_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch
     for first in range(0, weight.features, EXACT_PRODUCTS):
         some = slice(first, min(first + EXACT_PRODUCTS, weight.features))
         found += q[:, some].float() @ weight.values[: weight.outputs, some].float().T
-    return (found.float() * scale * weight.scale[: weight.outputs].T).to(dtype)
+    return (found.float() * scale * weight.scales[: weight.outputs].T).to(dtype)
 
 
 def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -232,11 +215,11 @@ def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def _fp8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch._scaled_mm(
-        q, weight.values.t(), scale_a=scale, scale_b=weight.scale.t(), out_dtype=dtype
+        q, weight.values.t(), scale_a=scale, scale_b=weight.scales.t(), out_dtype=dtype
     )
 
 
 def _int8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Sums of integers are exact; they are scaled in float32 and rounded once."""
     found = torch._int_mm(q, weight.values.t())[: scale.shape[0]]
-    return (found.float() * scale * weight.scale.t()).to(dtype)
+    return (found.float() * scale * weight.scales.t()).to(dtype)

@@ -32,15 +32,16 @@ def run(call: Call, forward: Forward) -> list[Tensor]:
     Saved are x, s (for a LayerNorm μ too) and, with an activation, the gate's and the up half's
     products: making these again would cost two of the three matmuls of a feed-forward network.
     """
-    plain = call._replace(activation=None, residual=None)
+    call = call.added()
+    plain = call._replace(activation=None, output_residual=None)
     x, weights, biases, norm, eps, gain, offset, norm_bias, alpha = plain[:9]
     readers = (*weights, *(biases or [None] * len(weights)))
     form = Form(norm, eps, offset)
     found = Products.apply(forward, form, x, gain, norm_bias, alpha, *readers)
     if call.activation is not None:
         found = (Gate.apply(call.activation, *found),)
-    if call.residual is not None:
-        found = (found[0] + call.residual.to(x.dtype),)
+    if call.output_residual is not None:
+        found = (found[0] + call.output_residual.to(x.dtype),)
     return list(found)
 
 

@@ -1,14 +1,11 @@
-"""Which backend runs norm + linear, why, and what to do where only the reference can."""
+"""The registry of backends: which runs a call, why, and what to do where only the reference can.
+
+The one that was registered last is asked first.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +15,24 @@ from torch.utils._device import DeviceContext
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import reference
+from flashnorm.kernels.backend import Backend
 from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.backend import CPU
+from flashnorm.kernels.fallback import fallbacks, fell_back, forbid_fallback
+from flashnorm.kernels.gpu.backend import GPU
+
+__all__ = [
+    "Choice",
+    "backend_of",
+    "explain",
+    "fallbacks",
+    "fell_back",
+    "find",
+    "forbid_fallback",
+    "norm_linear",
+    "register",
+    "unregister",
+]
 
 GRADIENT = "a gradient is wanted, which the kernels do not have (use torch.no_grad())"
 TRANSFORM = (
@@ -27,9 +40,7 @@ TRANSFORM = (
     "operations"
 )
 
-_log = logging.getLogger("flashnorm")
-_fallbacks: Counter[str] = Counter()
-_forbidden = os.environ.get("FLASHNORM_FALLBACK") == "forbid"
+_backends: list[Backend] = [CPU, GPU]
 _TRACERS = ("torch.fx.", "torch.export.", "torch._export.")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
@@ -42,7 +53,8 @@ _functions = torch._C._len_torch_function_stack
 class Choice:
     """The backend of one call, and on what or which way, or why not a faster one.
 
-    `cpu`, `gpu` (the reason begins with its way: skinny, gemm or matmul) or `reference`.
+    The name of a backend (of `gpu` the reason begins with its way: skinny, gemm or matmul), or
+    `reference`.
     """
 
     backend: str
@@ -58,7 +70,7 @@ def norm_linear(call: Call) -> list[Tensor]:
     check(call)
     reason = _why_not(call)
     if reason is None:
-        return _backend(call).run(call)
+        return backend_of(call.x).run(call)
     fell_back(reason)
     return reference.norm_linear(call)
 
@@ -66,55 +78,47 @@ def norm_linear(call: Call) -> list[Tensor]:
 def explain(call: Call) -> Choice:
     """What would run for these arguments, without running it; with a gradient, its forward."""
     check(call)
-    reason = TRANSFORM if transformed() else _backend(call).why_not(call)
-    return Choice("reference", reason) if reason is not None else _fast(call)
-
-
-def _fast(call: Call) -> Choice:
-    if (backend := _backend(call)) is cpu:
-        return Choice("cpu", cpu.available()[1])
-    way = backend.choose(call)
-    return Choice("gpu", f"{way.way}: {way.reason}")
+    backend = backend_of(call.x)
+    reason = TRANSFORM if transformed() else backend.why_not(call)
+    if reason is not None:
+        return Choice("reference", reason)
+    return Choice(backend.name, backend.explain(call))
 
 
 def _why_not(call: Call) -> str | None:
     if transformed():
         return TRANSFORM
-    return GRADIENT if call.needs_gradient() else _backend(call).why_not(call)
+    return GRADIENT if call.needs_gradient() else backend_of(call.x).why_not(call)
 
 
-def _backend(call: Call) -> Any:
-    """The module with `why_not` and `run` for the device of x."""
-    if not call.x.is_cuda:
-        return cpu
-    from flashnorm.kernels import gpu
-
-    return gpu
-
-
-def fallbacks() -> dict[str, int]:
-    """Why calls in this process ran on the reference, and how many did."""
-    return dict(_fallbacks)
+def backend_of(*tensors: Tensor) -> Backend:
+    """The backend that claims any of these; where none does the CPU's, which says why not."""
+    for backend in reversed(_backends):
+        for x in tensors:
+            if backend.claims(x):
+                return backend
+    return _backends[0]
 
 
-@contextmanager
-def forbid_fallback(forbid: bool = True) -> Iterator[None]:
-    """Raise instead of falling back, in the whole process (also: FLASHNORM_FALLBACK=forbid)."""
-    global _forbidden
-    before, _forbidden = _forbidden, forbid
-    try:
-        yield
-    finally:
-        _forbidden = before
+def find(name: str) -> Backend:
+    """The backend of this name. Raises FlashNormError where there is none in this process."""
+    for backend in _backends:
+        if backend.name == name:
+            return backend
+    known = ", ".join(backend.name for backend in _backends)
+    raise FlashNormError(f"there is no backend {name!r} in this process; it has {known}")
 
 
-def fell_back(reason: str) -> None:
-    """Count a fallback and say the first of its kind; raise where falling back is forbidden."""
-    if _forbidden:
-        raise FlashNormError(f"norm + linear has to fall back, which is forbidden: {reason}")
-    if reason not in _fallbacks:
-        _log.info("norm + linear runs on plain torch: %s", reason)
-    _fallbacks[reason] += 1
+def register(backend: Backend) -> None:
+    """Let a backend run all that it claims. Raises FlashNormError where one has its name."""
+    if any(backend.name == other.name for other in _backends):
+        raise FlashNormError(f"there is a backend {backend.name!r} already")
+    _backends.append(backend)
+
+
+def unregister(backend: Backend) -> None:
+    """Undo `register`; models that were accelerated on it fail from then on."""
+    _backends.remove(backend)
 
 
 def watched(*tensors: object) -> bool:
@@ -153,13 +157,13 @@ def autocasting() -> bool:
     return bool(_autocast())
 
 
-def not_plain(x: object) -> str:
+def not_plain(x: object, backend: Backend) -> str:
     """Why more than the values of x matters, so that no kernel may be called directly; or ""."""
     # `watched` and `transformed`, written out: this is asked before every call of a kernel.
     if _modes() or _tracing() is not None or type(x) not in _PLAIN:
         return "a tracer, a mode or a tensor subclass watches every operation"
-    if not x.is_cpu:  # type: ignore[attr-defined]
-        return f"x is on {x.device}, not on the CPU"  # type: ignore[attr-defined]
+    if not backend.claims(x):  # type: ignore[arg-type]
+        return backend.elsewhere(x)  # type: ignore[arg-type]
     if _autocast() or _functorch() is not None or forward_ad._current_level >= 0:
         return TRANSFORM
     if _functions() and overridden():

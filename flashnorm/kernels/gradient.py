@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashnorm.kernels.norms import NormKind, Statistics
+
 aten = torch.ops.aten
 
 
 class Form(NamedTuple):
-    """Which norm: one of `call.NORMS`, its epsilon, and what is added to its gain."""
+    """Which norm, its epsilon, and what is added to its gain."""
 
-    norm: str
+    norm: NormKind
     eps: float = 0.0
     offset: float = 0.0
 
@@ -42,15 +44,9 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def statistics(form: Form, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def statistics(form: Form, x: Tensor) -> Statistics:
     """(s, μ): `s = rsqrt(mean(x²) + ε)`, or for a LayerNorm `rsqrt(var(x) + ε)` and the mean."""
-    if form.norm == "rms":
-        return torch.rsqrt(widen(x).pow(2).mean(-1, keepdim=True) + form.eps), None
-    if form.norm == "layer":
-        wide = widen(x)
-        mean = wide.mean(-1, keepdim=True)
-        return torch.rsqrt((wide - mean).pow(2).mean(-1, keepdim=True) + form.eps), mean
-    return None, None
+    return form.norm.statistics(widen(x), form.eps)
 
 
 def current(form: Form, saved: Saved) -> Saved:
@@ -63,12 +59,7 @@ def current(form: Form, saved: Saved) -> Saved:
 
 def hat(form: Form, saved: Saved) -> Tensor:
     """x̂, wide."""
-    wide = widen(saved.x)
-    if form.norm == "dyt":
-        return torch.tanh(wide if saved.alpha is None else saved.alpha.to(wide.dtype) * wide)
-    if saved.mean is not None:
-        wide = wide - saved.mean
-    return wide if saved.scale is None else wide * saved.scale
+    return form.norm.hat(widen(saved.x), saved.scale, saved.mean, saved.alpha)
 
 
 def normalized(form: Form, saved: Saved) -> Tensor:
@@ -98,7 +89,7 @@ def backward(form: Form, saved: Saved, t: Tensor, wanted: Wanted) -> Gradients:
 
     `dβ = Σ t`, `dg = Σ t ⊙ x̂`, `dx̂ = t ⊙ (offset + g)`; sums are over the rows.
     """
-    x, _, _, gain, bias, alpha = saved
+    norm, (x, scale, _, gain, bias, alpha) = form.norm, saved
     wide = widen(t)
     hats = hat(form, saved) if wanted.x or wanted.gain or wanted.alpha else wide
     dgain = dbias = dx = dalpha = None
@@ -109,31 +100,15 @@ def backward(form: Form, saved: Saved, t: Tensor, wanted: Wanted) -> Gradients:
     if wanted.x or wanted.alpha:
         if gain is not None:
             wide = wide * (form.offset + gain.to(wide.dtype))
-        if form.norm == "dyt":
-            wide = wide * (1 - hats * hats)
-        if wanted.alpha and alpha is not None:
-            dalpha = (wide * x).sum().to(alpha.dtype).reshape(alpha.shape)
-        dx = _through(form, saved, wide, hats).to(x.dtype) if wanted.x else None
+        inner = norm.inner(wide, hats)
+        if wanted.alpha and alpha is not None and norm.learns_alpha:
+            dalpha = (inner * x).sum().to(alpha.dtype).reshape(alpha.shape)
+        dx = norm.backward(inner, hats, scale, alpha).to(x.dtype) if wanted.x else None
     return dx, dgain, dbias, dalpha
 
 
 def _over_rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).sum(0)
-
-
-def _through(form: Form, saved: Saved, d: Tensor, hats: Tensor) -> Tensor:
-    """dx from `d = dx̂`, or for DyT `dx̂ ⊙ (1 − x̂²)`.
-
-    RMSNorm: `s ⊙ (d − x̂ ⟨d, x̂⟩/n)`, which is E15; LayerNorm: `d` without its mean; DyT: `α d`.
-    """
-    if form.norm == "dyt":
-        return d if saved.alpha is None else d * saved.alpha.to(d.dtype)
-    if saved.scale is None:
-        return d
-    inner = d - hats * (d * hats).mean(-1, keepdim=True)
-    if form.norm == "layer":
-        inner = inner - d.mean(-1, keepdim=True)
-    return inner * saved.scale
 
 
 class Activation(NamedTuple):

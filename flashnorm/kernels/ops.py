@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import autograd, dispatch
+from flashnorm.kernels import autograd, dispatch, norms
 from flashnorm.kernels.call import Call, check
 
 NAME = "flashnorm::norm_linear"
-# The fields of Call, in its order.
+# The fields of Call, in its order; weights are dense, and a norm is given by its name.
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor?[] biases, str norm, float eps, Tensor? gain, "
-    "float gain_offset, Tensor? norm_bias, Tensor? alpha, str? activation, Tensor? residual) "
+    "float gain_offset, Tensor? norm_bias, Tensor? alpha, str? activation, "
+    "Tensor? output_residual, Tensor? input_residual) "
     "-> Tensor[]"
 )
 
 
 def _run(*args: Any) -> list[Tensor]:
-    return dispatch.norm_linear(Call(*args))
+    return dispatch.norm_linear(_call(args))
+
+
+def _call(args: Sequence[Any]) -> Call:
+    x, weights, biases, norm, *rest = args
+    return Call(x, weights, biases, norms.find(norm), *rest)
 
 
 def _fake(*args: Any) -> list[Tensor]:
-    call = Call(*args)
+    call = _call(args)
     check(call)
-    made = call.weights[:1] if call.activation else call.weights
-    return [call.x.new_empty((*call.x.shape[:-1], w.shape[0])) for w in made]
+    return [call.x.new_empty((*call.x.shape[:-1], w.shape[0])) for w in call.results()]
 
 
 def _differentiate(keyset: Any, *args: Any) -> list[Tensor]:
     """The kernel of the Autograd key. (register_autograd cannot take `Tensor?[]` with a None.)"""
-    call, below = Call(*args), partial(_below_autograd, keyset)
+    call, below = _call(args), partial(_below_autograd, keyset)
     return autograd.run(call, below) if call.needs_gradient() else below(call)
 
 
@@ -44,9 +50,9 @@ def _below_autograd(keyset: Any, call: Call) -> list[Tensor]:
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
-    x, weights, biases, *rest = call
+    x, weights, biases, norm, *rest = call
     biases = [None] * len(weights) if biases is None else list(biases)
-    return (x, list(weights), biases, *rest)
+    return (x, list(weights), biases, norm.name, *rest)
 
 
 torch.library.define(NAME, SCHEMA, tags=torch.Tag.pt2_compliant_tag)

@@ -13,13 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.weights import dense
 
-NORMS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
-    "none": lambda x, eps, alpha: x,
-    "rms": lambda x, eps, alpha: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps),
-    "layer": lambda x, eps, alpha: _centred(x) * torch.rsqrt(_variance(x) + eps),
-    "dyt": lambda x, eps, alpha: torch.tanh(x if alpha is None else alpha.to(x.dtype) * x),
-}
 # act(gate) ⊙ up
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -30,19 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _centred(x: Tensor) -> Tensor:
-    return x - x.mean(-1, keepdim=True)
-
-
-def _variance(x: Tensor) -> Tensor:
-    return _centred(x).pow(2).mean(-1, keepdim=True)
-
-
 def normalized(call: Call) -> Tensor:
     """norm(x) · (offset + gain) + β in the dtype of x, rounded once: the norm's part of a call."""
-    z = NORMS[call.norm](
-        call.x.to(torch.promote_types(call.x.dtype, torch.float32)), call.eps, call.alpha
-    )
+    call, norm = call.added(), call.norm
+    wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+    z = norm.hat(wide, *norm.statistics(wide, call.eps), call.alpha)
     if call.gain is not None:
         z = z * (call.gain_offset + call.gain.to(z.dtype))
     if call.norm_bias is not None:
@@ -52,9 +39,9 @@ def normalized(call: Call) -> Tensor:
 
 def norm_linear(call: Call) -> list[Tensor]:
     """What `Call` says, one result per weight, or one for a GLU."""
-    z, activation, residual = normalized(call), call.activation, call.residual
+    z, activation, residual = normalized(call), call.activation, call.output_residual
     found = [
-        F.linear(z, w.to(z.dtype), None if c is None else c.to(z.dtype))
+        F.linear(z, dense(w, z.dtype), None if c is None else c.to(z.dtype))
         for w, c in zip(call.weights, call.biases or [None] * len(call.weights), strict=True)
     ]
     if activation is not None:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flashnorm.functional.prepared import PackedCalls
-from flashnorm.kernels.call import Call, check_names
+from flashnorm.functional.prepared import BoundCalls
+from flashnorm.kernels import norms
+from flashnorm.kernels.call import Call, check_activation
 from flashnorm.nn.folding import fold_readers_
 
 Self = TypeVar("Self", bound="NormReaders")
@@ -49,7 +50,7 @@ class NormReaders(nn.Module):
         readers: Sequence[Reader],
         activation: str | None = None,
         *,
-        norm: str = "rms",
+        norm: str = norms.RMS.name,
         eps: float = 1e-6,
         gain: bool = False,
         gain_offset: float = 0.0,
@@ -59,7 +60,8 @@ class NormReaders(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_names(norm, activation)
+        kind = norms.find(norm)
+        check_activation(activation)
         self.in_features, self.activation, self.norm, self.eps = in_features, activation, norm, eps
         self.gain_offset, self.initial_alpha = gain_offset, alpha
         self.readers = tuple((reader.weight, reader.bias) for reader in readers)
@@ -69,11 +71,11 @@ class NormReaders(nn.Module):
             shapes[bias] = (features,) if has_bias else None
         shapes["gain"] = (in_features,) if gain else None
         shapes["norm_bias"] = (in_features,) if norm_bias else None
-        shapes["alpha"] = (1,) if norm == "dyt" else None
+        shapes["alpha"] = (1,) if kind.learns_alpha else None
         for name, shape in shapes.items():
             made = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(name, None if made is None else nn.Parameter(made))
-        self._packed = PackedCalls()
+        self._bound = BoundCalls()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -108,8 +110,9 @@ class NormReaders(nn.Module):
             weights = [getattr(self, weight) for weight, _ in self.readers]
             biases = [getattr(self, bias) for _, bias in self.readers]
             gain, norm_bias, alpha = self.gain, self.norm_bias, self.alpha
-        norm, eps, offset, act = self.norm, self.eps, self.gain_offset, self.activation
-        return self._packed(
+        norm, eps = norms.find(self.norm), self.eps
+        offset, act = self.gain_offset, self.activation
+        return self._bound(
             Call(x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, act, residual)
         )
 

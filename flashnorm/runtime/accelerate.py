@@ -7,23 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
 from flashnorm.inspection import inspect_module, record
-from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu.pages import collapse
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.backend import Backend
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
-from flashnorm.runtime import gpu
 from flashnorm.runtime.attention import (
     UsedAttention,
     restore_attention_,
     use_attention_,
     why_not,
 )
-from flashnorm.runtime.build import ON_CPU, ON_GPU
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.stand import Stand, retire
@@ -125,13 +124,13 @@ def accelerate_(
         raise FlashNormError("this model is accelerated already; restore_ it first")
     graph = record(model, example_inputs)
     plan = make_plan(graph)
-    place = gpu.place(model)
-    available, kernels = cpu.available() if place is None else gpu.available(place)
-    if huge_pages and available and place is None:
-        collapse(model.parameters())
+    backend = dispatch.backend_of(*model.parameters())
+    available, kernels = backend.available(_device(model, backend))
+    if huge_pages and available:
+        backend.prepare_memory(model.parameters())
     with Transaction() as change:
         folded = fold and _fold(model, example_inputs, change)
-        builder = Builder(model, find_fusible(graph), ON_CPU if place is None else ON_GPU)
+        builder = Builder(model, find_fusible(graph), backend)
         parts = builder.build(plan.sites) if available else builder.refuse(plan.sites, kernels)
         forwards: dict[nn.Module, Any] = dict(builder.forwards)
         trainer = Trainer(builder)
@@ -142,12 +141,18 @@ def accelerate_(
             change.item(module.__dict__, "forward", forward)
         for made in builder.made.values():
             made.install()
-        attention = _attend(model, change) if place is None else gpu.ATTENTION
+        attention = _attend(model, change)
         reason = attention if isinstance(attention, str) else ""
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained))
         change.item(model.__dict__, RECORD, _Undo(list(forwards.items()), attention, found))
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
+
+
+def _device(model: nn.Module, backend: Backend) -> torch.device:
+    """Where the backend's kernels will run."""
+    claimed = (p.device for p in model.parameters() if backend.claims(p))
+    return next(claimed, torch.device(backend.device))
 
 
 def _fold(model: nn.Module, example_inputs: Any, change: Transaction) -> bool:

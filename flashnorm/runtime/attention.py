@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch
-from flashnorm.kernels.cpu import attention as kernel
-from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu import operators
+from flashnorm.kernels.backend import Attention
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
 
@@ -43,14 +41,20 @@ def attention(
     """softmax(scaling · q kᵀ + mask) v, as transformers' sdpa, which runs wherever no kernel does.
 
     query: [B, H, L, D], key and value: [B, Hkv, T, D], attention_mask: [B or 1, 1, L, T] or None;
-    returns ([B, L, H, D], None). The kernel takes L = 1 on the CPU without gradients.
+    returns ([B, L, H, D], None). The kernel takes L = 1 without gradients.
     """
     if query.shape[2] == 1 and dropout == 0.0 and not module.training:
         mask = () if attention_mask is None else (attention_mask,)
         given = (query, key, value, *mask)
-        if _plain(given) and _known(module, given, kwargs):
+        kernel = dispatch.backend_of(query).attention
+        if (
+            isinstance(kernel, Attention)
+            and _plain(given)
+            and _known(kernel, module, given, kwargs)
+        ):
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            attend = operators.attend if torch.compiler.is_compiling() else kernel.attend
+            compiling = torch.compiler.is_compiling()
+            attend = kernel.attend_in_graph if compiling else kernel.attend
             return attend(query, key, value, scale, attention_mask), None
     more = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return _sdpa()(module, query, key, value, attention_mask, **more)
@@ -67,7 +71,9 @@ def _plain(given: tuple[Tensor, ...]) -> bool:
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given)
 
 
-def _known(module: nn.Module, given: tuple[Tensor, ...], options: dict[str, Any]) -> bool:
+def _known(
+    kernel: Attention, module: nn.Module, given: tuple[Tensor, ...], options: dict[str, Any]
+) -> bool:
     """Whether the kernel computes what sdpa would for these tensors and options."""
     for name, option in options.items():
         if option is not None and option is not False and name not in WITHOUT_MEANING:
@@ -80,7 +86,7 @@ def _known(module: nn.Module, given: tuple[Tensor, ...], options: dict[str, Any]
     if repeats * groups != heads:
         return False
     if torch.compiler.is_compiling():
-        return operators.AVAILABLE and kernel.unfit(*given) is None
+        return kernel.why_not_in_graph(*given) is None
     return kernel.why_not(*given) is None
 
 
@@ -159,7 +165,10 @@ def why_not(model: nn.Module) -> str:
         return "the model is not one from transformers"
     if not isinstance(model, transformers.PreTrainedModel):
         return "the model is not one from transformers"
-    available, reason = cpu.available()
+    backend = dispatch.backend_of(*model.parameters())
+    if isinstance(backend.attention, str):
+        return backend.attention
+    available, reason = backend.available(torch.device(backend.device))
     if not available:
         return reason
     for part in model.modules():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Fusible, Gated, Rows
-from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu.pages import has_memory
+from flashnorm.kernels.backend import Backend, has_memory
 from flashnorm.plan import Site
 from flashnorm.runtime import learn
-from flashnorm.runtime.ahead import Between
+from flashnorm.runtime.bound import Kernel, Norm, Product, Slice
 from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm, Inner
-from flashnorm.runtime.gpu import LIBRARY, GpuGated, GpuLinear, GpuNorm
-from flashnorm.runtime.kernel import Kernel, Norm, Product, Slice
+from flashnorm.runtime.handoff import Between
 from flashnorm.runtime.watch import Watch
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
@@ -37,7 +34,7 @@ class Refused(Exception):
 class Part:
     """One module, and what became of it: `reason` is empty where it runs on a kernel.
 
-    kind is "norm", "linear" or "gated"; `ahead` names what a norm computes for its readers.
+    kind is "norm", "linear" or "gated"; `ahead` names the readers that a norm computes.
     """
 
     path: str
@@ -46,24 +43,13 @@ class Part:
     ahead: tuple[str, ...] = ()
 
 
-class Kinds(NamedTuple):
-    """The forwards of one kind of device."""
-
-    linear: type[FusedLinear] = FusedLinear
-    gated: type[FusedGated] = FusedGated
-    norm: type[FusedNorm] = FusedNorm
-
-
-ON_CPU, ON_GPU = Kinds(), Kinds(GpuLinear, GpuGated, GpuNorm)
-
-
 @dataclass
 class Builder:
-    """Makes the forwards of one model."""
+    """Makes the forwards of one model, on one backend."""
 
     model: nn.Module
     fusible: Fusible
-    kinds: Kinds = ON_CPU
+    backend: Backend
     made: dict[str, Fused] = field(default_factory=dict)
 
     @property
@@ -79,16 +65,18 @@ class Builder:
             part = self._try(path, "norm", self._norm)
             ahead = self._readers(path) if not part.reason else ()
             parts.append(replace(part, ahead=ahead))
-        return parts if self.kinds is ON_CPU else self._without_idle(parts)
+        return self._without_idle(parts) if self.backend.policy.idle else parts
 
     def _without_idle(self, parts: Sequence[Part]) -> list[Part]:
-        """On a GPU linear layers have kernels only where a norm computes them."""
+        """Linear layers have kernels only where a norm computes them."""
         used = {name for part in parts for name in part.ahead}
         idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
         for path in idle:
             self.made.pop(path, None)
         return [
-            replace(part, reason=part.reason or LIBRARY) if part.path in idle else part
+            replace(part, reason=part.reason or self.backend.policy.idle)
+            if part.path in idle
+            else part
             for part in parts
         ]
 
@@ -124,14 +112,14 @@ class Builder:
         product = self._product(Rows(path, 0, weight.shape[0]))
         _, _, _, own, bias = product.rows
         known = self._known(path, replace(linear, path="", weight=own, bias=bias))
-        return self.kinds.linear(module, Kernel(products=(product,)), *known)
+        return FusedLinear(module, Kernel(self.backend, products=(product,)), *known)
 
     def _gated(self, path: str) -> Fused:
         gated, module = self.fusible.gated[path], self.model.get_submodule(path)
         pair = self._pair(gated)
         down = self.model.get_submodule(gated.down)
-        kernel = Kernel(products=pair, activation=gated.activation)
-        return self.kinds.gated(module, kernel, down, *self._known(path, _relative(gated), down))
+        kernel = Kernel(self.backend, products=pair, activation=gated.activation)
+        return FusedGated(module, kernel, down, *self._known(path, _relative(gated), down))
 
     def _known(
         self, path: str, told: learn.Told | None, called: nn.Module | None = None
@@ -148,7 +136,7 @@ class Builder:
             if reason := Watch(child).why_not():
                 raise Refused(reason)
         shape, kept = self.fusible.given[path], self.fusible.kept[path]
-        others = [dtype for dtype in cpu.DTYPES if dtype not in kept]
+        others = [dtype for dtype in self.backend.limits.dtypes if dtype not in kept]
         dtypes = {dtype: learn.why_not(module, told, shape, dtype) for dtype in others}
         return dict.fromkeys(kept, "") | dtypes, inner
 
@@ -183,11 +171,16 @@ class Builder:
     def _norm(self, path: str) -> Fused:
         module, norm = self.model.get_submodule(path), self.affine(path)
         told = replace(self.fusible.norms[path], path="", gain=norm.gain, bias=norm.bias)
-        ahead = [
-            (Kernel(norm, module, products, activation), readers, self._between(path, readers))
-            for products, activation, readers in self._ahead(path)
+        readers = [
+            (
+                Kernel(self.backend, norm, module, products, activation),
+                forwards,
+                self._between(path, forwards),
+            )
+            for products, activation, forwards in self._together(path)
         ]
-        return self.kinds.norm(module, Kernel(norm, module), ahead, *self._known(path, told))
+        kernel = Kernel(self.backend, norm, module)
+        return FusedNorm(module, kernel, readers, *self._known(path, told))
 
     def affine(self, path: str) -> Norm:
         """The norm with the gain and bias that its module holds, if it holds nothing else."""
@@ -231,14 +224,15 @@ class Builder:
         """The modules that are always given the norm's output and run on kernels."""
         return tuple(name for name in self.fusible.readers.get(path, ()) if name in self.made)
 
-    def _ahead(
+    def _together(
         self, path: str
     ) -> Iterator[tuple[tuple[Product, ...], str | None, tuple[Fused, ...]]]:
         """The calls that compute all readers: linear layers together, gated modules one by one."""
         readers = self._readers(path)
         linears = [name for name in readers if name in self.fusible.linears]
-        for first in range(0, len(linears), cpu.MOST_WEIGHTS):
-            names = linears[first : first + cpu.MOST_WEIGHTS]
+        most = self.backend.limits.weights
+        for first in range(0, len(linears), most):
+            names = linears[first : first + most]
             products = tuple(self.made[name].kernel.products[0] for name in names)
             yield products, None, tuple(self.made[name] for name in names)
         for name in readers:

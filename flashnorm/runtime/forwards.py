@@ -17,22 +17,20 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from flashnorm.functional import fused
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import dispatch, reference
+from flashnorm.kernels.backend import Bound, Precompute, Way
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu import operators
-from flashnorm.kernels.cpu.calls import DTYPES
-from flashnorm.runtime import learn
-from flashnorm.runtime.ahead import Ahead, Between, Places
-from flashnorm.runtime.kernel import Kernel, part, recipe
+from flashnorm.runtime import handoff, learn
+from flashnorm.runtime.bound import Kernel, part, read_spec
+from flashnorm.runtime.handoff import Between, Places
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, TRAINING, Watch
 
-# Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
-# float32 the graph's own product is faster then.
-COMPILED = (torch.bfloat16, torch.float16)
 MORE = "the module was given more than one argument"
 HOOKED = "a module inside has hooks, or is another one than it was"
+# Rows that a gated module takes at a time: what is between its products stays in the caches, and
+# takes no memory to speak of.
+BLOCK = 512
 
 
 class Inner(NamedTuple):
@@ -80,11 +78,11 @@ class Fused(Stand):
     def eager(self, x: Any) -> Any:
         if reason := self.why_not(x):
             return self.fall_back(reason, x)
-        packed, most, reason = self.kernel.bind(x)
-        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
+        bound, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if bound is None else self.fast(x, bound)
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        """What the module returns, on kernels; the packed one takes `most` elements of x."""
+    def fast(self, x: Tensor, bound: Bound) -> Tensor:
+        """What the module returns, on kernels."""
         raise NotImplementedError
 
     def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
@@ -97,24 +95,19 @@ class Fused(Stand):
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.original(x, *args, **kwargs)
 
-    def for_kernels(self, x: Tensor) -> bool:
-        """Whether a compiled graph should call the kernel: no gradient, few rows, if known."""
+    def in_graph(self, kernel: Kernel, x: Tensor) -> bool:
+        """Whether a compiled graph should call a kernel: no gradient, few rows, if known."""
         if torch.compiler.is_exporting():  # a program must run where flashnorm is not installed
             return False
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES:
+        if torch.is_grad_enabled() or not read_spec(kernel.written).takes(x):
             return False
         if dispatch.overridden():
             return False
-        if self.unlike(x) or self.changed_in_graph():
-            return False
-        size = x.numel()
-        if not isinstance(size, int):
-            return x.dtype in COMPILED
-        return size <= recipe(self.kernel.written).most[DTYPES[x.dtype]]
+        return not (self.unlike(x) or self.changed_in_graph())
 
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
-        if reason := dispatch.not_plain(x) or self.changed() or self.unlike(x):
+        if reason := dispatch.not_plain(x, self.kernel.backend) or self.changed() or self.unlike(x):
             return reason
         if torch.is_grad_enabled() and self._needs_gradient(x):
             return dispatch.GRADIENT
@@ -162,22 +155,25 @@ class Fused(Stand):
 
 
 class FusedLinear(Fused):
-    """`x Wᵀ + c`, taken from x where a norm has computed it ahead."""
+    """`x Wᵀ + c`, taken from x where a norm has computed it."""
 
     def eager(self, x: Any) -> Any:
-        if (ready := taken(x, self)) is not None:
+        if (ready := handoff.pop_precomputed(x, self)) is not None:
             return ready
+        if self.kernel.backend.policy.idle:
+            return self.original(x)
         if isinstance(x, Tensor) and x.numel() > self.kernel.most.get(x.dtype, math.inf):
             return self.original(x)  # the library is faster
         return super().eager(x)
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        return cpu.run_packed(packed, x, self.kernel.widths, None)[0]
+    def fast(self, x: Tensor, bound: Bound) -> Tensor:
+        return bound.run(x)[0]
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self.for_kernels(x):
+        if args or kwargs:
             return self.original(x, *args, **kwargs)
-        return in_graph(self.kernel.call(x))[0]
+        ready = computed_in_graph(self, x)
+        return self.original(x) if ready is None else ready
 
 
 class FusedGated(Fused):
@@ -188,101 +184,160 @@ class FusedGated(Fused):
         self.down = down
 
     def eager(self, x: Any) -> Any:
-        hidden = taken(x, self)
-        return super().eager(x) if hidden is None else self.down(hidden)
+        hidden = handoff.pop_precomputed(x, self)
+        if hidden is not None:
+            return self.down(hidden)
+        return self._by_library(x) if self._few_by_library(x) else super().eager(x)
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        if x.numel() <= most:
-            return self.down(cpu.run_packed(packed, x, self.kernel.widths, None)[0])
+    def _few_by_library(self, x: Any) -> bool:
+        """Whether torch's own operations take the least of Python for this x."""
+        if self.kernel.backend.policy.few is not Way.LIBRARY or not isinstance(x, Tensor):
+            return False
+        if x.numel() > self.kernel.most.get(x.dtype, 0):
+            return False
+        return not (self.why_not(x) or self.kernel.why_not(x))
+
+    def fast(self, x: Tensor, bound: Bound) -> Tensor:
+        policy = self.kernel.backend.policy
+        way = policy.few if x.numel() <= bound.most else policy.many
+        if way is Way.KERNEL:
+            return self.down(bound.run(x)[0])
+        return self._in_blocks(x) if way is Way.BLOCKS else self._by_library(x)
+
+    def _in_blocks(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= BLOCK:
-            return self.down(self._many(x))
-        y = torch.cat([self.down(self._many(block)) for block in rows.split(BLOCK)])
+            return self.down(self._gated(x))
+        y = torch.cat([self.down(self._gated(block)) for block in rows.split(BLOCK)])
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _many(self, x: Tensor) -> Tensor:
+    def _gated(self, x: Tensor) -> Tensor:
         """The library's matmuls, and a gate of one pass over the first one's result."""
-        gate, up = (F.linear(x, *part(*product)) for product in self.kernel.products)
+        gate, up = self._products(x)
         width = gate.shape[-1]
         assert self.kernel.activation is not None
-        cpu.gate_(gate.view(-1, width), up.view(-1, width), self.kernel.activation)
+        self.kernel.backend.gate_(gate.view(-1, width), up.view(-1, width), self.kernel.activation)
         return gate
 
+    def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = (F.linear(x, *part(*product)) for product in self.kernel.products)
+        return gate, up
+
+    def _by_library(self, x: Tensor) -> Tensor:
+        """What Python does least for."""
+        first, second = self.kernel.modules
+        if first is second:  # one product gives both halves
+            return self.original(x)
+        assert self.kernel.activation is not None
+        gate, up = self._products(x)
+        y: Tensor = self.down(reference.ACTIVATIONS[self.kernel.activation](gate).mul_(up))
+        return y
+
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self.for_kernels(x):
+        if args or kwargs:
             return self.original(x, *args, **kwargs)
-        return self.down(in_graph(self.kernel.call(x))[0])
+        hidden = computed_in_graph(self, x)
+        return self.original(x) if hidden is None else self.down(hidden)
 
 
-def in_graph(call: Call) -> list[Tensor]:
+def computed_in_graph(reader: Fused, x: Tensor) -> Tensor | None:
+    """What a norm has computed for a reader in a compiled graph, or what its own kernel does."""
+    spec = read_spec(reader.kernel.written)
+    if spec.precompute and (ready := handoff.pop_in_graph(x, reader)) is not None:
+        return ready
+    if spec.alone and reader.in_graph(reader.kernel, x):
+        return run_in_graph(reader.kernel.call(x))[0]
+    return None
+
+
+def run_in_graph(call: Call) -> list[Tensor]:
     """The operation as a compiled graph calls it: without Python where shapes are known."""
-    few = isinstance(call.x.numel(), int) and not fused.wants_torch(call.tensors())
-    return operators.norm_linear(call) if few and operators.takes(call) else fused.run(call)
-
-
-# Rows that a gated module takes at a time: what is between its products stays in the caches, and
-# takes no memory to speak of.
-BLOCK = 512
+    if isinstance(call.x.numel(), int) and not fused.wants_torch(call.tensors()):
+        found = dispatch.backend_of(call.x).in_graph(call)
+        if found is not None:
+            return found
+    return fused.run(call)
 
 
 class FusedNorm(Fused):
-    """A norm, and ahead of time what reads it: kernels, and the forwards that take the results."""
+    """A norm, and what reads it in the same call: kernels, and forwards that take the results."""
 
     def __init__(
         self,
         module: nn.Module,
         kernel: Kernel,
-        ahead: Sequence[tuple[Kernel, tuple[Fused, ...], Between]],
+        readers: Sequence[tuple[Kernel, tuple[Fused, ...], Between]],
         *rest: Any,
     ) -> None:
         super().__init__(module, kernel, *rest)
-        self.ahead = tuple(ahead)
+        self.readers = tuple(readers)
+        # Elements, dtypes and devices whose kernels are loaded, as they have to be in a capture.
+        self._loaded: frozenset[tuple[int, torch.dtype, int | None]] = frozenset()
 
     def why_not(self, x: Any) -> str:
-        return super().why_not(x) or ("" if x.is_contiguous() else "x is not contiguous")
+        if reason := super().why_not(x):
+            return reason
+        dense = x.is_contiguous() or not self.kernel.backend.limits.contiguous
+        return "" if dense else "x is not contiguous"
 
     def eager(self, x: Any) -> Any:
         if reason := self.why_not(x):
             return self.fall_back(reason, x)
         # A reader's weights may want a gradient where the norm has none.
-        if self.ahead and not torch.is_grad_enabled():
-            z = torch.empty_like(x)
-            if found := self._ahead(x, z):
-                z._flashnorm = Ahead(z, found)  # type: ignore[attr-defined]
+        if self.readers and not torch.is_grad_enabled():
+            if self.kernel.backend.policy.precompute is Precompute.ALWAYS:
+                z, found = self._precomputed(x)
+                if z is not None:
+                    handoff.leave(z, found)
+                    return z
+            elif (z := self._in_capture(x)) is not None:
                 return z
-        packed, most, reason = self.kernel.bind(x)
-        return self.fall_back(reason, x) if reason else self.fast(x, packed, most)
+        bound, reason = self.kernel.bind(x)
+        return self.fall_back(reason, x) if bound is None else bound.normalize(x)
 
-    def fast(self, x: Tensor, packed: bytes, most: int) -> Tensor:
-        return cpu.normalize_packed(packed, x, torch.empty_like(x))
-
-    def _ahead(self, x: Tensor, z: Tensor) -> dict[Fused, Tensor]:
-        """What the readers will ask for; where there is any, z has been filled as well."""
+    def _precomputed(self, x: Tensor) -> tuple[Tensor | None, dict[Fused, Tensor]]:
+        """norm(x), and what the readers will ask for; None where there is nothing of that."""
+        z: Tensor | None = None
         found: dict[Fused, Tensor] = {}
-        for kernel, readers, between in self.ahead:
+        for kernel, readers, between in self.readers:
             if not between.is_clear():
                 continue
-            packed, most, reason = kernel.bind(x)
-            if x.numel() <= most and not reason:
-                normalized = None if found else z
-                results = cpu.run_packed(packed, x, kernel.widths, None, normalized)
+            bound, _ = kernel.bind(x)
+            if bound is not None and bound.precomputes(x):
+                z, results = bound.normalize_and_run(x, z)
                 found.update(zip(readers, results, strict=True))
-        return found
+        return z, found
 
+    def _in_capture(self, x: Tensor) -> Tensor | None:
+        """`_precomputed` where a step is captured, by kernels that are loaded then.
 
-def taken(x: Any, reader: Fused) -> Tensor | None:
-    """What a norm computed ahead for this reader of its output, once."""
-    ahead = getattr(x, "_flashnorm", None)
-    if ahead is None or torch.is_grad_enabled() or not may_take(reader):
+        Before that they are run once to load them, for nothing else: every call outside of a
+        capture has to give the same bits.
+        """
+        backend = self.kernel.backend
+        rows = backend.policy.captured_rows
+        if x.numel() > rows * x.shape[-1] or torch.is_inference_mode_enabled():
+            return None
+        state = (x.numel(), x.dtype, x.device.index)
+        if backend.capturing():
+            z, found = self._precomputed(x) if state in self._loaded else (None, {})
+            if z is not None:
+                handoff.leave(z, found, captured=True)
+            return z
+        if state not in self._loaded:
+            self._loaded |= {state}
+            self._precomputed(x)
         return None
-    if not dispatch.same_as_before() or reader.unlike(x):
-        return None
-    found: Tensor | None = ahead.take(x, reader)
-    return found
 
-
-def may_take(reader: Fused) -> bool:
-    """Whether a reader is what was recorded, and is called by the module as it was."""
-    if reader.module.__dict__.get("forward") is not reader.installed or reader.watch.changed():
-        return False
-    return not reader.inner or reader.intact()
+    def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What nobody reads of z is left out of a compiled graph."""
+        z = self.original(x, *args, **kwargs)
+        if args or kwargs or not read_spec(self.kernel.written).precompute or z.dtype != x.dtype:
+            return z
+        found: dict[Fused, Tensor] = {}
+        for kernel, readers, between in self.readers:
+            if not between.is_heard() and self.in_graph(kernel, x):
+                found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
+        if found:
+            handoff.leave_in_graph(z, found)
+        return z

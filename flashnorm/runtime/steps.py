@@ -1,9 +1,9 @@
 """What modules run when a gradient is wanted: norms and gates whose results nobody has to save.
 
-A norm returns z with a recipe: x and s, from which z can be made again. A linear layer that is
-given a tensor with a recipe saves what the recipe needs, which autograd keeps anyhow, and not the
-tensor. The same holds for `act(a) ⊙ b`, which is made again from a and b. Whoever else reads these
-tensors finds ordinary values with an ordinary gradient.
+A norm returns z with what recomputes it: x and s. A linear layer that is given such a tensor saves
+what recomputes it, which autograd keeps anyhow, and not the tensor. The same holds for
+`act(a) ⊙ b`, which is made again from a and b. Whoever else reads these tensors finds ordinary
+values with an ordinary gradient.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from flashnorm.kernels import autograd, dispatch, gradient
+from flashnorm.kernels import autograd, dispatch, gradient, norms
+from flashnorm.runtime.bound import GONE, Norm
 from flashnorm.runtime.forwards import Inner
-from flashnorm.runtime.kernel import GONE, Norm
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, Watch
 
@@ -30,7 +30,7 @@ EMPTY = "x has no rows or no features"
 CONTIGUOUS = torch.contiguous_format
 
 
-class Recipe(NamedTuple):
+class Recompute(NamedTuple):
     """A tensor of this version is `make(*sources)`."""
 
     version: int
@@ -39,17 +39,18 @@ class Recipe(NamedTuple):
 
 
 def attach(result: Tensor, make: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
-    """The result, with the recipe to make it again."""
-    result._flashnorm_recipe = Recipe(result._version, make, sources)  # type: ignore[attr-defined]
+    """The result, with what makes it again."""
+    made = Recompute(result._version, make, sources)
+    result._flashnorm_recompute = made  # type: ignore[attr-defined]
     return result
 
 
-def recipe_of(x: Tensor) -> Recipe | None:
+def recompute_of(x: Tensor) -> Recompute | None:
     """How the rows of x can be made again, unless it was changed since or nobody knows."""
-    recipe: Recipe | None = getattr(x, "_flashnorm_recipe", None)
-    if recipe is None and x._base is not None and _same_rows(x, x._base):
-        recipe = getattr(x._base, "_flashnorm_recipe", None)
-    return recipe if recipe is not None and recipe.version == x._version else None
+    recompute: Recompute | None = getattr(x, "_flashnorm_recompute", None)
+    if recompute is None and x._base is not None and _same_rows(x, x._base):
+        recompute = getattr(x._base, "_flashnorm_recompute", None)
+    return recompute if recompute is not None and recompute.version == x._version else None
 
 
 def _same_rows(view: Tensor, base: Tensor) -> bool:
@@ -147,11 +148,11 @@ def _wants(*tensors: Tensor | None) -> bool:
 
 
 class NormStep(Step):
-    """z of a norm, with x and s as its recipe. `alpha` is the parameter's name where it has one."""
+    """z of a norm, recomputed from x and s. `alpha` is the parameter's name where it has one."""
 
     def __init__(self, module: nn.Module, norm: Norm, alpha: str = "") -> None:
         super().__init__(module)
-        self.form = autograd.Form(norm.kind, norm.eps, norm.offset)
+        self.form = autograd.Form(norms.find(norm.kind), norm.eps, norm.offset)
         self.names = (norm.gain, norm.bias, alpha)
 
     def parameters(self) -> Sequence[Tensor | None]:
@@ -179,7 +180,7 @@ def _own(parameter: Tensor | None) -> Tensor | None:
 
 
 class LinearStep(Step):
-    """`x Wᵀ + c` for an x with a recipe; with `turned` the weight is held as [in, out]."""
+    """`x Wᵀ + c` for an x that can be recomputed; with `turned` the weight is held as [in, out]."""
 
     def __init__(self, module: nn.Module, weight: str, bias: str, turned: bool = False) -> None:
         super().__init__(module)
@@ -197,9 +198,9 @@ class LinearStep(Step):
         weight, bias = self.parameters()
         assert weight is not None
         weight = weight.T if self.turned else weight
-        if (recipe := recipe_of(x)) is None or not weight.requires_grad:
+        if (recompute := recompute_of(x)) is None or not weight.requires_grad:
             return F.linear(x, weight, bias)  # a weight that wants no gradient saves no x
-        return autograd.Linear.apply(recipe.make, x, weight, bias, *recipe.sources)
+        return autograd.Linear.apply(recompute.make, x, weight, bias, *recompute.sources)
 
 
 class Half(NamedTuple):

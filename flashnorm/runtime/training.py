@@ -12,9 +12,10 @@ from torch import nn
 from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Rows
+from flashnorm.kernels import norms
 from flashnorm.plan import Site
+from flashnorm.runtime.bound import Norm
 from flashnorm.runtime.build import NOT_OWN, REPLACED, Builder, Part, Refused
-from flashnorm.runtime.kernel import Norm
 from flashnorm.runtime.steps import GatedStep, Half, LinearStep, NormStep, Step
 
 
@@ -74,7 +75,7 @@ class Trainer:
 
     def _norm(self, path: str, sites: Sequence[Site]) -> Step:
         site, module = sites[0], self._module(path)
-        dynamic = site.kind == "dyt"
+        dynamic = norms.described(site.kind).learns_alpha
         if len(sites) > 1 or not site.replaceable or (site.eps is None and not dynamic):
             raise Refused(NOT_ALONE)
         if not dynamic:
@@ -90,4 +91,4 @@ class Trainer:
         if len(others) != 1 or len(numbers) != 1:
             raise Refused(NOT_OWN)
         offset = site.weight.offset if site.weight else 0.0
-        return NormStep(module, Norm("dyt", 0.0, gain, offset, bias), numbers[0])
+        return NormStep(module, Norm(site.kind, 0.0, gain, offset, bias), numbers[0])

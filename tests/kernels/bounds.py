@@ -10,9 +10,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from flashnorm.kernels import reference
+from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import policy
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 
 # Roundings of one element outside of sums (scale, gain, shift, bias, and tanh's own few).
@@ -44,10 +44,10 @@ def products(
     says whether z was, where it is not the CPU's kernels that are asked.
     """
     exact, n = wide(call), call.x.shape[-1]
-    plain = exact._replace(activation=None, residual=None)
+    plain = exact._replace(activation=None, output_residual=None)
     eye = torch.eye(n, dtype=torch.float64)
     z = reference.norm_linear(plain._replace(weights=[eye], biases=None))[0].abs()
-    if call.norm == "layer":
+    if call.norm.centers:
         z = z + (1 if exact.gain is None else (exact.gain_offset + exact.gain).abs())
     if exact.norm_bias is not None:
         z = z + exact.norm_bias.abs()
@@ -68,12 +68,16 @@ def products(
 def rounds_first(call: Call) -> bool:
     """Whether rows are multiplied in tiles, and normalized before that and not after."""
     x = call.x
-    if x.numel() <= x.shape[-1] or not cpu.in_tiles(call):
+    if x.numel() <= x.shape[-1] or not policy.in_tiles(call):
         return False
     squares = x.double().square().mean(-1)
     ordinary = (squares > 1e-20) & (squares < 1e36)
-    plain = call.norm in ("none", "rms") and call.gain is None and call.norm_bias is None
-    return not plain or (call.norm == "rms" and not bool(ordinary.all()))
+    plain = (
+        not (call.norm.centers or call.norm.learns_alpha)
+        and call.gain is None
+        and call.norm_bias is None
+    )
+    return not plain or (call.norm is norms.RMS and not bool(ordinary.all()))
 
 
 def bound(
@@ -91,10 +95,10 @@ def bound(
         act = reference.ACTIVATIONS[call.activation](a)
         moved = SLOPE * da * (b.abs() + db) + act.abs() * db + STEPS * u * (a * b).abs()
         values, errors = [act * b], [moved]
-    if call.residual is not None:
+    if call.output_residual is not None:
         if not fused:
             errors[0] = errors[0] + last * values[0].abs()
-        values = [values[0] + call.residual.double()]
+        values = [values[0] + call.output_residual.double()]
     small = torch.finfo(call.x.dtype).smallest_normal * 2 * last
     return values, [
         (1 + 2 * last) * e + (last + STEPS * u) * v.abs() + small

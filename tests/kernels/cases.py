@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
-from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels import norms
+from flashnorm.kernels.call import ACTIVATIONS, Call
 from flashnorm.kernels.cpu.library import Library, load
+from flashnorm.kernels.weights import DTYPES as NUMBERS
 
 library = load()
 ISAS = library.supported() if isinstance(library, Library) else []
-DTYPES = list(cpu.DTYPES)
-EVERY_NORM, EVERY_ACTIVATION = list(NORMS), list(ACTIVATIONS)
+DTYPES = list(NUMBERS)
+EVERY_NORM, EVERY_ACTIVATION = list(norms.KINDS), list(ACTIVATIONS)
 
 # Without a compiler there is nothing to test; with one, kernels that are missing are a defect.
 compiled = pytest.mark.skipif(
@@ -50,7 +51,7 @@ def make(
         random(*shape, dtype=dtype, scale=2, seed=1) + 0.7,
         [random(k, n, dtype=dtype, scale=n**-0.5, seed=i) for i, k in enumerate(widths)],
         [random(k, dtype=dtype, seed=i + 7) for i, k in enumerate(widths)] if bias else None,
-        norm,
+        norms.find(norm),
         1e-5,
         random(n, dtype=dtype, seed=3) if gain else None,
         1.0,

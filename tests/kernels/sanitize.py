@@ -22,11 +22,12 @@ OUT_OF_BOUNDS = """
 import sys, torch
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu.library import use_isa
 isa, name, rows, n = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 dtype = getattr(torch, name)
 weight = torch.randn(rows, n).to(dtype)
 weight.untyped_storage().resize_((rows - 1) * n * weight.element_size())
-with cpu.use_isa(isa):
+with use_isa(isa):
     cpu.run(Call(torch.randn(2, n).to(dtype), [weight]))
 """
 # The end of a row that fills no vector, and rows that fill whole vectors, pairs and tiles.

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.kernels.cpu.attention import attend, why_not
+from flashnorm.kernels.cpu.library import use_isa
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels import cases
 from tests.kernels.bounds import STEPS
@@ -94,7 +94,7 @@ def assert_close(q, k, v, scale, mask, found, what=()):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_sizes(isa, dtype, mask):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for i, length in enumerate(LENGTHS):
             for j, heads in enumerate(GROUPS):
                 batch, widths = 1 + (i + j) % 3, WIDTHS[(i + j) % len(WIDTHS)]
@@ -129,7 +129,7 @@ def test_strides(isa, dtype):
         "expanded": mask[:1].expand(2, 1, 1, 40),
     }
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for name, (keys, values) in views.items():
             for which, seen in masks.items():
                 given = seen if which != "apart" else torch.where(seen, 0.5, -INF).to(dtype)
@@ -142,7 +142,7 @@ def test_strides(isa, dtype):
 def test_one_sequence_for_all(isa):
     q, k, v = made(3, (4, 2), 19, (20, 20), torch.float32)
     shared = [x[:1].expand(3, 2, 19, 20) for x in (k, v)]
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         assert_close(q, *shared, 0.3, None, attend(q, *shared, 0.3, None))
 
 
@@ -150,7 +150,7 @@ def test_one_sequence_for_all(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_huge_scores(isa, dtype):
     """Up to 10,000, both signs: nothing overflows, and weights that vanish are zero."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for length in (3, 100):
             for scale in (150.0, -150.0):
                 q, k, v = made(2, (3, 1), length, (65, 9), dtype, scale=8)
@@ -165,7 +165,7 @@ def test_the_mask_of_least_numbers(isa, dtype):
     mask = torch.zeros(2, 1, 1, 21, dtype=dtype)
     mask[0, ..., 7:] = mask[1] = torch.finfo(dtype).min
     expected = sdpa(q.double(), k.double(), v.double(), mask.double(), scale=1e-9, enable_gqa=True)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         found = attend(q, k, v, 1e-9, mask).transpose(1, 2).double()
     assert float((found - expected).abs().max()) < 4 * torch.finfo(dtype).eps
 
@@ -178,7 +178,7 @@ def test_a_sequence_that_sees_nothing_is_what_torch_makes_of_it(isa, dtype):
     seen[1] = False
     for mask in (seen, torch.where(seen, 0.0, -INF).to(dtype)):
         theirs = sdpa(q, k, v, mask, enable_gqa=True).transpose(1, 2)
-        with cpu.use_isa(isa):
+        with use_isa(isa):
             found = attend(q, k, v, 24**-0.5, mask)
         assert torch.equal(found[1], theirs[1])
         assert torch.equal(found[1], torch.zeros_like(found[1]))
@@ -191,7 +191,7 @@ def test_a_sequence_that_sees_nothing_is_what_torch_makes_of_it(isa, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_pass_through(isa, dtype):
     """Where torch has them, and in no other head or sequence."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for name in ("q", "k", "v"):
             for value in (NAN, INF, -INF):
                 q, k, v = made(2, (4, 2), 37, (24, 40), dtype)
@@ -212,7 +212,7 @@ def test_scores_that_are_all_minus_infinity(isa):
     k = torch.full_like(v, -INF)
     theirs = sdpa(q.abs(), k, v, enable_gqa=True)
     assert torch.equal(theirs, torch.zeros_like(theirs))
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         assert torch.equal(attend(q.abs(), k, v, 0.2), theirs.transpose(1, 2))
 
 
@@ -227,7 +227,7 @@ def test_what_is_hidden_at_the_ends_is_not_read(isa):
         for b, seen_rows in enumerate(rows)
     ]
     hidden = ~seen.view(2, 1, 70, 1)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         found = attend(q, k.masked_fill(hidden, NAN), v.masked_fill(hidden, NAN), 0.2, seen)
     assert torch.allclose(found, torch.cat(shown), atol=1e-6)
 

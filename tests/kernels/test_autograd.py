@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashnorm.functional.fused import run
-from flashnorm.kernels import autograd, ops, reference
+from flashnorm.kernels import autograd, norms, ops, reference
 from flashnorm.kernels.call import Call
 from flashnorm.verification.bounds import CONFIDENCE, HALF_RATIO, unit_roundoff
 from tests.kernels.bounds import STEPS, wide
@@ -69,7 +69,7 @@ CASES = {
 
 def of_norm(call: Call, norm: str) -> Call:
     alpha = torch.tensor([0.4], dtype=call.x.dtype) if norm == "dyt" else None
-    return variables(call._replace(norm=norm, alpha=alpha))
+    return variables(call._replace(norm=norms.find(norm), alpha=alpha))
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu import policy
+from flashnorm.kernels.cpu.library import use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make
@@ -24,7 +26,7 @@ ROWS = (*range(18), 35)
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
     """No rows for the library: the fused kernel takes them all."""
-    monkeypatch.setattr(cpu, "ROWS", dict.fromkeys(cpu.ROWS, 10**9))
+    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 10**9))
 
 
 def test_the_library_is_there():
@@ -38,7 +40,7 @@ def test_the_library_is_there():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_sizes(isa, dtype, norm):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for i, (n, k) in enumerate(itertools.product(WIDTHS, OUTPUTS)):
             for rows in ROWS[i % 3 :: 3]:
                 options = {"gain": rows % 2 == 1, "shift": rows % 4 == 3, "bias": rows % 3 == 1}
@@ -51,7 +53,7 @@ def test_sizes(isa, dtype, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_glu(isa, dtype, activation):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for rows, n, k in ((1, 33, 1), (2, 64, 131), (5, 7, 70), (17, 40, 66)):
             for norm in ("none", "rms"):
                 options = {"bias": rows == 2, "residual": rows == 5}
@@ -62,7 +64,7 @@ def test_glu(isa, dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_readers_of_one_norm_in_one_call(isa, dtype):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for rows in (1, 4, 9):
             call = make((rows, 50), (37, 5, 1, 130), dtype, gain=True, bias=True)
             call = call._replace(biases=[call.biases[0], None, *call.biases[2:]])
@@ -71,7 +73,7 @@ def test_readers_of_one_norm_in_one_call(isa, dtype):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_gain_weights_and_x_of_different_dtypes(isa):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for x, w, g in itertools.product(DTYPES, DTYPES, DTYPES):
             call = make((3, 35), (9,), x, gain=True, shift=True)
             weights = [v.to(w) for v in call.weights]
@@ -92,7 +94,7 @@ def test_x_and_weights_with_strides(isa, norm):
         "one row for all": big[:1, :1, :41].expand(4, 3, 41),
         "one dimension": big[0, 0, :41],
     }
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for name, x in views.items():
             for w in (weight[:, 7:48], weight[::3, :41]):
                 call = make((1, 41), (1,), torch.float32, norm)._replace(x=x, weights=[w])
@@ -102,7 +104,7 @@ def test_x_and_weights_with_strides(isa, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_through_the_library(dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "ROWS", dict.fromkeys(cpu.ROWS, 16))
+    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 16))
     for norm, activation in itertools.product(EVERY_NORM, (None, "silu", "gelu")):
         widths = (24,) if activation is None else (24, 24)
         options = {"gain": True, "shift": norm == "layer", "bias": norm == "rms"}

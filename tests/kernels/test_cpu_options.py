@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu.library import load
+from flashnorm.kernels.cpu import policy
+from flashnorm.kernels.cpu.library import load, use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random
@@ -27,7 +28,7 @@ def fused(call: Call) -> list[Tensor]:
     """The fused kernel, however many rows there are."""
     assert cpu.why_not(call) is None
     widths = [w.shape[0] for w in call.weights][: 1 if call.activation else None]
-    return cpu.run_packed(cpu.pack(call), call.x, widths, call.residual)
+    return cpu.run_packed(cpu.pack(call), call.x, widths, call.output_residual)
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_glu_of_every_norm(isa, dtype, norm):
     shapes = ((0, 33, 5), (1, 7, 1), (3, 33, 67), (16, 64, 4), (18, 579, 9))
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for (rows, n, k), activation in itertools.product(shapes, EVERY_ACTIVATION):
             for options in ({"gain": rows == 3}, {**ALL, "residual": True}):
                 call = make((rows, n), (k, k), dtype, norm, activation=activation, **options)
@@ -59,7 +60,7 @@ def test_glu_of_every_norm(isa, dtype, norm):
 @pytest.mark.parametrize("isa", ISAS)
 def test_readers_of_every_norm(isa, dtype, norm):
     """Also a reader that has no row."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for rows, n in itertools.product((0, 1, 5, 16, 19), (1, 31, 65)):
             for options in ({}, ALL):
                 call = make((rows, n), (37, 0, 1, 66), dtype, norm, **options)
@@ -72,7 +73,7 @@ def test_readers_of_every_norm(isa, dtype, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_gain_shift_and_offset(isa, dtype, norm):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for gain, shift, offset in itertools.product((False, True), (False, True), (0.0, 0.5, 1.0)):
             for n in (7, 67):
                 call = make((5, n), (9,), dtype, norm, gain=gain, shift=shift, gain_offset=offset)
@@ -82,7 +83,7 @@ def test_gain_shift_and_offset(isa, dtype, norm):
 @pytest.mark.parametrize("norm", EVERY_NORM)
 @pytest.mark.parametrize("isa", ISAS)
 def test_dtypes_mixed(isa, norm):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for x, w, g in itertools.product(DTYPES, DTYPES, DTYPES):
             call = make((3, 35), (9,), x, norm, **ALL, residual=True)
             call = call._replace(
@@ -97,7 +98,7 @@ def test_dtypes_mixed(isa, norm):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_alpha_of_every_shape_and_sign(isa):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for dtype, alpha in itertools.product(DTYPES, (None, 0.0, -1.5, 30.0)):
             for shape in ((), (1,), (1, 1)):
                 call = make((2, 35), (9,), dtype, "dyt")
@@ -126,12 +127,12 @@ def test_strides_of_x_weights_and_residual(isa, dtype, norm):
     """Every view of x with every one of the weights; k = 1 and odd strides included."""
     weight = random(40, 100, dtype=dtype)
     weights = {"part": weight[:, 7:48], "third rows": weight[::3, :41], "one": weight[5:6, 1:42]}
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for (name, x), (said, w) in itertools.product(views(dtype).items(), weights.items()):
             wide = random(*x.shape[:-1], 2 * len(w) + 3, dtype=dtype, seed=2)
             for residual in (wide[..., 1 : len(w) + 1], wide[..., : 2 * len(w) : 2]):
                 call = make((1, 41), (1,), dtype, norm)
-                call = call._replace(x=x, weights=[w], residual=residual)
+                call = call._replace(x=x, weights=[w], output_residual=residual)
                 assert_close(call, fused(call), what=(name, said))
 
 
@@ -140,8 +141,8 @@ def test_strides_of_x_weights_and_residual(isa, dtype, norm):
 @pytest.mark.parametrize("isa", ISAS)
 def test_many_rows_through_the_library(isa, dtype, norm, monkeypatch):
     """The pass before torch's matmul and the one after it, on every instruction set."""
-    monkeypatch.setattr(cpu, "ROWS", dict.fromkeys(cpu.ROWS, 0))
-    with cpu.use_isa(isa):
+    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 0))
+    with use_isa(isa):
         for n, activation in itertools.product((1, 41, 65), (None, *EVERY_ACTIVATION)):
             for options in ({}, ALL):
                 widths = (23,) if activation is None else (23, 23)
@@ -157,7 +158,7 @@ def test_many_rows_through_the_library(isa, dtype, norm, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 def test_any_number_of_threads_gives_the_same_bits(isa, count):
     """Readers whose ends are not where a thread's share ends; one thread more than columns."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for dtype in DTYPES:
             calls = [
                 make((3, 300), (403, 1, 0, 258), dtype, "layer", **ALL),
@@ -183,7 +184,7 @@ def on_one_thread(*given: Tensor | None, linear: Callable[..., Tensor] = F.linea
 def test_passes_around_a_product_give_the_same_bits(isa, count, monkeypatch):
     """Of many rows the norm and the gate are ours, and the product between them is not."""
     monkeypatch.setattr(F, "linear", on_one_thread)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for dtype in DTYPES:
             many = make((31, 70), (40, 40), dtype, activation="silu", **ALL)
             with threads(1):
@@ -196,7 +197,7 @@ def test_passes_around_a_product_give_the_same_bits(isa, count, monkeypatch):
 def test_bandwidth_is_measured_within_the_memory_given(isa):
     """Its result is the time it takes: here, that it reads no byte too many."""
     library = load()
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size, count in itertools.product((0, 1, 63, 64, 65, 4096, 100_003), (1, 3)):
             data = torch.ones(size, dtype=torch.uint8)
             assert library.read(data.data_ptr(), size, count) == 0

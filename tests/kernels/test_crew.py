@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flashnorm.functional import Prepared
+from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu.attention import attend
 from flashnorm.kernels.cpu.library import Library, load
@@ -146,5 +147,5 @@ def test_weights_that_are_gone_are_not_missed(library):
     for _ in range(20):
         weights = [torch.randn(4096, 256) for _ in range(4)]
         for weight in weights:
-            assert_close(Call(x, [weight], norm="none"), Prepared([weight], norm="none")(x))
+            assert_close(Call(x, [weight], norm=norms.NONE), Prepared([weight], norm="none")(x))
         del weights, weight

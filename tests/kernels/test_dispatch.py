@@ -12,10 +12,11 @@ import flashnorm
 from flashnorm import functional
 from flashnorm.errors import FlashNormError
 from flashnorm.functional import Prepared
-from flashnorm.kernels import dispatch, reference
+from flashnorm.kernels import dispatch, norms, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.kernels.cpu import library
+from flashnorm.kernels.cpu.library import use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close, wide
 from tests.kernels.cases import make
@@ -35,7 +36,10 @@ REFUSED = {
     "meta": (CALL._replace(x=CALL.x.to("meta")), "x is on meta"),
     "weight": (CALL._replace(weights=[torch.randn(16, 5).T]), "rows are not dense"),
     "quantized": (CALL._replace(weights=[torch.ones(5, 16, dtype=torch.int8)]), "torch.int8"),
-    "residual": (CALL._replace(residual=torch.ones(2, 3, 5).bfloat16()), "residual is not like x"),
+    "residual": (
+        CALL._replace(output_residual=torch.ones(2, 3, 5).bfloat16()),
+        "residual is not like x",
+    ),
     "bias": (CALL._replace(biases=[torch.ones(5).half()]), "bias is not of its weight's dtype"),
     "gain": (CALL._replace(gain=torch.ones(16).double()), "gain is not of the kernels' dtypes"),
 }
@@ -74,7 +78,7 @@ def test_without_a_library_all_is_still_there(tmp_path, monkeypatch):
 @cases.compiled
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(FlashNormError, match="no 'sse9' kernels in this build or CPU; it has"):
-        cpu.use_isa("sse9").__enter__()
+        use_isa("sse9").__enter__()
 
 
 WRONG = {
@@ -87,9 +91,12 @@ WRONG = {
     "alpha": (CALL._replace(alpha=torch.ones(2)), r"alpha is \[2\]; it must be one number"),
     "act": (CALL._replace(activation="tanh"), "activation is 'tanh'; it must be one of identity"),
     "glu": (CALL._replace(activation="silu"), "a GLU needs two weights of one shape"),
-    "residual": (CALL._replace(residual=torch.ones(5)), r"residual is \[5\]; the result is \[2, 3"),
+    "residual": (
+        CALL._replace(output_residual=torch.ones(5)),
+        r"residual is \[5\]; the result is \[2, 3",
+    ),
     "results": (
-        CALL._replace(weights=CALL.weights * 2, residual=torch.ones(2, 3, 5)),
+        CALL._replace(weights=CALL.weights * 2, output_residual=torch.ones(2, 3, 5)),
         "a residual can be added to one result only",
     ),
 }
@@ -129,24 +136,24 @@ def test_the_functions_are_the_operation():
     options = {"gain": g, "gain_offset": 1.0}
     functions = {
         functional.rms_norm_linear(x, w, c, **options, residual=r): Call(
-            x, [w], [c], "rms", 1e-6, g, 1.0, residual=r
+            x, [w], [c], norms.RMS, 1e-6, g, 1.0, output_residual=r
         ),
         functional.layer_norm_linear(x, w, c, **options, norm_bias=b, residual=r): Call(
-            x, [w], [c], "layer", 1e-5, g, 1.0, b, residual=r
+            x, [w], [c], norms.LAYER, 1e-5, g, 1.0, b, output_residual=r
         ),
         functional.dyt_linear(x, w, c, alpha, gain=g, norm_bias=b, residual=r): Call(
-            x, [w], [c], "dyt", 0.0, g, 0.0, b, alpha, residual=r
+            x, [w], [c], norms.DYT, 0.0, g, 0.0, b, alpha, output_residual=r
         ),
         functional.norm_linear(x, w, c, norm="layer", eps=0.1, **options): Call(
-            x, [w], [c], "layer", 0.1, g, 1.0
+            x, [w], [c], norms.LAYER, 0.1, g, 1.0
         ),
         functional.norm_glu(x, w, up, c, None, activation="gelu", **options, residual=r): Call(
-            x, [w, up], [c, None], "rms", 1e-6, g, 1.0, activation="gelu", residual=r
+            x, [w, up], [c, None], norms.RMS, 1e-6, g, 1.0, activation="gelu", output_residual=r
         ),
     }
     for found, call in functions.items():
         assert_close(call, [found])
-    call = Call(x, [w, up], [c, None], "rms", 1e-6, g, 1.0, b)
+    call = Call(x, [w, up], [c, None], norms.RMS, 1e-6, g, 1.0, b)
     assert_close(call, functional.norm_linears(x, [w, up], [c, None], **options, norm_bias=b))
 
 
@@ -159,15 +166,17 @@ def test_prepared_is_the_function(rows):
     with torch.no_grad():
         expected = dispatch.norm_linear(call)[0]
         for _ in range(2):
-            assert torch.equal(prepared(x, call.residual)[0], expected)
-        wider = prepared(x.float(), call.residual.float())[0]
-        assert_close(call._replace(x=x.float(), residual=call.residual.float()), [wider])
-        assert torch.equal(prepared(x, call.residual)[0], expected)
+            assert torch.equal(prepared(x, call.output_residual)[0], expected)
+        wider = prepared(x.float(), call.output_residual.float())[0]
+        assert_close(
+            call._replace(x=x.float(), output_residual=call.output_residual.float()), [wider]
+        )
+        assert torch.equal(prepared(x, call.output_residual)[0], expected)
         weights[0].data = weights[0].data.clone() * 2
         doubled = call._replace(weights=[weights[0]])
-        assert torch.equal(prepared(x, call.residual)[0], dispatch.norm_linear(doubled)[0])
+        assert torch.equal(prepared(x, call.output_residual)[0], dispatch.norm_linear(doubled)[0])
     with pytest.raises(ValueError, match="residual is"):
-        prepared(x, call.residual[:, :1])
+        prepared(x, call.output_residual[:, :1])
     with pytest.raises(ValueError, match="x has 32 features"):
         prepared(x[:, :32])
     assert torch.equal(copy.deepcopy(prepared)(x)[0], prepared(x)[0])

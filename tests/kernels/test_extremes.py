@@ -7,6 +7,7 @@ import torch
 
 from flashnorm.kernels import reference
 from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close, wide
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random
@@ -28,7 +29,7 @@ MAGNITUDES = {
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_magnitude_is_special(isa, dtype, norm):
     """Also where ε is no help, and beside rows of ordinary size."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size in MAGNITUDES[dtype]:
             for eps in (1e-5, 1e-90):
                 call = make((3, 70), (9,), dtype, norm, gain=True, eps=eps)
@@ -42,7 +43,7 @@ def test_no_magnitude_is_special(isa, dtype, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_linear_of_tiny_and_huge_numbers(isa, dtype):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size in MAGNITUDES[dtype]:
             call = make((2, 70), (9,), dtype, "none")
             call = call._replace(x=(call.x.double() * size).to(dtype))
@@ -53,7 +54,7 @@ def test_linear_of_tiny_and_huge_numbers(isa, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 def test_layer_norm_keeps_its_variance_beside_a_large_mean(isa, mean):
     """Raw sums of squares would lose it at 1e4, and `μ u` off the product every digit of it."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for n in (64, 579, 4096):
             call = make((2, n), (5,), torch.float32, "layer", bias=True)
             call = call._replace(x=random(2, n, dtype=torch.float32) + mean)
@@ -62,7 +63,7 @@ def test_layer_norm_keeps_its_variance_beside_a_large_mean(isa, mean):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_of_one_value(isa):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for norm in EVERY_NORM:
             for value in (0.0, 3.0):
                 call = make((2, 33), (5,), torch.float32, norm, bias=True)
@@ -75,7 +76,7 @@ def test_rows_of_one_value(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_pass_through(isa, dtype, norm):
     """In x, where they spoil their row and no other, and in a weight, where they spoil a column."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for n in (7, 66):
             for value in (float("nan"), float("inf"), float("-inf")):
                 for gain in (False, True):
@@ -89,7 +90,7 @@ def test_nan_and_infinity_pass_through(isa, dtype, norm):
 def test_every_nan_stays_one_when_it_is_rounded(isa):
     """The mantissa of this one would carry into the sign and leave −0."""
     nan = torch.full((19, 8), 0x7FFFFFFF, dtype=torch.int32)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for dtype in DTYPES:
             call = make((1, 8), (19,), dtype, "none")
             call = call._replace(weights=[nan.view(torch.float32)])
@@ -122,7 +123,7 @@ def test_activations_over_every_exponent(isa, activation):
     call = make((1, 1), (1, 1), torch.float32, "none", activation=activation)._replace(x=a)
     call = call._replace(weights=[torch.ones(1, 1), torch.zeros(1, 1)])
     call = call._replace(biases=[torch.zeros(1), torch.ones(1)])
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         got = cpu.gate_(a.clone(), torch.ones_like(a), activation).double()
     expected = reference.ACTIVATIONS[activation](wide(call).x)
     special = ~expected.isfinite()
@@ -138,7 +139,7 @@ def test_tanh_over_every_exponent(isa):
     x = torch.cat([x, torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])]).float()
     call = make((1, 1), (1,), torch.float32, "dyt")
     call = call._replace(x=x[:, None].contiguous(), weights=[torch.ones(1, 1)], alpha=None)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         got = cpu.normalize_packed(cpu.pack(call), call.x, torch.empty_like(call.x))[:, 0].double()
     expected = torch.tanh(x.double())
     assert torch.equal(got.isnan(), expected.isnan())

@@ -9,6 +9,7 @@ import torch
 
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.library import use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random
@@ -36,7 +37,7 @@ def scaled(call: Call, size: float) -> Call:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_magnitudes_of_x_with_every_option(isa, dtype, norm):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size in MAGNITUDES[dtype]:
             if norm == "none" and size > 1e36:
                 continue  # a part of the sum is beyond float32 although all of it is not
@@ -49,7 +50,7 @@ def test_magnitudes_of_x_with_every_option(isa, dtype, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_magnitudes_of_x_before_a_glu_and_the_library(isa, dtype, norm, monkeypatch):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size, activation in itertools.product(MAGNITUDES[dtype], EVERY_ACTIVATION):
             call = scaled(make((3, 70), (9, 9), dtype, norm, activation=activation, eps=0.0), size)
             assert_close(call, cpu.run(call), what=(size, activation))
@@ -61,7 +62,7 @@ def test_magnitudes_of_x_before_a_glu_and_the_library(isa, dtype, norm, monkeypa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_magnitudes_of_weights(isa, dtype, norm):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for size in WEIGHTS[dtype]:
             for options in ({}, ALL):
                 call = make((3, 70), (9,), dtype, norm, **options)
@@ -75,7 +76,7 @@ def test_magnitudes_of_weights(isa, dtype, norm):
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_means_with_every_option_and_on_every_path(isa, dtype, mean):
     """In a half dtype x itself is coarse there: the reference sees the same coarse x."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for n, options in itertools.product((67, 1000), ({}, ALL)):
             x = (random(3, n, dtype=torch.float64) * 10 + mean).to(dtype)
             call = make((3, n), (5,), dtype, "layer", **options)._replace(x=x)
@@ -94,7 +95,7 @@ def spoiled(call: Call, name: str, value: float) -> Call:
 
 
 SPECIAL = [float("nan"), float("inf"), float("-inf")]
-ARGUMENTS = ["x", "weights", "biases", "gain", "norm_bias", "residual"]
+ARGUMENTS = ["x", "weights", "biases", "gain", "norm_bias", "output_residual"]
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
@@ -102,7 +103,7 @@ ARGUMENTS = ["x", "weights", "biases", "gain", "norm_bias", "residual"]
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_pass_through_every_argument(isa, dtype, norm):
     arguments = [*ARGUMENTS, "alpha"] if norm == "dyt" else ARGUMENTS
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for name, value, n in itertools.product(arguments, SPECIAL, (7, 66)):
             call = spoiled(make((3, n), (6,), dtype, norm, **ALL, residual=True), name, value)
             assert_close(call, cpu.run(call), what=(name, value, n))
@@ -116,7 +117,7 @@ def test_nan_and_infinity_pass_through_every_argument(isa, dtype, norm):
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_pass_through_a_gate(isa, dtype, activation):
     """In one column of the gate, of the linear half, and in a row of x."""
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for value, half, rows in itertools.product(SPECIAL, (0, 1, None), (1, 3)):
             call = make((rows, 33), (6, 6), dtype, "rms", bias=True, activation=activation)
             if half is None:
@@ -128,7 +129,7 @@ def test_nan_and_infinity_pass_through_a_gate(isa, dtype, activation):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_reader_that_is_not_a_number_spoils_no_other(isa):
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         for dtype, value in itertools.product(DTYPES, SPECIAL):
             call = spoiled(make((2, 33), (5, 7, 3), dtype, "layer", **ALL), "weights", value)
             found = cpu.run(call)

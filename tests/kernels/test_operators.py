@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashnorm.kernels.cpu import attention, operators
+from flashnorm.kernels.cpu import attention, operators, policy
 from flashnorm.kernels.cpu import calls as cpu
 from tests.kernels import cases
 from tests.kernels.cases import DTYPES, make, random
@@ -101,9 +101,9 @@ BAD = {
     "bias of another dtype": {2: [torch.ones(3).double()], 3: 1},
     "one number for a bias": {1: [torch.ones(1, 8)], 2: [torch.tensor(1.0)], 3: 1},
     "missing bias": {3: 1},
-    "gain": {2: [torch.ones(7)], 3: 1 << cpu.MOST_WEIGHTS},
-    "norm bias": {2: [torch.ones(7)], 3: 2 << cpu.MOST_WEIGHTS},
-    "strided gain": {2: [torch.ones(16)[::2]], 3: 1 << cpu.MOST_WEIGHTS},
+    "gain": {2: [torch.ones(7)], 3: 1 << policy.MOST_WEIGHTS},
+    "norm bias": {2: [torch.ones(7)], 3: 2 << policy.MOST_WEIGHTS},
+    "strided gain": {2: [torch.ones(16)[::2]], 3: 1 << policy.MOST_WEIGHTS},
     "one weight for a GLU": {7: 3},
     "unequal GLU": {1: [torch.ones(3, 8), torch.ones(4, 8)], 7: 3},
     "norm": {4: 4},

@@ -40,7 +40,7 @@ def network(x, w, gate, up, gain, residual):
 def arguments(dtype, rows=2):
     call = make((rows, 12), (12,), dtype, gain=True, residual=True)
     gate, up = make((1, 12), (9, 9), dtype).weights
-    return call.x, call.weights[0], gate, up, call.gain, call.residual
+    return call.x, call.weights[0], gate, up, call.gain, call.output_residual
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

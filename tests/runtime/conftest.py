@@ -1,12 +1,41 @@
-"""What one test compiles counts for no other one: dynamo limits how often that is done."""
+"""Every test of the runtime runs on each backend: the CPU's kernels, and a hundred lines of numpy.
+
+What one test compiles counts for no other one: dynamo limits how often that is done.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.backend import Backend
+from flashnorm.kernels.cpu.backend import CPU
+from tests.runtime.recorded import recorded
+from tests.toys.numpy_backend import NumpyBackend
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, params=["cpu", "numpy"])
+def backend(request) -> Iterator[Backend]:
+    """What the models of a test run on."""
+    if request.param == "cpu":
+        if not CPU.available(torch.device("cpu"))[0]:
+            pytest.skip("no compiled kernels here")
+        yield CPU
+        return
+    toy = NumpyBackend()
+    dispatch.register(toy)
+    yield toy
+    dispatch.unregister(toy)
+
+
+@pytest.fixture
+def calls(backend, monkeypatch) -> list[tuple[int, ...]]:
+    """Grows by the widths of the results of every call of a kernel."""
+    return recorded(backend, monkeypatch)

@@ -12,11 +12,9 @@ from torch.nn.utils import parametrizations, prune
 
 import flashnorm
 from flashnorm.kernels import dispatch
-from flashnorm.kernels.cpu import calls as cpu
 from tests.runtime.models import LLAMA, NEOX, QWEN3, close, ids, logits, tiny
 
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX}
-pytestmark = pytest.mark.skipif(not cpu.available()[0], reason="no compiled kernels here")
 
 
 def accelerated(config=LLAMA, dtype=torch.float32, **options):
@@ -25,19 +23,6 @@ def accelerated(config=LLAMA, dtype=torch.float32, **options):
     model = flashnorm.accelerate_(copy.deepcopy(original), **options)
     logits(model, ids())
     return original, model
-
-
-def calls_of_kernels(monkeypatch):
-    """A list that grows by the widths of the results of every kernel call."""
-    made = []
-    run = cpu.run_packed
-
-    def counted(packed, x, widths, *rest):
-        made.append(tuple(widths))
-        return run(packed, x, widths, *rest)
-
-    monkeypatch.setattr(cpu, "run_packed", counted)
-    return made
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,21 +35,21 @@ def test_the_outputs_are_those_of_the_original(name, shape):
     assert close(found, logits(original, tokens))
 
 
-def test_readers_of_a_norm_run_as_one_call(monkeypatch):
+def test_readers_of_a_norm_run_as_one_call(calls):
     _, model = accelerated()
-    made = calls_of_kernels(monkeypatch)
+    calls.clear()
     logits(model, ids(1, 1))
     # q, k and v (in the order of their names); o; gate and up with their activation; down; head.
     layer = [(32, 64, 32), (64,), (160,), (64,)]
-    assert made == [*layer, *layer, (256,)]
+    assert calls == [*layer, *layer, (256,)]
 
 
-def test_many_rows_go_to_the_library(monkeypatch):
+def test_many_rows_go_to_the_library(backend, calls):
     original, model = accelerated()
-    made = calls_of_kernels(monkeypatch)
-    tokens = ids(1, cpu.ROWS[torch.float32] + 1)
+    calls.clear()
+    tokens = ids(1, backend.rows(torch.float32, 64, 1, False) + 1)
     assert close(logits(model, tokens), logits(original, tokens))
-    assert not made
+    assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

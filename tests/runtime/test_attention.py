@@ -10,17 +10,15 @@ from torch import nn
 from transformers import MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flashnorm.kernels.cpu import attention as kernel
-from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.runtime import attention
 from flashnorm.runtime.attention import NAME, restore_attention_, use_attention_
 from flashnorm.verification.bounds import HALF_RATIO
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
+from tests.runtime.recorded import attended
 
 SLIDING = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6)
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "sliding": SLIDING}
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
-pytestmark = pytest.mark.skipif(not cpu.available()[0], reason="no compiled kernels here")
 
 
 def pair(config=LLAMA, dtype=torch.float32):
@@ -36,17 +34,9 @@ def alone(config=LLAMA, dtype=torch.float32):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(backend, monkeypatch):
     """Grows by the length of the keys of every call of the kernel."""
-    made = []
-    attend = kernel.attend
-
-    def counted(q, k, v, scale, mask=None):
-        made.append(k.shape[2])
-        return attend(q, k, v, scale, mask)
-
-    monkeypatch.setattr(kernel, "attend", counted)
-    return made
+    return attended(backend, monkeypatch)
 
 
 def generate(model, tokens, **options):

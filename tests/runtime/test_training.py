@@ -243,7 +243,7 @@ class Gated(nn.Module):
 def test_a_view_of_all_rows_has_the_recipe_and_no_other():
     z = steps.attach(torch.randn(2, 3, 4), steps.Regate("silu"), torch.ones(1), torch.ones(1))
     for view in (z, z.view(6, 4), z[:, 0:], z[:2], z.flatten(0, 1)):
-        assert steps.recipe_of(view) is not None
+        assert steps.recompute_of(view) is not None
     for other in (
         z[:1],
         z.transpose(0, 1),
@@ -252,9 +252,9 @@ def test_a_view_of_all_rows_has_the_recipe_and_no_other():
         z[..., :2],
         z.view(torch.int32),
     ):
-        assert steps.recipe_of(other) is None
+        assert steps.recompute_of(other) is None
     z.view(6, 4).mul_(2)
-    assert steps.recipe_of(z) is None
+    assert steps.recompute_of(z) is None
 
 
 @pytest.mark.parametrize(("dropped", "fused"), [(0.0, True), (0.3, False), (1e-9, False)])

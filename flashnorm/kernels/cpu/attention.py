@@ -14,10 +14,8 @@ import struct
 import torch
 from torch import Tensor
 
-from flashnorm.kernels.cpu.calls import DTYPES
 from flashnorm.kernels.cpu.library import Library, load
-
-BOOLEAN = 3  # of a mask, beside the numbers of DTYPES
+from flashnorm.kernels.weights import BOOLEAN, DTYPES
 
 _ATTEND = struct.Struct("2i21qdq").pack
 

@@ -16,33 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashnorm.kernels.call import ACTIVATIONS, NORMS, Call
-from flashnorm.kernels.cpu.library import Library, load, use_isa
+from flashnorm.kernels import norms
+from flashnorm.kernels.call import ACTIVATIONS, Call
+from flashnorm.kernels.cpu.library import Library, load
+from flashnorm.kernels.cpu.policy import MOST_WEIGHTS, most_rows
+from flashnorm.kernels.weights import DTYPES, packed
 
-__all__ = [
-    "available",
-    "gate_",
-    "normalize_packed",
-    "pack",
-    "run",
-    "run_packed",
-    "use_isa",
-    "why_not",
-]
-
-# The numbers of csrc/api.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NORM = {name: i for i, name in enumerate(NORMS)}
-ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}
-
-
-# Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
-ROWS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
-ROWS_IN_TILES = 128
-# In tiles, where several weights share the work on x: as long as x stays in the second cache.
-ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20
-TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
-MOST_WEIGHTS = 8
+ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/api.h
 
 _OP = [struct.Struct("8iq2d3qq" + "4q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _CALL = [struct.Struct("7q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
@@ -59,17 +39,21 @@ def available() -> tuple[bool, str]:
 
 def why_not(call: Call) -> str | None:
     """Why the kernels cannot take a call, or None where they can. A norm alone has no weights."""
-    x, weights, biases, _, _, gain, _, norm_bias, alpha, _, residual = call
+    x, weights, biases, norm, _, gain, _, norm_bias, alpha, _, residual, added = call
     if isinstance(library := load(), str):
         return library
     if not x.is_cpu:
         return f"x is on {x.device}, not on the CPU"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
+    if norm.code is None:
+        return f"the kernels do not know the norm {norm.name!r}"
+    if unknown := packed(weights):
+        return f"the kernels do not know weights in the format {unknown.format.name!r}"
     if x.shape[-1] == 0 or len(weights) > MOST_WEIGHTS:
         return f"x has no features, or there are more than {MOST_WEIGHTS} weights"
     dtype = weights[0].dtype if weights else x.dtype
-    for w in weights:
+    for w in call.dense_weights():
         if w.dtype not in DTYPES or w.dtype != dtype or not w.is_cpu:
             return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
         if not w.is_contiguous() and w.stride(1) != 1:
@@ -80,8 +64,9 @@ def why_not(call: Call) -> str | None:
     for name, vector in (("gain", gain), ("norm_bias", norm_bias), ("alpha", alpha)):
         if vector is not None and (vector.dtype not in DTYPES or not _dense(vector)):
             return f"{name} is not of the kernels' dtypes, dense, on the CPU: {vector.dtype}"
-    if residual is not None and (residual.dtype != x.dtype or not residual.is_cpu):
-        return f"the residual is not like x: {residual.dtype}"
+    for given in (residual, added):
+        if given is not None and (given.dtype != x.dtype or not given.is_cpu):
+            return f"the residual is not like x: {given.dtype}"
     return None
 
 
@@ -91,50 +76,25 @@ def _dense(vector: Tensor) -> bool:
 
 def run(call: Call) -> list[Tensor]:
     """The operation of `reference.norm_linear`, for a call that `why_not` has nothing against."""
-    x, weights = call.x, call.weights
+    call = call.added()
+    x = call.x
     if x.numel() > most_rows(call) * x.shape[-1]:
         return _many_rows(call)
-    widths = [w.shape[0] for w in weights]
-    return run_packed(pack(call), x, widths[:1] if call.activation else widths, call.residual)
-
-
-def most_rows(call: Call) -> int:
-    """How many rows of x the fused kernel takes before torch's matmul does."""
-    if any(weight.dtype != call.x.dtype for weight in call.weights):
-        return 2**62
-    return rows_for(call.x.dtype, call.x.shape[-1], len(call.weights))
-
-
-def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
-    """The same, by what it depends on: dtype and features of x, and how many weights there are."""
-    if not _fits_tiles(dtype, n):
-        return ROWS.get(dtype, 0)
-    if weights <= 1:
-        return ROWS_IN_TILES
-    return max(ROWS_IN_TILES, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
-
-
-def in_tiles(call: Call) -> bool:
-    """Whether several rows of x are multiplied in tiles."""
-    return _fits_tiles(call.x.dtype, call.x.shape[-1])
-
-
-def _fits_tiles(dtype: torch.dtype, n: int) -> bool:
-    library = load()
-    amx = isinstance(library, Library) and library.isa == "amx"
-    return amx and dtype == torch.bfloat16 and n % TILE_DEPTH == 0
+    widths = [w.shape[0] for w in call.results()]
+    return run_packed(pack(call), x, widths, call.output_residual)
 
 
 def pack(call: Call) -> bytes:
     """All of a call but x, results and residual, as the library reads it. It holds no reference."""
-    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, _ = call
+    x, _, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
+    weights = call.dense_weights()
     weight_type = DTYPES[weights[0].dtype if weights else x.dtype]
     segments: list[int] = []
     for i, w in enumerate(weights):
         c = biases[i] if biases else None
         segments += (w.data_ptr(), 0 if c is None else c.data_ptr(), w.shape[0], w.stride(0))
     return _OP[len(weights)](
-        NORM[norm],
+        norm.code,
         ACTIVATION[activation],
         DTYPES[x.dtype],
         weight_type,
@@ -219,13 +179,15 @@ def _rows(x: Tensor) -> Tensor:
 def _many_rows(call: Call) -> list[Tensor]:
     """Norm, torch's matmul, gate and residual: the norm and the gate are one pass each."""
     x, biases = _rows(call.x), call.biases
-    plain = call.norm == "none" and call.gain is None and call.norm_bias is None
+    plain = call.norm is norms.NONE and call.gain is None and call.norm_bias is None
     z = x if plain else normalize_packed(pack(call), x, x.new_empty(x.shape))
-    found = [F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.weights)]
+    found = [
+        F.linear(z, w, biases[i] if biases else None) for i, w in enumerate(call.dense_weights())
+    ]
     if call.activation:
         found = [gate_(found[0], found[1], call.activation)]
-    if call.residual is not None:
-        found[0] += _rows(call.residual)
+    if call.output_residual is not None:
+        found[0] += _rows(call.output_residual)
     return [y.view(*call.x.shape[:-1], y.shape[1]) for y in found]
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.cpu.calls import ACTIVATION, DTYPES, MOST_WEIGHTS, NORM
+from flashnorm.kernels.cpu.calls import ACTIVATION
 from flashnorm.kernels.cpu.library import load, torch_symbols
+from flashnorm.kernels.cpu.policy import MOST_WEIGHTS
+from flashnorm.kernels.weights import DTYPES, packed
 
 # The functions of torch's stable C interface, as csrc/operators.cpp expects them.
 SHIM = [
@@ -98,7 +100,7 @@ def norm_linear(call: Call) -> list[Tensor]:
         list(call.weights),
         [vector for vector in optional if vector is not None],
         which,
-        NORM[call.norm],
+        call.norm.code,
         call.eps,
         call.gain_offset,
         ACTIVATION[call.activation],
@@ -107,11 +109,15 @@ def norm_linear(call: Call) -> list[Tensor]:
 
 def takes(call: Call) -> bool:
     """Whether `norm_linear` can run it: types and strides, which a tracer knows as well."""
-    if not AVAILABLE or call.residual is not None or call.alpha is not None or call.norm == "dyt":
+    if not AVAILABLE or call.output_residual is not None or call.input_residual is not None:
+        return False
+    if call.norm.code is None or call.norm.learns_alpha or call.alpha is not None:
+        return False
+    if packed(call.weights):
         return False
     if not 0 < len(call.weights) <= MOST_WEIGHTS or call.x.dtype not in DTYPES:
         return False
-    if any(w.dtype != call.x.dtype or w.stride(1) != 1 for w in call.weights):
+    if any(w.dtype != call.x.dtype or w.stride(1) != 1 for w in call.dense_weights()):
         return False
     return all(v.dtype == call.x.dtype and v.is_contiguous() for v in call.vectors())
 

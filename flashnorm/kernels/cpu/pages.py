@@ -9,8 +9,9 @@ import ctypes
 import sys
 from collections.abc import Iterable, Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flashnorm.kernels.backend import has_memory
 
 HUGE = 2 << 20  # bytes of a huge page on x86 and, with 4 KB pages, on ARM
 GAP = 4096  # what an allocator leaves between two tensors
@@ -33,12 +34,6 @@ def collapse(tensors: Iterable[Tensor]) -> int:
         for page in range(-(-begin // HUGE) * HUGE, end - HUGE + 1, HUGE)
         if not madvise(page, HUGE, COLLAPSE)
     )
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass, and has its elements in memory, one by one."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return plain and not tensor.is_meta and tensor.layout == torch.strided
 
 
 def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

@@ -43,9 +43,11 @@ def key_of(call: Call) -> str:
     x = call.x
     count = x.numel() // x.shape[-1]
     widths = "+".join(str(w.shape[0]) for w in call.weights)
-    norm = call.norm + ("*gain" if call.gain is not None else "")
+    norm = call.norm.name + ("*gain" if call.gain is not None else "")
     norm += "+bias" if call.norm_bias is not None else ""
-    after = (call.activation or "linear") + ("+residual" if call.residual is not None else "")
+    after = (call.activation or "linear") + (
+        "+residual" if call.output_residual is not None else ""
+    )
     dtype = str(x.dtype).removeprefix("torch.")
     return f"{dtype} {norm} {x.shape[-1]}->{widths} {after} rows<={power_of_two(max(count, 1))}"
 

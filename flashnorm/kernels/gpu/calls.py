@@ -11,6 +11,7 @@ from flashnorm.kernels.gpu import gemm, matmul, rows, skinny
 from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of
 from flashnorm.kernels.gpu.step import execute
 from flashnorm.kernels.gpu.ways import choose, tile_for
+from flashnorm.kernels.norms import NormKind
 
 
 def run(call: Call, way: str | None = None) -> list[Tensor]:
@@ -20,8 +21,11 @@ def run(call: Call, way: str | None = None) -> list[Tensor]:
     FlashNormError for a way that cannot take the call.
     """
     lead = call.x.shape[:-1]
+    call = call.added()
+    residual = call.output_residual
     flat = call._replace(
-        x=dense_rows(call.x), residual=None if call.residual is None else dense_rows(call.residual)
+        x=dense_rows(call.x),
+        output_residual=None if residual is None else dense_rows(residual),
     )
     count = flat.x.shape[0]
     if way is None:
@@ -36,7 +40,7 @@ def run(call: Call, way: str | None = None) -> list[Tensor]:
 
 
 def _results(flat: Call, way: str) -> list[Tensor]:
-    x, weights = flat.x, flat.weights[:1] if flat.activation else flat.weights
+    x, weights = flat.x, flat.results()
     empty = not x.shape[0]
     if way == "matmul" and not empty:
         return matmul.run(flat)
@@ -53,10 +57,10 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def row_scale(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None]:
-    """`s = 1/√(mean(x²) + ε)`, or of the variance, and the mean of a "layer" norm: [rows], float32.
+def row_scale(x: Tensor, norm: NormKind, eps: float) -> tuple[Tensor, Tensor | None]:
+    """`s = 1/√(mean(x²) + ε)`, or of the variance, and the mean where the norm centers.
 
-    x: [.., n], read once. The rows of x are those of `x.reshape(-1, n)`.
+    Both [rows], float32. x: [.., n], read once. The rows of x are those of `x.reshape(-1, n)`.
     """
     x = dense_rows(x)
     s, mean = _statistics_of(x, norm)
@@ -67,7 +71,7 @@ def row_scale(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None]:
 
 
 def add_stats(
-    x: Tensor, residual: Tensor, norm: str, eps: float
+    x: Tensor, residual: Tensor, norm: NormKind, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x + residual in their dtype, and `row_scale` of that, in one pass. Both [.., n]."""
     flat, added = dense_rows(x), dense_rows(residual)
@@ -79,26 +83,18 @@ def add_stats(
     return total.view(x.shape), s, mean
 
 
-def _statistics_of(x: Tensor, norm: str) -> tuple[Tensor, Tensor | None]:
-    if norm not in ("rms", "layer"):
-        raise FlashNormError(f"norm {norm!r} has no statistics; rms and layer have")
+def _statistics_of(x: Tensor, norm: NormKind) -> tuple[Tensor, Tensor | None]:
+    if not norm.scales or norm.code is None:
+        raise FlashNormError(f"norm {norm.name!r} has no statistics that the kernels know")
     s = x.new_empty(x.shape[0], dtype=torch.float32)
-    return s, torch.empty_like(s) if norm == "layer" else None
+    return s, torch.empty_like(s) if norm.centers else None
 
 
-def normalize(
-    x: Tensor,
-    norm: str = "rms",
-    eps: float = 1e-6,
-    *,
-    gain: Tensor | None = None,
-    gain_offset: float = 0.0,
-    norm_bias: Tensor | None = None,
-    alpha: Tensor | None = None,
-) -> Tensor:
+def normalize(call: Call) -> Tensor:
     """`norm(x) · (offset + gain) + β`, in the dtype and shape of x [.., n], rounded once."""
+    x = call.x
     flat = dense_rows(x)
-    call = Call(flat, (), None, norm, eps, gain, gain_offset, norm_bias, alpha)
+    call = call._replace(x=flat)
     z = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     if flat.shape[0]:
         with torch.cuda.device_of(x):

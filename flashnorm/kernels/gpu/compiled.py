@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import gemm, rows, skinny
 from flashnorm.kernels.gpu.launch import Device
 from flashnorm.kernels.gpu.step import Step
+from flashnorm.kernels.norms import NormKind
 
 TARGETS = {80: Device("sm_80", (8, 0), 108), 90: Device("sm_90", (9, 0), 132)}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -82,7 +84,7 @@ def _call(
     shape: tuple[int, int],
     widths: Iterable[int],
     dtype: torch.dtype,
-    norm: str,
+    norm: NormKind,
     options: Iterable[str],
     activation: str | None = None,
 ) -> Call:
@@ -100,8 +102,8 @@ def _call(
         1e-6,
         made(n) if "gain" in options else None,
         0.0,
-        made(n) if "shift" in options else None,
-        made(1) if norm == "dyt" else None,
+        made(n) if "norm_bias" in options else None,
+        made(1) if norm.learns_alpha else None,
         activation,
         made(shape[0], widths[0]) if "residual" in options else None,
     )
@@ -109,12 +111,12 @@ def _call(
 
 # What a model's linears look like: an RMSNorm folded and live, the norms of other models with all
 # that they have, and a plain linear with the residual behind it.
-NORMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rms": ("rms", ()),
-    "rms*gain": ("rms", ("gain",)),
-    "layer": ("layer", ("gain", "shift", "bias")),
-    "dyt": ("dyt", ("gain", "shift", "bias")),
-    "none+residual": ("none", ("residual",)),
+NORMS: dict[str, tuple[NormKind, tuple[str, ...]]] = {
+    norms.RMS.name: (norms.RMS, ()),
+    f"{norms.RMS.name}*gain": (norms.RMS, ("gain",)),
+    norms.LAYER.name: (norms.LAYER, ("gain", "norm_bias", "bias")),
+    norms.DYT.name: (norms.DYT, ("gain", "norm_bias", "bias")),
+    f"{norms.NONE.name}+residual": (norms.NONE, ("residual",)),
 }
 # Widths n -> k of several weights, and the activation between two.
 READERS: dict[str, tuple[tuple[int, ...], str | None]] = {
@@ -137,7 +139,7 @@ def every_step(device: Device) -> Iterator[tuple[str, Step]]:
 
 
 def _products(
-    device: Device, dtype: torch.dtype, norm: str, kind: str, options: tuple[str, ...]
+    device: Device, dtype: torch.dtype, norm: str, kind: NormKind, options: tuple[str, ...]
 ) -> Iterator[tuple[str, Step]]:
     for reader, (widths, activation) in READERS.items():
         if "residual" in options and reader == "three":
@@ -155,19 +157,19 @@ def _products(
 
 
 def _norms(
-    dtype: torch.dtype, norm: str, kind: str, options: tuple[str, ...]
+    dtype: torch.dtype, norm: str, kind: NormKind, options: tuple[str, ...]
 ) -> Iterator[tuple[str, Step]]:
     call = _call((MANY, N), (N, N), dtype, kind, options, "silu")
     made = [call.x.new_empty(MANY, N) for _ in range(2)]
     s = call.x.new_empty(MANY, dtype=torch.float32)
     where = f"{TYPES[dtype]} {norm}"
-    if kind in ("rms", "layer") and norm != "rms*gain":
-        mean = s if kind == "layer" else None
+    if kind.scales and (kind.centers or "gain" not in options):
+        mean = s if kind.centers else None
         yield f"row_scale {where}", rows.row_scale_step(call.x, kind, 1e-6, s, mean)
         added = rows.add_stats_step(call.x, made[0], made[1], kind, 1e-6, s, mean)
         yield f"add_stats {where}", added
         yield f"gate {where} silu", rows.gate_step(call, made, s, made[0])
-    if norm != "none+residual":
+    if kind is not norms.NONE:
         yield f"normalize {where}", rows.normalize_step(call, made[0])
 
 

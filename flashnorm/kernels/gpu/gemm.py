@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.launch import GROUP, Device, Tile, gemm_tile
 from flashnorm.kernels.gpu.rows import normalize_step, row_scale_step
@@ -16,12 +17,12 @@ from flashnorm.kernels.gpu.step import Step
 
 def only_scales(call: Call) -> bool:
     """Whether the norm is one factor per row: an RMSNorm whose gain is in the weight."""
-    return call.norm == "rms" and call.gain is None and call.norm_bias is None
+    return call.norm is norms.RMS and call.gain is None and call.norm_bias is None
 
 
 def as_it_is(call: Call) -> bool:
     """Whether x is multiplied as it came."""
-    return call.norm == "none" and call.gain is None and call.norm_bias is None
+    return call.norm is norms.NONE and call.gain is None and call.norm_bias is None
 
 
 def steps(
@@ -34,7 +35,7 @@ def steps(
     x, s = call.x, None
     if only_scales(call):
         s = x.new_empty(x.shape[0], dtype=torch.float32)
-        yield row_scale_step(x, "rms", call.eps, s, None)
+        yield row_scale_step(x, norms.RMS, call.eps, s, None)
     elif not as_it_is(call):
         z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         yield normalize_step(call, z)
@@ -50,22 +51,22 @@ def _product(
     from flashnorm.kernels.gpu.device.gemm import gemm
 
     (rows, k), gated = y.shape, call.activation is not None
-    added = call.residual is not None
-    tile = tile or gemm_tile(rows, k, x.dtype, gated, device, added)
-    biases = call.biases or [None] * len(call.weights)
-    second = call.weights[1] if gated else None
+    residual = call.output_residual
+    tile = tile or gemm_tile(rows, k, x.dtype, gated, device, residual is not None)
+    weights, biases = call.dense_weights(), call.biases or [None] * len(call.weights)
+    second = weights[1] if gated else None
     arguments = {
         "x": x,
         "x_stride": x.stride(0),
         "s": s,
-        "w0": call.weights[i],
-        "w0_stride": call.weights[i].stride(0),
+        "w0": weights[i],
+        "w0_stride": weights[i].stride(0),
         "bias0": biases[i],
         "w1": second,
         "w1_stride": None if second is None else second.stride(0),
         "bias1": biases[1] if gated else None,
-        "residual": call.residual,
-        "residual_stride": call.residual.stride(0) if call.residual is not None else None,
+        "residual": residual,
+        "residual_stride": None if residual is None else residual.stride(0),
         "y": y,
         "rows": rows,
         "n": x.shape[1],

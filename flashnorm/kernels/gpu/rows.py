@@ -7,11 +7,12 @@ from torch import Tensor
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.launch import row_width, single
 from flashnorm.kernels.gpu.step import Step
+from flashnorm.kernels.norms import NormKind
 
 ROWS, COLUMNS = 4, 512  # of a tile of the gate
 
 
-def row_scale_step(x: Tensor, norm: str, eps: float, s: Tensor, mean: Tensor | None) -> Step:
+def row_scale_step(x: Tensor, norm: NormKind, eps: float, s: Tensor, mean: Tensor | None) -> Step:
     """x: [rows, n] with dense rows; s, mean: [rows], float32."""
     from flashnorm.kernels.gpu.device.stats import row_scale
 
@@ -23,7 +24,7 @@ def row_scale_step(x: Tensor, norm: str, eps: float, s: Tensor, mean: Tensor | N
         "mean": mean,
         "n": x.shape[1],
         "eps": single(eps),
-        "NORM": norm,
+        "NORM": norm.name,
         "WIDTH": width,
     }
     return Step(row_scale, (x.shape[0],), arguments, warps)
@@ -33,7 +34,7 @@ def add_stats_step(
     x: Tensor,
     residual: Tensor,
     total: Tensor,
-    norm: str,
+    norm: NormKind,
     eps: float,
     s: Tensor,
     mean: Tensor | None,
@@ -52,7 +53,7 @@ def add_stats_step(
         "mean": mean,
         "n": x.shape[1],
         "eps": single(eps),
-        "NORM": norm,
+        "NORM": norm.name,
         "WIDTH": width,
     }
     return Step(add_stats, (x.shape[0],), arguments, warps)
@@ -69,11 +70,11 @@ def normalize_step(call: Call, z: Tensor) -> Step:
         "gain": call.gain,
         "offset": single(call.gain_offset),
         "norm_bias": call.norm_bias,
-        "alpha": call.alpha if call.norm == "dyt" else None,
+        "alpha": call.alpha if call.norm.learns_alpha else None,
         "z": z,
         "n": call.x.shape[1],
         "eps": single(call.eps),
-        "NORM": call.norm,
+        "NORM": call.norm.name,
         "WIDTH": width,
     }
     return Step(normalize, (call.x.shape[0],), arguments, warps)
@@ -91,8 +92,8 @@ def gate_step(call: Call, products: list[Tensor], s: Tensor | None, y: Tensor) -
         "b": b,
         "b_stride": b.stride(0),
         "s": s,
-        "residual": call.residual,
-        "residual_stride": None if call.residual is None else call.residual.stride(0),
+        "residual": call.output_residual,
+        "residual_stride": None if call.output_residual is None else call.output_residual.stride(0),
         "y": y,
         "rows": rows,
         "k": k,

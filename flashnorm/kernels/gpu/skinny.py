@@ -21,9 +21,9 @@ def statistics(call: Call, rows: int) -> str:
     Afterwards is enough where all that they do is to scale the products. The matrix units take x
     rounded: a float16 x times its gain could be too large for that before it is scaled.
     """
-    if call.norm not in ("rms", "layer"):
+    if not call.norm.scales:
         return "none"
-    if call.norm == "layer" or call.norm_bias is not None:
+    if call.norm.centers or call.norm_bias is not None:
         return "first"
     risky = rows > 1 and call.gain is not None and call.x.dtype == torch.float16
     return "first" if risky else "after"
@@ -38,7 +38,7 @@ def groups(call: Call) -> Iterator[list[int]]:
     count = len(call.weights)
     biased = {bias is not None for bias in call.biases or (None,)}
     alike = len(biased) == 1 and call.x.shape[1] > 1
-    alike = alike and all(w.shape[0] > 1 and w.stride(0) > 1 for w in call.weights)
+    alike = alike and all(w.shape[0] > 1 and w.stride(0) > 1 for w in call.dense_weights())
     together = 2 if call.activation else TOGETHER if alike else 1
     for first in range(0, count, together):
         yield list(range(first, min(count, first + together)))
@@ -49,7 +49,7 @@ def steps(
 ) -> Iterator[Step]:
     """call.x: [rows, n] with dense rows, residual the same; outputs: [rows, k_i], dense."""
     for group in groups(call):
-        weights = [call.weights[i] for i in group]
+        weights = [call.dense_weights()[i] for i in group]
         biases = [call.biases[i] if call.biases else None for i in group]
         found = [outputs[0]] if call.activation else [outputs[i] for i in group]
         if sum(y.numel() for y in found):
@@ -81,8 +81,8 @@ def _group(
         "gain": call.gain,
         "offset": single(call.gain_offset),
         "norm_bias": call.norm_bias,
-        "alpha": call.alpha if call.norm == "dyt" else None,
-        "NORM": call.norm,
+        "alpha": call.alpha if call.norm.learns_alpha else None,
+        "NORM": call.norm.name,
         "PRECISION": precision(),
         "STAGES": tile.stages,
     }
@@ -95,7 +95,7 @@ def _group(
 
 def _shared(call: Call, tile: Tile, splits: int, weights: int) -> dict[str, Any]:
     """What both kernels are given."""
-    residual = call.residual
+    residual = call.output_residual
     return {
         "x": call.x,
         "x_stride": call.x.stride(0),

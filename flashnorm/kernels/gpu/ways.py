@@ -18,8 +18,8 @@ from torch import Tensor
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import cached
 from flashnorm.kernels.gpu.launch import MOST_ROWS, Tile, device_of
+from flashnorm.kernels.weights import DTYPES, packed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_FEATURES = 2**16  # a row is one program's tile
 # Up to so many rows the skinny kernel runs unless something else was measured. The matrix units
 # have no float32.
@@ -60,6 +60,10 @@ def why_not(call: Call) -> str | None:
     x = call.x
     if reason := _no_triton() or _wrong_device(x):
         return reason
+    if call.norm.code is None:
+        return f"the kernels do not know the norm {call.norm.name!r}"
+    if unknown := packed(call.weights):
+        return f"the kernels do not know weights in the format {unknown.format.name!r}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
     if not 0 < x.shape[-1] <= MOST_FEATURES:
@@ -95,14 +99,14 @@ def _wrong_device(x: Tensor) -> str | None:
 
 def _wrong_weight(call: Call) -> str | None:
     x = call.x
-    for w in call.weights:
+    for w in call.dense_weights():
         if w.dtype != x.dtype or w.device != x.device:
             return f"x is {x.dtype} on {x.device} and a weight {w.dtype} on {w.device}"
         if w.stride(1) != 1 and w.shape[1] > 1:
             return "a weight's rows are not dense; weight.contiguous() has dense ones"
-    residual = call.residual
-    if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
-        return f"the residual is not like x: {residual.dtype} on {residual.device}"
+    for residual in (call.output_residual, call.input_residual):
+        if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+            return f"the residual is not like x: {residual.dtype} on {residual.device}"
     return None
 
 

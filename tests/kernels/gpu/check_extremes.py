@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from flashnorm.kernels import gpu, reference
+from flashnorm.kernels import gpu, norms, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import rows
 from flashnorm.kernels.gpu.step import execute
@@ -116,7 +116,7 @@ def test_activations_over_every_exponent(activation):
 
 def test_tanh_over_every_exponent():
     a = every_size()
-    got = gpu.normalize(a.to(DEVICE), "dyt", 0.0).cpu().double()
+    got = gpu.normalize(Call(a.to(DEVICE), (), norm=norms.DYT, eps=0.0)).cpu().double()
     expected = torch.tanh(a.double())
     assert torch.equal(got.isnan(), expected.isnan())
     known = ~expected.isnan()

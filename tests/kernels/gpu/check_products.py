@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels import gpu
+from flashnorm.kernels import gpu, norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import gemm, launch, skinny
 from flashnorm.kernels.gpu.step import execute
@@ -120,16 +120,17 @@ def test_the_same_call_gives_the_same_bits():
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_strides(norm):
     """Rows or columns that lie apart, several axes, halves of one weight, one row repeated."""
-    dtype = torch.bfloat16
+    dtype, kind = torch.bfloat16, norms.find(norm)
     wide = random(2, 3, 80, dtype=dtype, scale=2)
     weight = random(26, 90, dtype=dtype, scale=0.1, seed=1)
     residual = random(2, 3, 26, dtype=dtype, seed=2)[..., ::2]
     halves = [half[:, :40] for half in weight.chunk(2)]
     for x in (wide[..., :40], wide[..., ::2], wide.transpose(0, 1)[..., :40].transpose(0, 1)):
-        check(Call(x, halves, None, norm, 1e-5, activation="relu", residual=residual))
-        check(Call(x, halves, None, norm, 1e-5, random(40, dtype=dtype, seed=3)))
+        check(Call(x, halves, None, kind, 1e-5, activation="relu", output_residual=residual))
+        check(Call(x, halves, None, kind, 1e-5, random(40, dtype=dtype, seed=3)))
     repeated = wide[0, :1, :40].expand(4, 40)
-    check(Call(repeated, halves[:1], None, norm, 1e-5, residual=residual[0, :1].expand(4, 13)))
+    rows = residual[0, :1].expand(4, 13)
+    check(Call(repeated, halves[:1], None, kind, 1e-5, output_residual=rows))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -11,7 +11,8 @@ import torch
 
 import flashnorm
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels import dispatch, gpu
+from flashnorm.kernels import dispatch, gpu, norms
+from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import cached, launch, measure, ways
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close, wide
@@ -24,19 +25,19 @@ U = unit_roundoff(torch.float32)
 def assert_statistics(x, norm, eps, s, mean):
     """Within sums in float32 of n numbers, and the rounding of the mean itself."""
     x = x.double().reshape(-1, x.shape[-1])
-    centre = x.mean(-1) if norm == "layer" else torch.zeros(len(x), dtype=torch.float64)
+    centre = x.mean(-1) if norm.centers else torch.zeros(len(x), dtype=torch.float64)
     variance = (x - centre[:, None]).square().mean(-1)
     expected = torch.rsqrt(variance + eps)
     relative = (2 * CONFIDENCE * x.shape[1] ** 0.5 + STEPS) * U
     assert s.dtype == torch.float32
     assert ((s.cpu().double() / expected - 1).abs() <= relative).all()
-    assert (mean is None) == (norm == "rms")
+    assert (mean is None) == (not norm.centers)
     if mean is not None:
         limit = relative * variance.sqrt() + 2 * U * centre.abs()
         assert ((mean.cpu().double() - centre).abs() <= limit).all()
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("norm", [norms.RMS, norms.LAYER], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype, norm):
     for n, mean, eps in itertools.product((1, 67, 512), (0.7, 300.0), (1e-5, 0.5)):
@@ -46,7 +47,7 @@ def test_statistics(dtype, norm):
             assert_statistics(given, norm, eps, s, found)
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("norm", [norms.RMS, norms.LAYER], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sum_and_its_statistics(dtype, norm):
     """The statistics are those of the rounded sum, which is what the next layer reads."""
@@ -68,20 +69,17 @@ def test_a_norm_alone(dtype, norm):
         call = make((3, n), (n,), dtype, norm, **options)._replace(
             weights=[torch.eye(n, dtype=dtype)]
         )
-        x, _, _, _, eps, gain, offset, norm_bias, alpha, _, _ = there(call)
-        found = gpu.normalize(
-            x, norm, eps, gain=gain, gain_offset=offset, norm_bias=norm_bias, alpha=alpha
-        )
+        found = gpu.normalize(there(call))
         assert_close(call, [found.cpu()], what=(n, options), first=False)
 
 
 def test_no_rows_and_no_statistics():
     empty = torch.empty(0, 8, device=DEVICE)
-    assert gpu.row_scale(empty, "rms", 0.0)[0].shape == (0,)
-    assert [t.shape for t in gpu.add_stats(empty, empty, "layer", 0.0)] == [(0, 8), (0,), (0,)]
-    assert gpu.normalize(empty).shape == (0, 8)
-    with pytest.raises(FlashNormError, match="norm 'dyt' has no statistics; rms and layer have"):
-        gpu.row_scale(empty, "dyt", 0.0)
+    assert gpu.row_scale(empty, norms.RMS, 0.0)[0].shape == (0,)
+    assert [t.shape for t in gpu.add_stats(empty, empty, norms.LAYER, 0.0)] == [(0, 8), (0,), (0,)]
+    assert gpu.normalize(Call(empty, ())).shape == (0, 8)
+    with pytest.raises(FlashNormError, match="norm 'dyt' has no statistics"):
+        gpu.row_scale(empty, norms.DYT, 0.0)
 
 
 CALL = there(make((2, 3, 16), (5,), torch.float32, gain=True, bias=True))
@@ -96,7 +94,7 @@ REFUSED = {
     "half": (CALL._replace(x=CALL.x.half()), "x is torch.float16 on .* and a weight torch.float32"),
     "columns": (CALL._replace(weights=[CALL.weights[0].T]), "a weight's rows are not dense"),
     "residual": (
-        CALL._replace(residual=torch.ones(2, 3, 5).bfloat16()),
+        CALL._replace(output_residual=torch.ones(2, 3, 5).bfloat16()),
         "the residual is not like x: torch.bfloat16",
     ),
     "bias": (CALL._replace(biases=[CALL.biases[0].double()]), "a bias is torch.float64 on"),

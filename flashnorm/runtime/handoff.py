@@ -1,8 +1,12 @@
-"""What a norm computes before its readers ask, and when a reader may take it.
+"""What a norm has precomputed for its readers: left with its output, and taken from there, once.
 
 Nothing that can happen to a tensor is forbidden between a norm and its reader: not everything that
 writes leaves a trace (`x.data`, `x.numpy()`, a swap of the memory). So a reader takes a result only
-where the values that it is given are, bit for bit, those that the result was computed from.
+where the values that it is given are, bit for bit, those that the result was computed from. While
+a step is captured there are no values yet, and the version of the tensor has to do; a compiled
+graph is made of what was seen while it was traced.
+
+This is the only place that hands work from a norm to its readers.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from flashnorm.kernels import dispatch
+
 # Bytes that are compared as a text, which takes the least of Python; more are compared by torch.
 AS_TEXT = 1 << 15
 # Compared as whole numbers, so that a NaN is what it was and -0 is not 0.
@@ -29,7 +35,7 @@ def _memory(size: int) -> Any:
     return c_char * size
 
 
-class Ahead:
+class Precomputed:
     """Results for the readers of a tensor, and the values that they were computed from."""
 
     __slots__ = ("bits", "copy", "dtype", "found", "memory", "place", "shape")
@@ -55,6 +61,64 @@ class Ahead:
         else:
             same = torch.equal(x.view(self.copy.dtype), self.copy)
         return self.found.pop(reader, None) if same else None
+
+
+class Captured:
+    """The same while a step is captured: what writes in place is told by the tensor's version.
+
+    But for what goes past it (`x.data`); hooks that could are excluded.
+    """
+
+    __slots__ = ("found", "place", "version")
+
+    def __init__(self, z: Tensor, found: dict[Any, Tensor]) -> None:
+        self.found, self.version, self.place = found, z._version, z.data_ptr()
+
+    def take(self, x: Tensor, reader: Any) -> Tensor | None:
+        """The reader's result, once, if x is as it was returned."""
+        if x._version != self.version or x.data_ptr() != self.place:
+            return None
+        return self.found.pop(reader, None)
+
+
+def leave(z: Tensor, found: dict[Any, Tensor], captured: bool = False) -> None:
+    """Leave results for the readers of z with it."""
+    made = Captured(z, found) if captured else Precomputed(z, found)
+    z._flashnorm = made  # type: ignore[attr-defined]
+
+
+def pop_precomputed(x: Any, reader: Any) -> Tensor | None:
+    """What a norm has computed for this reader of its output, once."""
+    made = getattr(x, "_flashnorm", None)
+    if made is None or torch.is_grad_enabled() or not _may_take(reader):
+        return None
+    if type(made) is dict or not dispatch.same_as_before() or reader.unlike(x):
+        return None
+    found: Tensor | None = made.take(x, reader)
+    return found
+
+
+def _may_take(reader: Any) -> bool:
+    """Whether a reader is what was recorded, and is called by the module as it was."""
+    if reader.module.__dict__.get("forward") is not reader.installed or reader.watch.changed():
+        return False
+    return not reader.inner or reader.intact()
+
+
+def leave_in_graph(z: Tensor, found: dict[Any, Tensor]) -> None:
+    """`leave`, for a compiled graph."""
+    z._flashnorm = found  # type: ignore[attr-defined]
+
+
+def pop_in_graph(x: Any, reader: Any) -> Tensor | None:
+    """`pop_precomputed`, for a compiled graph, which is made of what is seen while it is traced."""
+    found = getattr(x, "_flashnorm", None)
+    if type(found) is not dict or torch.is_grad_enabled() or reader.changed_in_graph():
+        return None
+    if reader.unlike(x) or reader.module._forward_pre_hooks:
+        return None
+    ready: Tensor | None = found.pop(reader, None)
+    return ready
 
 
 class Places:

@@ -1,4 +1,4 @@
-"""A kernel bound to the parameters of modules: packed once, and again when one of them moves."""
+"""A kernel bound to the parameters of modules: once, and again when one of them moves."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels import norms
+from flashnorm.kernels.backend import Backend, Bound
+from flashnorm.kernels.call import Call
+
+GONE = "a parameter is no longer held by its module: it is computed, or was removed"
 
 
 @dataclass(frozen=True)
 class Norm:
     """What a norm module computes: `norm(x) · (offset + gain) + bias`, by the names it holds.
 
-    kind is that of `kernels.call.NORMS`; gain and bias are attributes of the module, or empty.
+    kind is the name of a `NormKind`; gain and bias are attributes of the module, or empty.
     """
 
     kind: str
@@ -27,6 +30,9 @@ class Norm:
     gain: str = ""
     offset: float = 0.0
     bias: str = ""
+
+
+NO_NORM = Norm(norms.NONE.name, 0.0)
 
 
 class Slice(NamedTuple):
@@ -49,29 +55,44 @@ class Product(NamedTuple):
     rows: Slice
 
 
-class Recipe(NamedTuple):
-    """What a kernel is made of but for modules; `most` by the numbers of `cpu.DTYPES`."""
+class KernelSpec(NamedTuple):
+    """What a kernel is made of but for modules, and what a compiled graph has to know of it.
+
+    alone and precompute: those of the backend's `CompiledPolicy`. most: (name of a dtype, elements
+    of x that it takes in a compiled graph); unknown: those dtypes in which it is called where the
+    number of elements is not known. (torch.compile cannot look into a dict of a constant.)
+    """
 
     norm: Norm
     products: list[Slice]
     activation: str | None
-    most: list[int]
+    device: str
+    alone: bool
+    precompute: bool
+    most: list[tuple[str, int]]
+    unknown: list[str]
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a compiled graph should call the kernel on x: by place, dtype and size."""
+        if x.device.type != self.device:
+            return False
+        dtype, size = str(x.dtype), x.numel()
+        for name, most in self.most:
+            if name == dtype:
+                return size <= most if isinstance(size, int) else name in self.unknown
+        return False
 
 
 @torch.compiler.assume_constant_result
-def recipe(written: str) -> Recipe:
+def read_spec(written: str) -> KernelSpec:
     """What a text stands for: a compiled graph checks the text at every call, not every field."""
     return _read(written)
 
 
 @cache
-def _read(written: str) -> Recipe:
-    norm, products, activation, most = json.loads(written)
-    return Recipe(Norm(*norm), [Slice(*rows) for rows in products], activation, most)
-
-
-NONE = Norm("none", 0.0)
-GONE = "a parameter is no longer held by its module: it is computed, or was removed"
+def _read(written: str) -> KernelSpec:
+    norm, products, *rest = json.loads(written)
+    return KernelSpec(Norm(*norm), [Slice(*rows) for rows in products], *rest)
 
 
 class Kernel:
@@ -83,31 +104,36 @@ class Kernel:
 
     def __init__(
         self,
-        norm: Norm = NONE,
+        backend: Backend,
+        norm: Norm = NO_NORM,
         holder: nn.Module | None = None,
         products: Sequence[Product] = (),
         activation: str | None = None,
     ) -> None:
-        self.norm, self.holder, self.products = norm, holder, tuple(products)
-        self.activation = activation
+        self.backend, self.norm, self.holder = backend, norm, holder
+        self.products, self.activation = tuple(products), activation
         self.modules = tuple(module for module, _ in self.products)
-        widths = [rows.length for _, rows in self.products]
-        self.widths = widths[:1] if activation else widths
         self._slots: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name) for module, name in self._names()
         ]
         # How many elements of x are worth the kernel; with more of them a library is faster.
-        n = self._weight(self.products[0]).shape[1] if products else 0
-        count = len(self.products)
-        self.most = {dtype: n * cpu.rows_for(dtype, n, count) for dtype in cpu.DTYPES}
+        self.most = self._most(compiled=False)
         self.written = self._write()
-        self._bound: tuple[list[Any], bytes, int, str] = ([], b"", 0, "")
+        self._bound: tuple[list[Any], Bound | None, str] = ([], None, "")
+
+    def _most(self, compiled: bool) -> dict[torch.dtype, int]:
+        n, count = self._weight(self.products[0]).shape[1] if self.products else 0, self.products
+        rows, dtypes = self.backend.rows, self.backend.limits.dtypes
+        return {dtype: n * rows(dtype, n, len(count), compiled) for dtype in dtypes}
 
     def _write(self) -> str:
-        """The kernel as a text, which `recipe` reads."""
+        """The kernel as a text, which `read_spec` reads."""
         rows = [rows for _, rows in self.products]
-        most = [self.most[dtype] for dtype in cpu.DTYPES]
-        return json.dumps([astuple(self.norm), rows, self.activation, most])
+        most = [(str(dtype), most) for dtype, most in self._most(compiled=True).items() if most]
+        device, policy = self.backend.device, self.backend.compiled
+        unknown = [str(dtype) for dtype in policy.unknown]
+        made = [astuple(self.norm), rows, self.activation]
+        return json.dumps([*made, device, policy.alone, policy.precompute, most, unknown])
 
     @staticmethod
     def _weight(product: Product) -> Tensor:
@@ -125,8 +151,10 @@ class Kernel:
     def parameters(self) -> list[Tensor]:
         return [held[name] for held, name in self._slots if held.get(name) is not None]
 
-    def bind(self, x: Tensor) -> tuple[bytes, int, str]:
-        """The packed call, how many elements of x it may take, and why there is none ("" if so)."""
+    def bind(self, x: Tensor) -> tuple[Bound | None, str]:
+        """What the backend has bound for an x like this, or None and why there is none."""
+        if not self.backend.keeps:
+            return self._bind(x)
         state: list[Any] = [x.dtype, x.shape[-1]]
         try:
             for held, name in self._slots:
@@ -134,17 +162,23 @@ class Kernel:
                 strides = p.is_contiguous() or p.stride()
                 state += (p.data_ptr(), type(p), p.dtype, p.shape, strides)
         except (AttributeError, KeyError):
-            return b"", 0, GONE
+            return None, GONE
         except RuntimeError:  # there is no memory to point to
-            return b"", 0, self.why_not(x) or GONE
+            return None, self.why_not(x) or GONE
         bound = self._bound
         if bound[0] != state:
-            self._bound = bound = (state, *self._pack(x))
+            self._bound = bound = (state, *self._bind(x))
         return bound[1:]
+
+    def _bind(self, x: Tensor) -> tuple[Bound | None, str]:
+        if reason := self.why_not(x):
+            return None, reason
+        found = self.backend.bind(self.call(x))
+        return (None, found) if isinstance(found, str) else (found, "")
 
     def call(self, x: Tensor) -> Call:
         """The arguments, as the plain functions take them."""
-        made = recipe(self.written)
+        made = read_spec(self.written)
         norm = made.norm
         gain, bias = (self._held(name) for name in (norm.gain, norm.bias))
         pairs = [part(*product) for product in zip(self.modules, made.products, strict=True)]
@@ -152,7 +186,7 @@ class Kernel:
             x,
             [weight for weight, _ in pairs],
             [bias for _, bias in pairs],
-            norm.kind,
+            norms.KINDS[norm.kind],
             norm.eps,
             gain,
             norm.offset,
@@ -178,17 +212,9 @@ class Kernel:
                 return f"a weight had {total} rows and has {found} now"
         return ""
 
-    def _pack(self, x: Tensor) -> tuple[bytes, int, str]:
-        if reason := self.why_not(x):
-            return b"", 0, reason
-        call = self.call(x)
-        try:
-            check(call)
-        except ValueError as error:
-            return b"", 0, str(error)
-        if unfit := cpu.why_not(call):
-            return b"", 0, unfit
-        return cpu.pack(call), cpu.most_rows(call) * x.shape[-1], ""
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was bound, which holds addresses of this process."""
+        return {**self.__dict__, "_bound": ([], None, "")}
 
 
 def part(module: nn.Module, rows: Slice) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,127 @@
+"""The formats of weights, a row each: dtypes, numbers in the kernels, and how a block is decoded.
+
+A dense weight is a tensor as it is, [k, n]; in any other format it is a `Weight`. A call takes
+both. `register` adds a format, which runs on the reference (its dequantized values) until a kernel
+decodes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The dtypes of x, parameters and dense weights that kernels know, by their numbers in csrc/api.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BOOLEAN = 3  # of an attention mask, beside these
+HALVES = (torch.bfloat16, torch.float16)
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+# The largest number of a dtype that weights and rows are quantized to.
+LARGEST = {FP8: 448.0, INT8: 127.0}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFormat:
+    """How the numbers of a weight lie in memory.
+
+    dequantize(weight): W as the products see it, [k, n], in float64. bits: per number, without
+    scales. code: its number in the kernels; None where no kernel decodes it.
+    """
+
+    name: str
+    dequantize: Callable[[Weight], Tensor]
+    bits: float
+    code: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return find, (self.name,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightFormat:
+        return self
+
+    def __repr__(self) -> str:
+        return f"WeightFormat({self.name!r})"
+
+
+class Weight(NamedTuple):
+    """A weight [outputs, features] in a format: values as they lie, and what they are scaled by."""
+
+    values: Tensor
+    format: WeightFormat
+    scales: Tensor
+    outputs: int
+    features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """[k, n], whatever the values take."""
+        return torch.Size((self.outputs, self.features))
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def dim(self) -> int:
+        return 2
+
+    def dequantized(self) -> Tensor:
+        """W as the products see it: [k, n], float64."""
+        return self.format.dequantize(self)
+
+
+AnyWeight = Tensor | Weight
+FORMATS: dict[str, WeightFormat] = {}
+
+
+def register(row: WeightFormat) -> WeightFormat:
+    """Let weights be of a format. Raises ValueError where there is another of that name."""
+    if FORMATS.setdefault(row.name, row) is not row:
+        raise ValueError(f"there is a weight format {row.name!r} already")
+    return row
+
+
+def find(name: str) -> WeightFormat:
+    """The format of this name. Raises ValueError where there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"no weight format {name!r}: there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def dense(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
+    """W as a tensor of a dtype: what the reference multiplies."""
+    return (weight.dequantized() if isinstance(weight, Weight) else weight).to(dtype)
+
+
+def memory(weight: AnyWeight) -> Tensor:
+    """The tensor that holds the numbers of a weight."""
+    return weight.values if isinstance(weight, Weight) else weight
+
+
+def packed(weights: Any) -> Weight | None:
+    """The first of these that is not dense, if there is one."""
+    for weight in weights:
+        if type(weight) is Weight:
+            return weight
+    return None
+
+
+def _by_rows(weight: Weight) -> Tensor:
+    values = weight.values[: weight.outputs, : weight.features].double()
+    return values * weight.scales[: weight.outputs].double()
+
+
+# `W ≈ values ⊙ scales`, values filled up with zeros to multiples of 16, one scale per row.
+FP8_ROWS = register(WeightFormat("fp8-rows", _by_rows, 8))
+INT8_ROWS = register(WeightFormat("int8-rows", _by_rows, 8))
