@@ -57,7 +57,7 @@ class BuildKernels(build_ext):
             made.pop("amx", None)  # which adds to that
         objects += [file for files in made.values() for file in files]
         objects += self._compile("library", [f"-DFLASHNORM_HAS_{isa.upper()}" for isa in made])
-        objects += self._compile("crew", [])
+        objects += self._compile("thread_pool", [])
         objects += self._compile("operators", ["-fexceptions", "-frtti"])  # torch expects them
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, extra_postargs=LAST, target_lang="c++")

@@ -1,8 +1,8 @@
-// What Python hands over: plain numbers and pointers, in the order in which kernels/cpu.py packs them.
+// What Python hands over: plain numbers and pointers, in the order in which calls.py packs them.
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 4
+#define FLASHNORM_ABI 5
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

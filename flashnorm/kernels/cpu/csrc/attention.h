@@ -118,7 +118,7 @@ inline float largest(const float* s, int64_t end) {
 }
 
 // s = exp(s + mask − max); returns their sum. Both are padded; what is behind `count` becomes zero.
-inline float soften(float* s, const float* mask, int64_t count) {
+inline float exp_and_sum(float* s, const float* mask, int64_t count) {
   const int64_t end = padded(count);
   if (mask)
     for (int64_t t = 0; t < end; ++t) s[t] += mask[t];
@@ -160,17 +160,17 @@ inline Range shown(const float* mask, int64_t length) {
 }
 
 // Where a thread keeps the mask of a sequence, and q, scores and sums of the heads of a group.
-struct Desk {
+struct Buffers {
   int64_t heads, apart;  // scores of two heads are so far apart
   float *mask, *q, *scores, *out, *total;
 };
 
-inline int64_t desk_floats(const Attend& a) {
+inline int64_t buffer_floats(const Attend& a) {
   const int64_t heads = a.heads / a.kv_heads, length = padded(a.length);
   return length + PAD + heads * (padded(a.width) + length + padded(a.value_width) + 1);
 }
 
-inline Desk desk(const Attend& a, float* space) {
+inline Buffers buffers(const Attend& a, float* space) {
   const int64_t heads = a.heads / a.kv_heads, length = padded(a.length);
   float* q = space + length + PAD;
   float* scores = q + heads * padded(a.width);
@@ -188,31 +188,31 @@ inline Rows<T> rows(const void* p, int64_t at, int64_t stride, int64_t width, Ra
 
 // q · scale of the heads that share kv head g of sequence b.
 template <class T>
-inline void copy_queries(const Attend& a, const Desk& d, int64_t b, int64_t g) {
+inline void copy_queries(const Attend& a, const Buffers& buf, int64_t b, int64_t g) {
   const int64_t width = padded(a.width);
-  const T* q = static_cast<const T*>(a.q) + b * a.q_batch + g * d.heads * a.q_head;
-  for (int64_t h = 0; h < d.heads; ++h) copy_row(q + h * a.q_head, a.width, d.q + h * width);
+  const T* q = static_cast<const T*>(a.q) + b * a.q_batch + g * buf.heads * a.q_head;
+  for (int64_t h = 0; h < buf.heads; ++h) copy_row(q + h * a.q_head, a.width, buf.q + h * width);
   const float scale = static_cast<float>(a.scale);
-  for (int64_t i = 0; i < d.heads * width; ++i) d.q[i] *= scale;
+  for (int64_t i = 0; i < buf.heads * width; ++i) buf.q[i] *= scale;
 }
 
-template <class T> inline void score(const Rows<T>& k, const Desk& d) {
+template <class T> inline void score(const Rows<T>& k, const Buffers& buf) {
   for (int64_t t = 0; t < k.count; t += KEYS) {
     for (int64_t c = t; c < smaller(t + KEYS, k.count); ++c) k.fetch(c);
-    some_heads<T>(d.heads, [&](auto some, int64_t h) {
-      some.score(k, t, d.q + h * padded(k.width), d.scores + h * d.apart, d.apart);
+    some_heads<T>(buf.heads, [&](auto some, int64_t h) {
+      some.score(k, t, buf.q + h * padded(k.width), buf.scores + h * buf.apart, buf.apart);
     });
   }
 }
 
-template <class T> inline void mix(const Rows<T>& v, const Desk& d) {
+template <class T> inline void mix(const Rows<T>& v, const Buffers& buf) {
   const int64_t width = padded(v.width);
-  for (int64_t i = 0; i < d.heads * width; ++i) d.out[i] = 0.0f;
+  for (int64_t i = 0; i < buf.heads * width; ++i) buf.out[i] = 0.0f;
   for (int64_t t = 0; t < v.count; t += VALUES) {
     const int64_t end = smaller(t + VALUES, v.count);
     for (int64_t c = t; c < end; ++c) v.fetch(c);
-    some_heads<T>(d.heads, [&](auto some, int64_t h) {
-      some.mix(v, t, end, d.scores + h * d.apart, d.apart, d.out + h * width);
+    some_heads<T>(buf.heads, [&](auto some, int64_t h) {
+      some.mix(v, t, end, buf.scores + h * buf.apart, buf.apart, buf.out + h * width);
     });
   }
 }
@@ -220,19 +220,20 @@ template <class T> inline void mix(const Rows<T>& v, const Desk& d) {
 // The heads that share kv head g of sequence b, over `range` of the rows of k and v. Without any,
 // or where each score is −infinity, the result is zero.
 template <class T>
-inline void attend_group(const Attend& a, const Desk& d, int64_t b, int64_t g, Range range,
+inline void attend_group(const Attend& a, const Buffers& buf, int64_t b, int64_t g, Range range,
                          int64_t ahead) {
   const auto k = rows<T>(a.k, b * a.k_batch + g * a.k_head, a.k_row, a.width, range, ahead);
   const auto v = rows<T>(a.v, b * a.v_batch + g * a.v_head, a.v_row, a.value_width, range, ahead);
-  copy_queries<T>(a, d, b, g);
-  score(k, d);
-  for (int64_t h = 0; h < d.heads; ++h)
-    d.total[h] = soften(d.scores + h * d.apart, a.mask ? d.mask + range.begin : nullptr, k.count);
-  mix(v, d);
-  T* out = static_cast<T*>(a.out) + (b * a.heads + g * d.heads) * a.value_width;
-  for (int64_t h = 0; h < d.heads; ++h) {
-    float* row = d.out + h * padded(a.value_width);
-    scale_bias(row, d.total[h] == 0.0f ? 0.0f : 1.0f / d.total[h], nullptr, a.value_width);
+  copy_queries<T>(a, buf, b, g);
+  score(k, buf);
+  for (int64_t h = 0; h < buf.heads; ++h)
+    buf.total[h] =
+        exp_and_sum(buf.scores + h * buf.apart, a.mask ? buf.mask + range.begin : nullptr, k.count);
+  mix(v, buf);
+  T* out = static_cast<T*>(a.out) + (b * a.heads + g * buf.heads) * a.value_width;
+  for (int64_t h = 0; h < buf.heads; ++h) {
+    float* row = buf.out + h * padded(a.value_width);
+    scale_bias(row, buf.total[h] == 0.0f ? 0.0f : 1.0f / buf.total[h], nullptr, a.value_width);
     store_row<T>(row, out + h * a.value_width, nullptr, a.value_width);
   }
 }
@@ -242,19 +243,19 @@ int32_t attend_part(const Attend& a, int64_t ahead, int64_t part, int64_t parts)
   const int64_t groups = a.batch * a.kv_heads;
   const int64_t begin = groups * part / parts, end = groups * (part + 1) / parts;
   if (begin == end) return OK;
-  float* space = arena(desk_floats(a));
+  float* space = workspace(buffer_floats(a));
   if (!space) return NO_MEMORY;
-  const Desk d = desk(a, space);
+  const Buffers buf = buffers(a, space);
   Range range{0, a.length};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
     if (a.mask && (i == begin || (g == 0 && a.mask_batch))) {
-      copy_mask(a, b, d.mask);
-      range = shown(d.mask, a.length);
+      copy_mask(a, b, buf.mask);
+      range = shown(buf.mask, a.length);
     }
-    if (a.type == FLOAT32) attend_group<float>(a, d, b, g, range, ahead);
-    else if (a.type == BFLOAT16) attend_group<Bf16>(a, d, b, g, range, ahead);
-    else attend_group<Fp16>(a, d, b, g, range, ahead);
+    if (a.type == FLOAT32) attend_group<float>(a, buf, b, g, range, ahead);
+    else if (a.type == BFLOAT16) attend_group<Bf16>(a, buf, b, g, range, ahead);
+    else attend_group<Fp16>(a, buf, b, g, range, ahead);
   }
   return OK;
 }

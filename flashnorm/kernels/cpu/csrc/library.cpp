@@ -9,9 +9,9 @@
 #include <unistd.h>
 #endif
 
-#include "arena.h"
-#include "crew.h"
 #include "table.h"
+#include "thread_pool.h"
+#include "workspace.h"
 
 #define DECLARE(isa) extern const Table flashnorm_##isa
 DECLARE(portable);
@@ -102,7 +102,7 @@ struct Job {
   const void *op, *call;
   int32_t (*part)(const Job&, int64_t part, int64_t parts);
   std::atomic<int32_t> status;
-  Supply* supply;
+  WorkQueue* queue;
 };
 
 void work(void* data, int64_t part, int64_t parts) {
@@ -114,15 +114,15 @@ void work(void* data, int64_t part, int64_t parts) {
 // Calls with so many rows or fewer run on threads of our own, which read ahead for the next one. More
 // rows come with loops of torch's own that are shared between OpenMP's threads: two sets of threads
 // would get in each other's way.
-std::atomic<int64_t> crew_rows{1};
-std::atomic<int64_t> crew_calls{0};
+std::atomic<int64_t> thread_pool_rows{1};
+std::atomic<int64_t> thread_pool_calls{0};
 
 int32_t parallel(Job& job, int64_t threads, int64_t rows, const Reads* reads = nullptr) {
   if (threads <= 1 || !omp_parallel) return job.part(job, 0, 1);
-  const bool few = rows <= crew_rows.load(std::memory_order_relaxed);
-  if (!few) flashnorm_crew_pass();
-  if (few && flashnorm_crew_run({work, &job, threads, reads}))
-    crew_calls.fetch_add(1, std::memory_order_relaxed);
+  const bool few = rows <= thread_pool_rows.load(std::memory_order_relaxed);
+  if (!few) flashnorm_thread_pool_skip_next();
+  if (few && flashnorm_thread_pool_run({work, &job, threads, reads}))
+    thread_pool_calls.fetch_add(1, std::memory_order_relaxed);
   else
     omp_parallel([](void* data) { work(data, omp_thread(), omp_threads()); }, &job,
                  static_cast<unsigned>(threads), 0);
@@ -156,7 +156,7 @@ Reads reads_of(const Op& op) {
 }
 
 // Output columns in pieces that are multiples of `least`; `whole` gives each thread one piece.
-Supply supply_of(const Op& op, int64_t least, bool whole, int64_t threads) {
+WorkQueue queue_of(const Op& op, int64_t least, bool whole, int64_t threads) {
   const int64_t total = op.act ? op.segment[0].rows : all_rows(op);
   const int64_t bytes = row_bytes(op) * (op.act ? 2 : 1) * least;
   const int64_t pieces = whole ? (total + threads - 1) / threads / least + 1
@@ -169,9 +169,9 @@ std::atomic<int64_t> prefetch_bytes{8192};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
 int32_t run_job(const Job& job, int64_t part, int64_t) {
-  const How how{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
+  const Options options{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
   return job.use.table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
-                            how, *job.supply, part);
+                            options, *job.queue, part);
 }
 
 int32_t normalize_job(const Job& job, int64_t part, int64_t parts) {
@@ -208,13 +208,13 @@ int32_t tiled_job(const Job& job, int64_t part, int64_t) {
   const TileTable& tiles = *job.use.tiles;
   Packed packed = work.packed;
   if (!packed.memory) {
-    packed.memory = flashnorm_arena(PACKED, tiles.bytes(work.op, packed.rows) / 4);
+    packed.memory = flashnorm_workspace(PACKED, tiles.bytes(work.op, packed.rows) / 4);
     if (!packed.memory) return NO_MEMORY;
     const int32_t status = tiles.pack(work.op, work.call, packed, 0, 1);
     if (status != OK) return status;
   }
   const int64_t ahead = tile_prefetch.load(std::memory_order_relaxed);
-  return tiles.run(work.op, work.call, packed, ahead, *job.supply, part);
+  return tiles.run(work.op, work.call, packed, ahead, *job.queue, part);
 }
 
 int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t threads) {
@@ -224,13 +224,13 @@ int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t thr
   for (int64_t first = 0; first < call.rows && status == OK; first += most) {
     TiledWork work{op, call, {nullptr, first, smaller(most, call.rows - first)}};
     if (work.packed.rows > FEW_ROWS) {
-      work.packed.memory = flashnorm_arena(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
+      work.packed.memory = flashnorm_workspace(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
       if (!work.packed.memory) return NO_MEMORY;
       Job pack{use, nullptr, &work, pack_job, {OK}, nullptr};
       if ((status = parallel(pack, threads, call.rows)) != OK) break;
     }
-    Supply supply = supply_of(op, FEW_ROWS, false, threads);
-    Job run{use, nullptr, &work, tiled_job, {OK}, &supply};
+    WorkQueue queue = queue_of(op, FEW_ROWS, false, threads);
+    Job run{use, nullptr, &work, tiled_job, {OK}, &queue};
     status = parallel(run, threads, call.rows);
   }
   return status;
@@ -262,24 +262,24 @@ int32_t read_job(const Job& job, int64_t part, int64_t parts) {
 }
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr bool exact_arena = true;  // so that what lies behind the memory asked for is watched
+constexpr bool exact_workspace = true;  // so that what lies behind the memory asked for is watched
 #else
-constexpr bool exact_arena = false;
+constexpr bool exact_workspace = false;
 #endif
 
-struct Arena {
+struct Workspace {
   void* memory = nullptr;
   int64_t bytes = 0;
-  ~Arena() { free(memory); }
+  ~Workspace() { free(memory); }
 };
 
 }  // namespace
 
-float* flashnorm_arena(ArenaUse use, int64_t floats) {
-  thread_local Arena arenas[ARENA_USES];
-  Arena& mine = arenas[use];
+float* flashnorm_workspace(WorkspaceUse use, int64_t floats) {
+  thread_local Workspace workspaces[WORKSPACE_USES];
+  Workspace& mine = workspaces[use];
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
-  if (bytes > mine.bytes || exact_arena) {
+  if (bytes > mine.bytes || exact_workspace) {
     free(mine.memory);
     mine = {nullptr, 0};
     if (posix_memalign(&mine.memory, 64, static_cast<size_t>(bytes))) mine.memory = nullptr;
@@ -291,7 +291,7 @@ float* flashnorm_arena(ArenaUse use, int64_t floats) {
 EXPORT int32_t flashnorm_abi() { return FLASHNORM_ABI; }
 
 EXPORT void flashnorm_use_openmp(OmpParallel start, Number thread, Number threads, OmpPause pause) {
-  flashnorm_crew_use(start, pause);
+  flashnorm_thread_pool_use(start, pause);
   omp_parallel = start;
   omp_thread = thread;
   omp_threads = threads;
@@ -309,12 +309,12 @@ EXPORT int32_t flashnorm_chosen_isa() {
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
-// Up to how many rows the crew is asked, and how (crew.h).
-EXPORT void flashnorm_tune_crew(int64_t rows, int64_t bytes_ahead, int64_t rest) {
-  crew_rows.store(rows);
-  flashnorm_crew_tune(bytes_ahead, rest);
+// Up to how many rows the pool is asked, and how (thread_pool.h).
+EXPORT void flashnorm_tune_thread_pool(int64_t rows, int64_t bytes_ahead, int64_t rest) {
+  thread_pool_rows.store(rows);
+  flashnorm_thread_pool_tune(bytes_ahead, rest);
 }
-EXPORT int64_t flashnorm_crew_calls() { return crew_calls.load(); }
+EXPORT int64_t flashnorm_thread_pool_calls() { return thread_pool_calls.load(); }
 
 // Few rows are normalized before a second thread has begun.
 int32_t normalize(const Op& op, const Call& call, void* z) {
@@ -333,9 +333,9 @@ EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   const int64_t bytes = all_rows(*op) * row_bytes(*op);
   const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
   if (in_tiles(use, *op, *call)) return run_tiled(use, *op, *call, threads);
-  Supply supply = supply_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
+  WorkQueue queue = queue_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
   const Reads reads = reads_of(*op);
-  Job job{use, op, call, run_job, {OK}, &supply};
+  Job job{use, op, call, run_job, {OK}, &queue};
   return parallel(job, threads, call->rows, &reads);
 }
 

@@ -131,10 +131,10 @@ int64_t threads() {
   return count;
 }
 
-constexpr int64_t MOST_SEGMENTS = 8;  // MOST_WEIGHTS of kernels/cpu.py
+constexpr int64_t MOST_SEGMENTS = 8;  // MOST_WEIGHTS of calls.py
 
 template <class Head, class Item>
-struct Room {
+struct Storage {
   Head head;
   Item more[MOST_SEGMENTS - 1];
 };
@@ -159,8 +159,8 @@ void norm_linear(Value* stack, uint64_t, uint64_t) {
   need(segments && segments <= MOST_SEGMENTS, "norm_linear_cpu: no weights, or too many");
   need(x.type < BOOLEAN && x.dims && x.contiguous(), "norm_linear_cpu: x is not contiguous");
 
-  Room<Op, Segment> op_room;
-  Op& op = op_room.head;
+  Storage<Op, Segment> op_storage;
+  Op& op = op_storage.head;
   op = {};
   op.n = x.size(-1);
   op.norm = static_cast<int32_t>(from<int64_t>(stack[4]));
@@ -195,8 +195,8 @@ void norm_linear(Value* stack, uint64_t, uint64_t) {
     op.shift = shift->data, op.shift_type = shift->type;
   }
 
-  Room<Call, Output> call_room;
-  Call& call = call_room.head;
+  Storage<Call, Output> call_storage;
+  Call& call = call_storage.head;
   call = {};
   call.x = x.data, call.x_stride = op.n, call.threads = threads();
   call.rows = 1;

@@ -8,7 +8,7 @@ namespace {
 int32_t normalize_part(const Op& op, const Call& call, int64_t part, int64_t parts) {
   const int64_t begin = call.rows * part / parts, end = call.rows * (part + 1) / parts;
   const int64_t width = padded(op.n);
-  float* space = arena(3 * width);
+  float* space = workspace(3 * width);
   if (!space) return NO_MEMORY;
   const Affine gains = affine(op, space);
   float* row = space + 2 * width;
@@ -22,7 +22,7 @@ int32_t normalize_part(const Op& op, const Call& call, int64_t part, int64_t par
 
 int32_t glu_part(const Glu& g, int64_t part, int64_t parts) {
   const int64_t begin = g.rows * part / parts, end = g.rows * (part + 1) / parts;
-  float* gate = arena(2 * padded(g.width));
+  float* gate = workspace(2 * padded(g.width));
   if (!gate) return NO_MEMORY;
   float* up = gate + padded(g.width);
   for (int64_t m = begin; m < end; ++m) {

@@ -1,9 +1,9 @@
 // One thread's share of y = act(s ⊙ (f(x) Wᵀ) + c) [+ residual]: a block of output columns.
 #pragma once
-#include "arena.h"
 #include "finish.h"
 #include "skinny.h"
 #include "table.h"
+#include "workspace.h"
 
 namespace {
 
@@ -11,7 +11,7 @@ namespace {
 struct Block {
   const Op& op;
   const Call& call;
-  const How& how;
+  const Options& options;
   int64_t first, rows;        // which rows of x
   const float* x;             // [rows][padded n]
   const Bf16* pairs;          // the raw rows, where they are exact enough as they are; or null
@@ -26,11 +26,11 @@ inline const char* offset(const void* p, int32_t type, int64_t elements) {
 
 inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
   const int32_t type = b.op.weight_type;
-  const int64_t n = b.op.n, ahead = smaller(b.how.ahead / size_of(type), n);
+  const int64_t n = b.op.n, ahead = smaller(b.options.ahead / size_of(type), n);
   const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
   const void* weight = offset(s.weight, type, at * s.stride);
   const Product p{weight, x, s.stride, padded(n), n, ahead, b.rows, count, out};
-  if (b.pairs) b.how.pairs(p);
+  if (b.pairs) b.options.pairs(p);
   else if (type == FLOAT32) products<Plain<float>>(p);
   else if (type == BFLOAT16) products<Plain<Bf16>>(p);
   else products<Plain<Fp16>>(p);
@@ -83,8 +83,8 @@ inline void run_glu(const Block& b, Range range) {
 
 // Products of bf16 pairs treat subnormal numbers as zero and are exact otherwise: safe for rows that
 // are far from subnormal and have not been touched.
-inline bool pairs_allowed(const Op& op, const How& how) {
-  return how.pairs && op.x_type == BFLOAT16 && op.weight_type == BFLOAT16 && !op.gain &&
+inline bool pairs_allowed(const Op& op, const Options& options) {
+  return options.pairs && op.x_type == BFLOAT16 && op.weight_type == BFLOAT16 && !op.gain &&
          !op.shift && (op.norm == NORM_NONE || op.norm == NORM_RMS);
 }
 
@@ -101,7 +101,7 @@ inline int64_t space_for(const Op& op, int64_t rows) {
 inline void prepare(Block& b, const Affine& affine, float* space) {
   const int64_t n = b.op.n, width = padded(n);
   Bf16* pairs = reinterpret_cast<Bf16*>(space + b.rows * width);
-  bool exact = pairs_allowed(b.op, b.how);
+  bool exact = pairs_allowed(b.op, b.options);
   for (int64_t m = 0; m < b.rows; ++m) {
     const int64_t at = (b.first + m) * b.call.x_stride;
     float* row = space + m * width;
@@ -130,15 +130,15 @@ inline void run_columns(const Block& b, Range range) {
 }
 
 // What is left of the columns, piece by piece, for part `part`.
-inline int32_t run_part(const Op& op, const Call& call, const How& how, Supply& supply,
+inline int32_t run_part(const Op& op, const Call& call, const Options& options, WorkQueue& queue,
                         int64_t part) {
   Range range;
-  if (!supply.take(part, range)) return OK;
-  fetch_first(op, range, how.ahead);
-  float* space = arena(space_for(op, smaller(call.rows, MAX_ROWS)));
+  if (!queue.take(part, range)) return OK;
+  fetch_first(op, range, options.ahead);
+  float* space = workspace(space_for(op, smaller(call.rows, MAX_ROWS)));
   if (!space) return NO_MEMORY;
   const Affine gains = affine(op, space);
-  Block block{op, call, how, 0, 0, nullptr, nullptr, {}};
+  Block block{op, call, options, 0, 0, nullptr, nullptr, {}};
   bool ready = false;
   do {
     for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
@@ -150,7 +150,7 @@ inline int32_t run_part(const Op& op, const Call& call, const How& how, Supply& 
       ready = call.rows <= MAX_ROWS;  // one block stays prepared for the next piece
       run_columns(block, range);
     }
-  } while (supply.take(part, range));
+  } while (queue.take(part, range));
   return OK;
 }
 

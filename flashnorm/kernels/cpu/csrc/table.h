@@ -1,7 +1,7 @@
 // What the parts of the library say to each other.
 #pragma once
 #include "api.h"
-#include "supply.h"
+#include "work_queue.h"
 
 constexpr int COLUMNS = 4;    // rows of weights that a tile reads side by side
 constexpr int CHUNK = 64;     // output columns between two epilogues
@@ -16,21 +16,21 @@ struct Product {
   float* out;
 };
 
-struct How {
+struct Options {
   int64_t ahead;                 // bytes of each weight row to prefetch
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
 };
 
 // The entry points of one instruction set.
 struct Table {
-  int32_t (*run)(const Op&, const Call&, const How&, Supply&, int64_t part);
+  int32_t (*run)(const Op&, const Call&, const Options&, WorkQueue&, int64_t part);
   int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
   int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
   float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
   int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
 };
 
-// Rows first..first + rows of x, normalized and turned for tiles, in memory of `TileTable::bytes`.
+// Rows first..first + rows of x, normalized and transposed for tiles, in `TileTable::bytes` bytes.
 struct Packed {
   void* memory;
   int64_t first, rows;
@@ -39,7 +39,7 @@ struct Packed {
 // Products in tiles, for bf16 and widths of whole tiles: pack, then run on what all parts packed.
 struct TileTable {
   int32_t (*pack)(const Op&, const Call&, const Packed&, int64_t part, int64_t parts);
-  int32_t (*run)(const Op&, const Call&, const Packed&, int64_t ahead, Supply&, int64_t part);
+  int32_t (*run)(const Op&, const Call&, const Packed&, int64_t ahead, WorkQueue&, int64_t part);
   int64_t (*bytes)(const Op&, int64_t rows);
 };
 

@@ -1,5 +1,5 @@
-// Several rows of x in tiles: first every row is normalized and turned, then each thread multiplies
-// its block of output columns. What is not exact as it came (a gain, a bias, a mean) is rounded to
+// Several rows of x in tiles: first every row is normalized and transposed, then each thread
+// multiplies its block of output columns. What is not exact as it came (a gain, a bias, a mean) is rounded to
 // bf16 once, as it is in a model that computes its norm by itself.
 #pragma once
 #include "run.h"
@@ -53,7 +53,7 @@ inline float pack_row(const Op& op, const Affine& gains, const Call& call, int64
 int32_t pack_part(const Op& op, const Call& call, const Packed& packed, int64_t part,
                   int64_t parts) {
   const int64_t total = groups(packed.rows), n = op.n;
-  float* space = arena(3 * padded(n) + TILE * n / 2);
+  float* space = workspace(3 * padded(n) + TILE * n / 2);
   if (!space) return NO_MEMORY;
   const Affine gains = affine(op, space);
   float* row = space + 2 * padded(n);
@@ -66,7 +66,7 @@ int32_t pack_part(const Op& op, const Call& call, const Packed& packed, int64_t 
       else memset(static_cast<void*>(rows + i * n), 0, static_cast<size_t>(n) * sizeof(Bf16));
     }
     Bf16* to = pairs_of(packed) + g * TILE * n;
-    for (int64_t i = 0; i < n; i += DEPTH) turn(rows + i, n / 2, to + i * TILE, TILE);
+    for (int64_t i = 0; i < n; i += DEPTH) transpose(rows + i, n / 2, to + i * TILE, TILE);
   }
   return OK;
 }
@@ -132,7 +132,7 @@ template <class Sink> inline void tiled_products(const Tiled& t, const Part& p, 
   const float* factor = factors(t.x) + p.first;
   const auto finish = [&](int c, int r, const float* sums) {
     __m512 v[TILE];
-    turned(sums, TILE, v);
+    transposed(sums, TILE, v);
     const __m512 add = _mm512_load_ps(bias + c * TILE);
     const int64_t rows = smaller(TILE, p.rows - r * TILE);
     for (int64_t m = 0; m < rows; ++m) {
@@ -206,10 +206,10 @@ inline void tiled_glu(const Tiled& t, Range range) {
 
 // What is left of the output columns, piece by piece; `packed` is what pack_part made of x.
 int32_t tiled_part(const Op& op, const Call& call, const Packed& packed, int64_t ahead,
-                   Supply& supply, int64_t part) {
+                   WorkQueue& queue, int64_t part) {
   Range range;
-  if (!supply.take(part, range)) return OK;
-  float* spare = arena(SIDE * op.n);  // two pairs of tiles of bf16
+  if (!queue.take(part, range)) return OK;
+  float* spare = workspace(SIDE * op.n);  // two pairs of tiles of bf16
   if (!spare) return NO_MEMORY;
   const Tiles on;
   const Tiled t{op, call, packed, reinterpret_cast<Bf16*>(spare),
@@ -217,7 +217,7 @@ int32_t tiled_part(const Op& op, const Call& call, const Packed& packed, int64_t
   do {
     if (op.act) tiled_glu(t, range);
     else tiled_linear(t, range);
-  } while (supply.take(part, range));
+  } while (queue.take(part, range));
   return OK;
 }
 

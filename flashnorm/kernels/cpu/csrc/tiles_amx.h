@@ -1,5 +1,5 @@
 // How bf16 rows meet bf16 weights in AMX tiles: out = (16 rows of weights) x (16 rows of x), 32
-// products deep. Weights are read as they lie; the rows of x are turned once so that they fit.
+// products deep. Weights are read as they lie; the rows of x are transposed once so that they fit.
 // Products are exact in float32, each addition rounds once, subnormal numbers count as zero.
 #pragma once
 #include <immintrin.h>
@@ -57,7 +57,7 @@ class Tiles {
 };
 
 // The columns of 16 x 16 numbers of 32 bits whose rows are `stride` apart, each as one register.
-inline void turned(const void* from, int64_t stride, __m512* out) {
+inline void transposed(const void* from, int64_t stride, __m512* out) {
   const float* in = static_cast<const float*>(from);
   __m512 a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * stride);
@@ -83,9 +83,9 @@ inline void turned(const void* from, int64_t stride, __m512* out) {
 }
 
 // to[c][r] = from[r][c] for 16 x 16 numbers of 32 bits; strides in numbers.
-inline void turn(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
   __m512 column[16];
-  turned(from, from_stride, column);
+  transposed(from, from_stride, column);
   for (int c = 0; c < 16; ++c)
     _mm512_storeu_ps(static_cast<float*>(to) + c * to_stride, column[c]);
 }

@@ -1,4 +1,4 @@
-#include "crew.h"
+#include "thread_pool.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -20,7 +20,7 @@ std::atomic<OmpPause> omp_pause{nullptr};
 std::atomic<int64_t> bytes_ahead{-1}, rest_calls{-1};
 std::atomic<bool> others_spin{false};
 
-int64_t room() {
+int64_t prefetch_budget() {
   const int64_t asked = bytes_ahead.load(std::memory_order_relaxed);
   if (asked >= 0) return asked;
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -55,12 +55,12 @@ inline void relax() {
 #endif
 }
 
-// Whether others want the crew's cores: torch's own loops, or another program. Waking them next to a
-// thread that spins takes longer than reading ahead saves, so that the crew leaves for a while.
-class Peace {
+// Whether others want the pool's cores: torch's own loops, or another program. Waking them next to a
+// thread that spins takes longer than reading ahead saves, so that the pool leaves for a while.
+class Contention {
  public:
   // Whether this call should go to OpenMP's threads.
-  bool resting() {
+  bool backing_off() {
     if (rest_ > 0) return --rest_, true;
     if (++calls_ < WATCHED) return false;
     calls_ = 0;
@@ -70,8 +70,8 @@ class Peace {
     return false;
   }
 
-  // A member could not run from `then` until `now`, although it was ready.
-  void ready(int64_t then, int64_t now) {
+  // A worker could not run from `then` until `now`, although it was ready.
+  void observe(int64_t then, int64_t now) {
     if (now - then > LONG_US) disturbed_.fetch_add(1, std::memory_order_relaxed);
   }
 
@@ -85,7 +85,7 @@ class Peace {
 
 // Makes OpenMP see more threads than cores, by a thread with a team of its own: making one takes
 // milliseconds where the cores are busy, so that nobody waits for it.
-class Crowd {
+class Oversubscriber {
  public:
   void want(bool more, int64_t threads) {
     pthread_mutex_lock(&lock_);
@@ -103,7 +103,7 @@ class Crowd {
  private:
   static void* live(void* self) {
     constexpr int soft = 1;
-    Crowd& me = *static_cast<Crowd*>(self);
+    Oversubscriber& me = *static_cast<Oversubscriber*>(self);
     for (;;) {
       const int64_t threads = me.await(true);
       omp_parallel.load()([](void*) {}, nullptr, static_cast<unsigned>(threads), 0);
@@ -126,21 +126,21 @@ class Crowd {
   pthread_cond_t changed_ = PTHREAD_COND_INITIALIZER;
 };
 
-// A job as the members see it.
+// A job as the workers see it.
 struct Task {
-  const CrewJob& job;
-  const Sequel& sequel;
-  int place;  // in the sequel, or NONE
+  const PoolJob& job;
+  const PrefetchHistory& history;
+  int place;  // in the history, or NONE
 };
 
-// One thread of the crew, and the task that it has been offered.
-class alignas(128) Member {
+// One thread of the pool, and the task that it has been offered.
+class alignas(128) Worker {
  public:
-  // False where the system gives no more threads. One of the members is given the crowd.
-  bool start(int64_t part, Peace& peace, Crowd* crowd) {
+  // False where the system gives no more threads. One of the workers is given the oversubscriber.
+  bool start(int64_t part, Contention& contention, Oversubscriber* oversubscriber) {
     part_ = part;
-    peace_ = &peace;
-    crowd_ = crowd;
+    contention_ = &contention;
+    oversubscriber_ = oversubscriber;
     if (pthread_create(&thread_, nullptr, live, this)) return false;
 #ifdef __linux__
     movable_ = !pthread_getaffinity_np(thread_, sizeof allowed_, &allowed_);
@@ -169,7 +169,7 @@ class alignas(128) Member {
 
  private:
   static void* live(void* self) {
-    Member& me = *static_cast<Member*>(self);
+    Worker& me = *static_cast<Worker*>(self);
     for (;;) {
       if (!me.await_call()) me.sleep();
       if (const Task* task = me.offered_.exchange(nullptr)) me.serve(*task);
@@ -180,11 +180,12 @@ class alignas(128) Member {
     const int64_t parts = task.job.parts;
     task.job.part(task.job.data, part_, parts);
     ahead_.count = 0;
-    if (task.place != Sequel::NONE) task.sequel.after(task.place, part_, parts, room(), ahead_);
+    if (task.place != PrefetchHistory::NONE)
+      task.history.after(task.place, part_, parts, prefetch_budget(), ahead_);
     parts_ = parts;
     done_.store(true, std::memory_order_release);  // the task is gone from here on
     fetch();
-    if (++served_ == SEVERAL) crowd(true);
+    if (++served_ == SEVERAL) oversubscribe(true);
   }
 
   // Where cores are virtual, Linux takes an idle one for a busy one and wakes a thread on the core of
@@ -221,14 +222,14 @@ class alignas(128) Member {
         relax();
       }
       sched_yield();
-      peace_->ready(then, now = now_us());
+      contention_->observe(then, now = now_us());
     }
     return called();
   }
 
   void sleep() {
     if (doze(STAY_US)) return;
-    if (served_ >= SEVERAL) crowd(false);
+    if (served_ >= SEVERAL) oversubscribe(false);
     served_ = 0;
     doze(FOREVER);
   }
@@ -247,12 +248,12 @@ class alignas(128) Member {
     return !late;
   }
 
-  void crowd(bool more) {
-    if (crowd_) crowd_->want(more, parts_);
+  void oversubscribe(bool more) {
+    if (oversubscriber_) oversubscriber_->want(more, parts_);
   }
 
   static constexpr int64_t FOREVER = -1;
-  // For one call alone, such as the one that ends the pass over a prompt, a crowd is not worth it.
+  // Not worth it for one call alone, such as the one that ends the pass over a prompt.
   static constexpr int64_t SEVERAL = 2;
 
   int64_t part_ = 0, parts_ = 2, served_ = 0;
@@ -261,84 +262,85 @@ class alignas(128) Member {
   cpu_set_t allowed_;
   bool movable_ = false;
 #endif
-  Peace* peace_ = nullptr;
-  Crowd* crowd_ = nullptr;
-  Ahead ahead_;
+  Contention* contention_ = nullptr;
+  Oversubscriber* oversubscriber_ = nullptr;
+  PrefetchList ahead_;
   std::atomic<const Task*> offered_{nullptr};
   std::atomic<bool> done_{true}, asleep_{false};
   pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
   pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
 };
 
-class Crew {
+class ThreadPool {
  public:
-  bool run(const CrewJob& job) {
+  bool run(const PoolJob& job) {
     if (job.parts > MOST_THREADS || busy_.exchange(true, std::memory_order_acquire)) return false;
-    const bool ours = !peace_.resting() && grow(job.parts - 1);
+    const bool ours = !contention_.backing_off() && grow(job.parts - 1);
     if (ours) share(job);
     busy_.store(false, std::memory_order_release);
     return ours;
   }
 
  private:
-  bool grow(int64_t members) {
-    while (members_ < members &&
-           member_[members_].start(members_ + 1, peace_, members_ ? nullptr : &crowd_))
-      ++members_;
-    return members_ >= members;
+  bool grow(int64_t workers) {
+    while (started_ < workers &&
+           workers_[started_].start(started_ + 1, contention_,
+                                    started_ ? nullptr : &oversubscriber_))
+      ++started_;
+    return started_ >= workers;
   }
 
-  void share(const CrewJob& job) {
-    const Task task{job, sequel_, job.reads ? sequel_.note(*job.reads) : Sequel::NONE};
-    for (int64_t i = 1; i < job.parts; ++i) member_[i - 1].offer(task);
+  void share(const PoolJob& job) {
+    const Task task{job, history_, job.reads ? history_.note(*job.reads) : PrefetchHistory::NONE};
+    for (int64_t i = 1; i < job.parts; ++i) workers_[i - 1].offer(task);
     job.part(job.data, 0, job.parts);
     for (int64_t i = 1; i < job.parts; ++i) {
-      if (member_[i - 1].withdraw()) job.part(job.data, i, job.parts);
-      else member_[i - 1].wait_done();
+      if (workers_[i - 1].withdraw()) job.part(job.data, i, job.parts);
+      else workers_[i - 1].wait_done();
     }
   }
 
   std::atomic<bool> busy_{false};
-  int64_t members_ = 0;
-  Peace peace_;
-  Crowd crowd_;
-  Sequel sequel_;
-  Member member_[MOST_THREADS - 1];
+  int64_t started_ = 0;
+  Contention contention_;
+  Oversubscriber oversubscriber_;
+  PrefetchHistory history_;
+  Worker workers_[MOST_THREADS - 1];
 };
 
 // Never freed: its threads may outlive everything else. A forked process has none of them, and makes
-// a crew of its own.
-std::atomic<Crew*> crew{nullptr};
+// a pool of its own.
+std::atomic<ThreadPool*> the_pool{nullptr};
 
-Crew* the_crew() {
+ThreadPool* thread_pool() {
   static const int forked = pthread_atfork(nullptr, nullptr, [] {
-    crew.store(nullptr);
+    the_pool.store(nullptr);
     others_spin.store(false);
   });
   if (forked || !omp_pause.load(std::memory_order_relaxed)) return nullptr;
-  Crew* found = crew.load(std::memory_order_acquire);
+  ThreadPool* found = the_pool.load(std::memory_order_acquire);
   if (found) return found;
-  Crew* made = new (std::nothrow) Crew;
-  if (!made || crew.compare_exchange_strong(found, made)) return made;
+  ThreadPool* made = new (std::nothrow) ThreadPool;
+  if (!made || the_pool.compare_exchange_strong(found, made)) return made;
   delete made;
   return found;
 }
 
 }  // namespace
 
-bool flashnorm_crew_run(const CrewJob& job) {
-  Crew* mine = the_crew();
+bool flashnorm_thread_pool_run(const PoolJob& job) {
+  ThreadPool* mine = thread_pool();
   return mine && !others_spin.exchange(false, std::memory_order_relaxed) && mine->run(job);
 }
 
-void flashnorm_crew_pass() { others_spin.store(true, std::memory_order_relaxed); }
+void flashnorm_thread_pool_skip_next() { others_spin.store(true, std::memory_order_relaxed); }
 
-void flashnorm_crew_use(OmpParallel parallel, OmpPause pause) {
+void flashnorm_thread_pool_use(OmpParallel parallel, OmpPause pause) {
   omp_parallel.store(parallel);
   omp_pause.store(pause);
 }
 
-void flashnorm_crew_tune(int64_t ahead, int64_t rest) {
+void flashnorm_thread_pool_tune(int64_t ahead, int64_t rest) {
   bytes_ahead.store(ahead);
   rest_calls.store(rest);
 }

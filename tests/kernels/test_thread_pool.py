@@ -32,21 +32,21 @@ def library() -> Iterator[Library]:
     found = load()
     assert isinstance(found, Library)
     before = torch.get_num_threads()
-    found.tune_crew(1, -1, 0)
+    found.tune_thread_pool(1, -1, 0)
     try:
         yield found
     finally:
-        found.tune_crew(1, -1, -1)
+        found.tune_thread_pool(1, -1, -1)
         torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_what_the_crew_promises(sanitizer, tmp_path):
+def test_what_the_pool_promises(sanitizer, tmp_path):
     """Every part once, with threads that sleep, start late and are called from two sides."""
-    program = tmp_path / "crew"
+    program = tmp_path / "thread_pool"
     flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", f"-I{SOURCES}"]
-    sources = [str(HERE / "crew.cpp"), str(SOURCES / "crew.cpp")]
+    sources = [str(HERE / "thread_pool.cpp"), str(SOURCES / "thread_pool.cpp")]
     made = subprocess.run(["g++", *flags, *sources, "-o", str(program)], capture_output=True)
     if made.returncode and b"cannot find" in made.stderr:
         pytest.skip(f"g++ has no runtime for -fsanitize={sanitizer}")
@@ -78,27 +78,27 @@ def results(model: list[Prepared], seed: int = 1) -> list[torch.Tensor]:
 def test_results_do_not_depend_on_who_computes_and_what_is_read_ahead(library):
     torch.set_num_threads(2)
     model = layers()
-    library.tune_crew(0, 0, 0)
-    calls = library.crew_calls()
+    library.tune_thread_pool(0, 0, 0)
+    calls = library.thread_pool_calls()
     expected = results(model)
-    assert library.crew_calls() == calls
+    assert library.thread_pool_calls() == calls
     for threads, ahead in ((2, -1), (2, 0), (2, 1 << 30), (3, -1), (8, 100)):
         torch.set_num_threads(threads)
-        library.tune_crew(1, ahead, 0)
+        library.tune_thread_pool(1, ahead, 0)
         for _ in range(5):
             for y, truth in zip(results(model), expected, strict=True):
                 assert torch.equal(y, truth)
-    assert library.crew_calls() > calls
+    assert library.thread_pool_calls() > calls
 
 
 def test_heads_are_attended_once_with_more_threads_than_cores(library):
     """Its parts are cut beforehand: what a late thread leaves is done by the caller."""
     torch.manual_seed(2)
     q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 8, 300, 64), torch.randn(1, 8, 300, 64)
-    library.tune_crew(0, 0, 0)
+    library.tune_thread_pool(0, 0, 0)
     torch.set_num_threads(8)
     expected = attend(q, k, v, 0.125)
-    library.tune_crew(1, -1, 0)
+    library.tune_thread_pool(1, -1, 0)
     for _ in range(200):
         assert torch.equal(attend(q, k, v, 0.125), expected)
 
@@ -126,7 +126,7 @@ def threads() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of threads")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_has_a_crew_of_its_own(library):
+def test_a_forked_process_has_a_pool_of_its_own(library):
     torch.set_num_threads(2)
     model = layers(1)
     expected = results(model)

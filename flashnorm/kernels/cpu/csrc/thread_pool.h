@@ -4,30 +4,30 @@
 // go into a core's second cache while the caller does something else. Then they wait a while, ready,
 // and sleep. A thread that has not begun when the work is done is not waited for.
 #pragma once
-#include "sequel.h"
+#include "prefetch_history.h"
 
-struct CrewJob {
+struct PoolJob {
   void (*part)(void* data, int64_t part, int64_t parts);
   void* data;
   int64_t parts;
   const Reads* reads;  // what the job reads, all parts together; or null
 };
 
-// Runs all parts, the first one on this thread. False, with nothing done, where the crew serves
+// Runs all parts, the first one on this thread. False, with nothing done, where the pool serves
 // another thread, or there is none.
-bool flashnorm_crew_run(const CrewJob& job);
+bool flashnorm_thread_pool_run(const PoolJob& job);
 
 // OpenMP's threads have just had a call with more rows, and spin by now: the next one, which ends the
 // pass over a prompt, say, is theirs as well.
-void flashnorm_crew_pass();
+void flashnorm_thread_pool_skip_next();
 
-// OpenMP's threads spin on the crew's cores after each of torch's own loops, unless the runtime knows
-// of more threads than cores: while the crew is awake, there are OpenMP threads more, which do nothing.
-// `pause` gives them back. Without these two there is no crew.
+// OpenMP's threads spin on the pool's cores after each of torch's own loops, unless the runtime knows
+// of more threads than cores: while the pool is awake, there are OpenMP threads more, which do nothing.
+// `pause` gives them back. Without these two there is no pool.
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 using OmpPause = int (*)(int kind);
-void flashnorm_crew_use(OmpParallel parallel, OmpPause pause);
+void flashnorm_thread_pool_use(OmpParallel parallel, OmpPause pause);
 
-// For tests and measurements: how many bytes each thread reads ahead, and for how many calls a crew
+// For tests and measurements: how many bytes each thread reads ahead, and for how many calls a pool
 // that is disturbed leaves them to OpenMP's threads. Negative: what is used otherwise.
-void flashnorm_crew_tune(int64_t bytes_ahead, int64_t rest);
+void flashnorm_thread_pool_tune(int64_t bytes_ahead, int64_t rest);

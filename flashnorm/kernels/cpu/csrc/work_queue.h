@@ -7,12 +7,12 @@
 
 struct Range { int64_t begin, end; };
 
-class Supply {
+class WorkQueue {
  public:
   static constexpr int64_t MOST = 64;  // blocks; more threads than that take from those of others
 
   // Columns 0..total for `threads`, in pieces of `unit`.
-  Supply(int64_t total, int64_t unit, int64_t threads)
+  WorkQueue(int64_t total, int64_t unit, int64_t threads)
       : unit_(unit), blocks_(threads < MOST ? threads : MOST) {
     const int64_t units = (total + unit - 1) / unit;
     for (int64_t i = 0; i < blocks_; ++i)

@@ -2,12 +2,12 @@
 #pragma once
 #include <stdint.h>
 
-enum ArenaUse { SCRATCH, PACKED, ARENA_USES };
+enum WorkspaceUse { SCRATCH, PACKED, WORKSPACE_USES };
 
 // At least `floats` floats, 64-byte aligned; null where there is no memory. The next call of the same
 // thread for the same use may give the same memory again.
-float* flashnorm_arena(ArenaUse use, int64_t floats);
+float* flashnorm_workspace(WorkspaceUse use, int64_t floats);
 
 namespace {
-inline float* arena(int64_t floats) { return flashnorm_arena(SCRATCH, floats); }
+inline float* workspace(int64_t floats) { return flashnorm_workspace(SCRATCH, floats); }
 }  // namespace

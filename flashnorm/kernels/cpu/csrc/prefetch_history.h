@@ -25,20 +25,20 @@ struct Reads {
 
 // What one thread will read next. Nothing depends on it, and fetching it can do no harm: it may even
 // name memory that is gone.
-struct Ahead {
+struct PrefetchList {
   static constexpr int MOST = 16;
   int count = 0;
   Stream streams[MOST];
 
-  // Of rows begin..end of what a call reads, as much as fits into `room` bytes, which it takes.
-  void add(const Reads& reads, int64_t begin, int64_t end, int64_t& room) {
-    const int64_t share = reads.together ? room / reads.segments : room;
+  // Of rows begin..end of what a call reads, as much as fits into `budget` bytes, which it takes.
+  void add(const Reads& reads, int64_t begin, int64_t end, int64_t& budget) {
+    const int64_t share = reads.together ? budget / reads.segments : budget;
     int64_t used = 0, first = 0;
     for (int64_t i = 0; i < reads.segments && count < MOST; ++i) {
       const Stream& s = reads.segment[i];
       const int64_t from = begin > first ? begin - first : 0;
       const int64_t to = end - first < s.rows ? end - first : s.rows;
-      const int64_t fit = (reads.together ? share : room - used) / (s.row_bytes + 1);
+      const int64_t fit = (reads.together ? share : budget - used) / (s.row_bytes + 1);
       const int64_t rows = to - from < fit ? to - from : fit;
       if (rows > 0) {
         streams[count++] = {s.first + from * s.stride, rows, s.row_bytes, s.stride};
@@ -46,11 +46,11 @@ struct Ahead {
       }
       if (!reads.together) first += s.rows;
     }
-    room -= used;
+    budget -= used;
   }
 };
 
-class Sequel {
+class PrefetchHistory {
  public:
   static constexpr int NONE = -1;
 
@@ -64,15 +64,15 @@ class Sequel {
     return last_ = place;
   }
 
-  // What part `part` of `parts` will read in the calls after that one, `room` bytes at most.
-  void after(int place, int64_t part, int64_t parts, int64_t room, Ahead& ahead) const {
+  // What part `part` of `parts` will read in the calls after that one, `budget` bytes at most.
+  void after(int place, int64_t part, int64_t parts, int64_t budget, PrefetchList& ahead) const {
     ahead.count = 0;
     for (int calls = 0; calls < CALLS; ++calls) {
       place = entries_[place].next;
-      if (place == NONE || room <= 0) return;
+      if (place == NONE || budget <= 0) return;
       const Reads& reads = entries_[place].reads;
       const int64_t rows = reads.rows();
-      ahead.add(reads, rows * part / parts, rows * (part + 1) / parts, room);
+      ahead.add(reads, rows * part / parts, rows * (part + 1) / parts, budget);
     }
   }
 

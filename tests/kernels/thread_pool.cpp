@@ -1,5 +1,5 @@
-// What the crew promises, in C++: `tests/kernels/test_crew.py` compiles and runs it.
-#include "crew.h"
+// What the thread pool promises, in C++: `tests/kernels/test_thread_pool.py` compiles and runs it.
+#include "thread_pool.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -30,42 +30,42 @@ Reads reads(int64_t at, int64_t segments, int64_t rows, bool together = false) {
 int64_t place(const Stream& s) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(s.first)); }
 
 void each_part_reads_its_own_rows() {
-  Ahead ahead;
-  int64_t room = 1000;
-  ahead.add(reads(5000, 2, 10), 8, 16, room);  // one after another: 8, 9 of one and 0..5 of the next
-  CHECK(ahead.count == 2 && room == 1000 - 8 * 8);
+  PrefetchList ahead;
+  int64_t budget = 1000;
+  ahead.add(reads(5000, 2, 10), 8, 16, budget);  // one after another: 8, 9 of one, 0..5 of the next
+  CHECK(ahead.count == 2 && budget == 1000 - 8 * 8);
   CHECK(place(ahead.streams[0]) == 5080 && ahead.streams[0].rows == 2);
   CHECK(place(ahead.streams[1]) == 6000 && ahead.streams[1].rows == 6);
-  ahead.add(reads(7000, 2, 10, true), 5, 10, room);  // side by side
+  ahead.add(reads(7000, 2, 10, true), 5, 10, budget);  // side by side
   CHECK(ahead.count == 4 && place(ahead.streams[3]) == 8050 && ahead.streams[3].rows == 5);
 }
 
 void no_more_is_read_than_there_is_room_for() {
-  Ahead ahead;
-  int64_t room = 40;
-  ahead.add(reads(5000, 2, 10), 0, 20, room);
+  PrefetchList ahead;
+  int64_t budget = 40;
+  ahead.add(reads(5000, 2, 10), 0, 20, budget);
   int64_t rows = 0;
   for (int i = 0; i < ahead.count; ++i) rows += ahead.streams[i].rows;
-  CHECK(rows * 8 <= 40 && rows > 0 && room == 40 - rows * 8);
-  Ahead pair;
-  room = 100;
-  pair.add(reads(5000, 2, 10, true), 0, 10, room);
-  CHECK(pair.streams[0].rows == pair.streams[1].rows && room >= 0 && room < 100);
+  CHECK(rows * 8 <= 40 && rows > 0 && budget == 40 - rows * 8);
+  PrefetchList pair;
+  budget = 100;
+  pair.add(reads(5000, 2, 10, true), 0, 10, budget);
+  CHECK(pair.streams[0].rows == pair.streams[1].rows && budget >= 0 && budget < 100);
 }
 
 void what_followed_last_time_is_what_comes_next() {
-  static Sequel sequel;
-  Ahead ahead;
-  const int first = sequel.note(reads(1 << 20, 1, 10));
-  sequel.after(first, 0, 1, 1000, ahead);
+  static PrefetchHistory history;
+  PrefetchList ahead;
+  const int first = history.note(reads(1 << 20, 1, 10));
+  history.after(first, 0, 1, 1000, ahead);
   CHECK(ahead.count == 0);  // nothing has followed yet
-  sequel.note(reads(2 << 20, 1, 10));
-  sequel.note(reads(3 << 20, 1, 10));
-  sequel.after(sequel.note(reads(1 << 20, 1, 10)), 1, 2, 1000, ahead);
+  history.note(reads(2 << 20, 1, 10));
+  history.note(reads(3 << 20, 1, 10));
+  history.after(history.note(reads(1 << 20, 1, 10)), 1, 2, 1000, ahead);
   CHECK(ahead.count >= 2);
   CHECK(place(ahead.streams[0]) == (2 << 20) + 50 && place(ahead.streams[1]) == (3 << 20) + 50);
-  sequel.note(reads(3 << 20, 1, 10));  // another order from now on
-  sequel.after(first, 0, 1, 1000, ahead);
+  history.note(reads(3 << 20, 1, 10));  // another order from now on
+  history.after(first, 0, 1, 1000, ahead);
   CHECK(place(ahead.streams[0]) == 3 << 20);
 }
 
@@ -75,9 +75,9 @@ void count(void* data, int64_t part, int64_t) {
   static_cast<Counts*>(data)->of[part].fetch_add(1, std::memory_order_relaxed);
 }
 
-std::atomic<int> done_by_the_crew{0};
+std::atomic<int> done_by_the_pool{0};
 
-// Thousands of jobs, some with pauses in which the members fall asleep.
+// Thousands of jobs, some with pauses in which the workers fall asleep.
 void* caller(void*) {
   static char memory[4096];
   Reads read;
@@ -86,9 +86,9 @@ void* caller(void*) {
   for (int i = 0; i < 3000; ++i) {
     Counts counts{};
     const int64_t parts = 2 + i % 7;
-    if (flashnorm_crew_run({count, &counts, parts, i % 3 ? &read : nullptr})) {
+    if (flashnorm_thread_pool_run({count, &counts, parts, i % 3 ? &read : nullptr})) {
       for (int64_t part = 0; part < 8; ++part) CHECK(counts.of[part] == (part < parts));
-      done_by_the_crew.fetch_add(1, std::memory_order_relaxed);
+      done_by_the_pool.fetch_add(1, std::memory_order_relaxed);
     } else {
       for (int64_t part = 0; part < 8; ++part) CHECK(counts.of[part] == 0);
     }
@@ -103,14 +103,14 @@ int no_pause(int) { return 0; }
 
 void every_part_runs_once() {
   Counts counts{};
-  CHECK(!flashnorm_crew_run({count, &counts, 2, nullptr}));  // no crew before its OpenMP is known
-  flashnorm_crew_use(no_parallel, no_pause);
-  flashnorm_crew_tune(4096, 0);
+  CHECK(!flashnorm_thread_pool_run({count, &counts, 2, nullptr}));  // no pool before OpenMP is known
+  flashnorm_thread_pool_use(no_parallel, no_pause);
+  flashnorm_thread_pool_tune(4096, 0);
   pthread_t other;
   CHECK(!pthread_create(&other, nullptr, caller, nullptr));
   caller(nullptr);
   pthread_join(other, nullptr);
-  CHECK(done_by_the_crew.load() > 1000);
+  CHECK(done_by_the_pool.load() > 1000);
 }
 
 // The first part waits for the second one, which therefore has to be another thread's.
@@ -127,16 +127,16 @@ void a_sleeping_member_is_woken() {
     const timespec longer{0, 50000000};
     nanosleep(&longer, nullptr);
     std::atomic<bool> seen{false};
-    CHECK(flashnorm_crew_run({wait_for_the_other, &seen, 2, nullptr}));
+    CHECK(flashnorm_thread_pool_run({wait_for_the_other, &seen, 2, nullptr}));
   }
 }
 
 void after_many_rows_one_call_is_left_to_others() {
   Counts counts{};
-  flashnorm_crew_pass();
-  CHECK(!flashnorm_crew_run({count, &counts, 2, nullptr}));
+  flashnorm_thread_pool_skip_next();
+  CHECK(!flashnorm_thread_pool_run({count, &counts, 2, nullptr}));
   CHECK(counts.of[0] == 0 && counts.of[1] == 0);
-  CHECK(flashnorm_crew_run({count, &counts, 2, nullptr}));
+  CHECK(flashnorm_thread_pool_run({count, &counts, 2, nullptr}));
   CHECK(counts.of[0] == 1 && counts.of[1] == 1);
 }
 
