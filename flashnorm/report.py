@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rich import box
@@ -12,15 +11,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from flashnorm.patterns import joined, merged, relative, skeleton
 from flashnorm.plan import Plan, Site
 
 COLOURS = {"folded": "green", "kept": "yellow", "none": "dim"}
 # Columns that are shown only where some norm has more to say than this.
 USUAL = {"bias": "none", "mean": "none", "scale": "kept"}
 OTHERS = 62  # columns that a norm's path leaves to the rest of its row
-
-# A number that is a whole component of a module path: `blocks.12.norm`, or `0.norm`.
-_NUMBER = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.' ,;)]|$)|^\d+(?=\.\D)")
 
 
 @dataclass(frozen=True)
@@ -203,47 +200,26 @@ def _row(sites: list[Site]) -> Row:
 def _likeness(site: Site) -> object:
     """Equal for sites that may share a row."""
     weight = replace(site.weight, parameter="") if site.weight else None
-    readers = tuple(dict.fromkeys(_skeleton(c.parameter) for c in site.consumers))
-    texts = _skeleton(site.path), _skeleton(site.reason)
+    readers = tuple(dict.fromkeys(skeleton(c.parameter) for c in site.consumers))
+    texts = skeleton(site.path), skeleton(site.reason)
     states = site.gain, site.bias, site.centring, site.scale
     return site.kind, site.width, site.eps, states, weight, readers, texts
 
 
 def _into(sites: list[Site]) -> str:
     """The consumers, named from the block that they share with the norm, by parent module."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for site in sites:
-        for consumer in site.consumers:
-            name = _relative(consumer.parameter, site.path)
-            names[_skeleton(name)].append(name)
-    parents: dict[str, list[str]] = defaultdict(list)
-    for group in names.values():
-        parent, _, leaf = merged(group).rpartition(".")
-        parents[parent].append(leaf)
-    return ", ".join(
-        f"{parent}.{leaves[0]}" if parent and len(leaves) == 1 else _several(parent, leaves)
-        for parent, leaves in parents.items()
+    return joined(
+        relative(consumer.parameter.removesuffix(".weight"), site.path)
+        for site in sites
+        for consumer in site.consumers
     )
-
-
-def _several(parent: str, leaves: list[str]) -> str:
-    return f"{parent}: {' '.join(leaves)}" if parent else ", ".join(leaves)
-
-
-def _relative(parameter: str, path: str) -> str:
-    """`parameter` without the block that holds the norm too, and without a final `.weight`."""
-    parts, block = parameter.removesuffix(".weight").split("."), path.split(".")[:-1]
-    shared = 0
-    while shared < min(len(parts) - 1, len(block)) and parts[shared] == block[shared]:
-        shared += 1
-    return ".".join(parts[shared:])
 
 
 def _reasons(plan: Plan, state: str) -> tuple[tuple[str, int], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
     for site in plan.sites:
         if site.gain == state:
-            groups[_skeleton(site.reason)].append(site.reason)
+            groups[skeleton(site.reason)].append(site.reason)
     return tuple((merged(reasons), len(reasons)) for reasons in groups.values())
 
 
@@ -251,33 +227,6 @@ def _elements(site: Site) -> int:
     """The length of the gain: its readers say it, else it is taken to be the width."""
     ends = [span.gain_start + span.length for c in site.consumers for span in c.spans]
     return max(ends, default=site.width)
-
-
-def merged(texts: Sequence[str]) -> str:
-    """Texts that differ in path numbers only, as one: `blocks.{0-3,7}.norm`."""
-    columns = [set(map(int, column)) for column in zip(*map(_NUMBER.findall, texts), strict=True)]
-    slots = iter(columns)
-
-    def fill(match: re.Match[str]) -> str:
-        values = next(slots)
-        return match[0] if len(values) == 1 else f"{{{ranges(values)}}}"
-
-    return _NUMBER.sub(fill, texts[0])
-
-
-def ranges(values: Iterable[int]) -> str:
-    """Whole numbers in short: 0, 1, 2, 5 as `0-2,5`."""
-    runs: list[tuple[int, int]] = []
-    for value in sorted(set(values)):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], value)
-        else:
-            runs.append((value, value))
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _skeleton(text: str) -> str:
-    return _NUMBER.sub("#", text)
 
 
 def _share(part: int, whole: int) -> str:

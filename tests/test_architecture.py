@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "flashnorm",  # the names of __init__ only: the functions behind them are layers of their own
     "flashnorm.errors",
+    "flashnorm.patterns",
     "flashnorm.plan",
     "flashnorm.algebra",
     "flashnorm.marker",

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from flashnorm.patterns import merged, ranges
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
-from flashnorm.report import merged, ranges, rows, show, totals
+from flashnorm.report import rows, show, totals
 
 WIDTH = 8
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.stand import Stand, retire
 from flashnorm.runtime.steps import Trained
+from flashnorm.runtime.summary import summary
 from flashnorm.runtime.training import Trainer
 from flashnorm.transaction import Transaction
 
@@ -59,25 +59,8 @@ class Acceleration:
         return asdict(self)
 
     def __str__(self) -> str:
-        """How many modules of each kind, and every reason once; `parts` has them one by one."""
-        lines = [f"{len(self.fused)} of {len(self.parts)} modules on {self.kernels}"]
-        lines.append(f"attention of single tokens: {self.attention or 'fused'}")
-        lines += _summary(self.parts, "", "fused")
-        lines += _summary(self.training, " in training", "saving what their results are made of")
-        return "\n".join(lines)
-
-
-def _summary(parts: Sequence[Part], when: str, done: str) -> Iterator[str]:
-    """A line per kind of module, and below it one per reason, with the first module so refused."""
-    for kind in dict.fromkeys(part.kind for part in parts):
-        own = [part for part in parts if part.kind == kind]
-        ahead = sum(bool(part.ahead) for part in own)
-        more = f", {ahead} of them with what reads them" if ahead else ""
-        yield f"{kind}{when}: {sum(not part.reason for part in own)} of {len(own)} {done}{more}"
-        for reason in dict.fromkeys(part.reason for part in own if part.reason):
-            paths = [part.path or "(root)" for part in own if part.reason == reason]
-            others = f" and {len(paths) - 1} more" if paths[1:] else ""
-            yield f"  {paths[0]}{others}: {reason}"
+        """Alike modules in one row, like a plan; `parts` has them one by one."""
+        return summary(self.parts, self.kernels, self.attention, self.folded, self.training)
 
 
 @dataclass

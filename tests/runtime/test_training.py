@@ -316,5 +316,5 @@ def test_the_report_says_what_saves_less_and_what_does_not():
     report = flashnorm.acceleration(model)
     assert {part.kind for part in report.training} == {"linear", "gated", "norm"}
     assert not [part for part in report.training if part.reason]
-    assert "norm in training: 5 of 5 saving what their results are made of" in str(report)
+    assert "in training 22 of 22 modules save less: 5 norm, 2 gated, 15 linear" in str(report)
     assert len(report.to_json()["training"]) == len(report.training)
