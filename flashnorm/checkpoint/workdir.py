@@ -15,15 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flashnorm.errors import CheckpointError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: no protection against two runs at once
-    fcntl = None  # type: ignore[assignment]
+from flashnorm.errors import CheckpointError
 
 JOURNAL = ".flashnorm-journal.json"
 PARTIAL_SUFFIX = ".flashnorm-partial"
+LOCK_SUFFIX = ".lock"
 
 
 def partial_path(target: Path) -> Path:
@@ -118,8 +116,8 @@ def open_workdir(target: Path, fingerprint: str) -> Iterator[Workdir]:
     signal that ends the process) leaves it for the next run.
     """
     work = Workdir(target, fingerprint)
-    work.path.mkdir(exist_ok=True)
     with _locked(work.path):
+        work.path.mkdir(exist_ok=True)
         try:
             work.begin()
             yield work
@@ -130,24 +128,24 @@ def open_workdir(target: Path, fingerprint: str) -> Iterator[Workdir]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    if fcntl is None:
+    """Keep a second run out of `path`; the system ends the lock of a process that is killed.
+
+    The lock's file lies beside the directory: Windows renames none in which a file is open.
+    """
+    lock = FileLock(path.with_name(path.name + LOCK_SUFFIX))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another process is writing {path}: wait for it to end") from None
+    except (OSError, NotImplementedError):  # a file system without locks
         yield
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        _lock(path, descriptor)
         yield
     finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"another process is writing {path}: wait for it to end") from None
-    except OSError:
-        return  # a file system without locks
+        with suppress(OSError):  # while it is held; Windows lets it be removed afterwards only
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def sync_directory(path: Path) -> None:

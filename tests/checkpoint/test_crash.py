@@ -48,6 +48,10 @@ def partial(dst):
     return dst.parent / f".{dst.name}.flashnorm-partial"
 
 
+def lock(dst):
+    return partial(dst).with_name(f"{partial(dst).name}.lock")
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -58,6 +62,16 @@ def fold_until(src, dst, limit):
     def progress(done, total, name):
         if done >= limit:
             die()
+
+    fold_checkpoint(src, dst, plan=PLAN, progress=progress)
+
+
+def fold_until_killed(src, dst):
+    """Fold, and stay in the middle of it."""
+
+    def progress(done, total, name):
+        if done >= total // 2:
+            time.sleep(120)
 
     fold_checkpoint(src, dst, plan=PLAN, progress=progress)
 
@@ -96,6 +110,7 @@ def resumed(src, dst, wanted):
     fold_checkpoint(src, dst, plan=PLAN)
     assert snapshot(dst) == wanted
     assert not partial(dst).exists()
+    assert not lock(dst).exists()
     assert snapshot(src) == before
 
 
@@ -118,6 +133,21 @@ def test_killed_at_a_random_time(src, dst, wanted, seed):
     if dst.exists():
         assert snapshot(dst) == wanted, "the target appears complete or not at all"
         shutil.rmtree(dst)
+    resumed(src, dst, wanted)
+
+
+def test_a_second_run_is_refused_until_the_first_one_is_gone(src, dst, wanted):
+    process = SERVER.Process(target=fold_until_killed, args=(src, dst))
+    process.start()
+    end = time.monotonic() + 60
+    while not list(partial(dst).glob("*.safetensors")) and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match=r"another process is writing .*: wait for it to end"):
+        fold_checkpoint(src, dst, plan=PLAN)
+    assert list(partial(dst).glob("*.safetensors"))
+    process.kill()
+    process.join(60)
+    assert lock(dst).exists()  # a file that nobody holds
     resumed(src, dst, wanted)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,8 @@ from flashnorm import (
     Span,
     fold_checkpoint,
 )
+from flashnorm.checkpoint import workdir
+from flashnorm.checkpoint.workdir import open_workdir
 
 from .helpers import (
     INDEX,
@@ -95,13 +96,19 @@ def test_target_without_a_parent(src):
 
 
 def test_two_runs_at_once(src):
-    fcntl = pytest.importorskip("fcntl")
-    partial = src.parent / ".dst.flashnorm-partial"
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    refused(src, "another process is writing")
-    os.close(descriptor)
+    with open_workdir(src.parent / "dst", "another fold"):
+        refused(src, "another process is writing .*dst.flashnorm-partial: wait for it to end")
+    assert [path.name for path in src.parent.glob(".*")] == [".dst.flashnorm-partial"]
+
+
+@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), NotImplementedError()])
+def test_a_file_system_without_locks(src, monkeypatch, error):
+    def acquire(*args, **options):
+        raise error
+
+    monkeypatch.setattr(workdir.FileLock, "acquire", acquire)
+    fold_checkpoint(src, src.parent / "dst", plan=llama_plan(2))
+    assert sorted(path.name for path in src.parent.iterdir()) == ["dst", "src"]
 
 
 # --- the source directory --------------------------------------------------------------------
