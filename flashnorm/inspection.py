@@ -208,7 +208,7 @@ def _settlement(
 
 
 def _live_values(model: nn.Module) -> Callable[[str], Tensor | None]:
-    from torch._subclasses.fake_tensor import FakeTensor
+    from flashnorm.compat.torch_names import FakeTensor
 
     parameters = dict(model.named_parameters())
 

@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm.compat.transformers_names import knows
 from flashnorm.content import BESIDE_TOKENIZER, TOKENIZER_FILES, damage
 from flashnorm.errors import CheckpointError, FlashNormError
 
@@ -172,7 +173,7 @@ def model_class(config: Any) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
-        if type(config) in auto._model_mapping:
+        if knows(auto, config):
             return auto
     return transformers.AutoModel
 

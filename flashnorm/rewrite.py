@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm import algebra
+from flashnorm.compat.transformers_names import name_or_path
 from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
@@ -234,7 +235,7 @@ def _mark_(model: nn.Module, plan: Plan, change: Transaction) -> tuple[ConfigBef
     """
     if (config := getattr(model, "config", None)) is None:
         return ()
-    source = getattr(config, "_name_or_path", "") or type(model).__name__
+    source = name_or_path(config) or type(model).__name__
     before = [_write(config, marker(plan, "compat", source), change)]
     for part in (config, getattr(config, "text_config", None)) if plan.untied else ():
         if part is not None and hasattr(part, "tie_word_embeddings"):

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from flashnorm.compat.torch_names import without_dispatch_modes, without_torch_function
 
 _ABSENT = object()
 
@@ -81,7 +82,7 @@ def _put_back(held: dict[str, Any], key: str, before: Any) -> None:
 @contextmanager
 def _nobody_between() -> Iterator[None]:
     """Modes of the caller (a profiler, a failure that is injected) see nothing of a way back."""
-    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+    with torch.no_grad(), without_dispatch_modes(), without_torch_function():
         yield
 
 

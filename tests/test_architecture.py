@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import flashnorm
+from flashnorm.compat import ATTRIBUTES
+from tests.private_names import defined, private_names
 
 PACKAGE = Path(flashnorm.__file__).parent
 ROOT = PACKAGE.parent
@@ -22,6 +24,7 @@ ORDER = [
     "flashnorm",  # the names of __init__ only: the functions behind them are layers of their own
     "flashnorm.errors",
     "flashnorm.patterns",
+    "flashnorm.compat",
     "flashnorm.plan",
     "flashnorm.algebra",
     "flashnorm.marker",
@@ -168,6 +171,75 @@ def test_no_model_is_known_by_name(file):
 )
 def test_a_known_name_is_seen(source):
     assert known_names(source)
+
+
+# Private names of torch and of transformers stand in flashnorm/compat. Of torch, only attributes
+# that are read before every kernel may be used by their own names.
+COMPAT = [file for file in FILES if file.is_relative_to(PACKAGE / "compat")]
+LATER = [
+    file
+    for name in ("functional", "kernels", "nn", "runtime")
+    for file in (PACKAGE / name).rglob("*.py")
+]
+USERS = [file for file in FILES if file not in COMPAT and file not in LATER]
+ALLOWED = frozenset(row.theirs.rpartition(".")[2] for row in ATTRIBUTES)
+INHERITED = frozenset(
+    name for file in FILES for name in defined(ast.parse(file.read_text("utf-8")))
+)
+
+
+@pytest.mark.parametrize("file", USERS, ids=module_name)
+def test_no_private_name_of_a_library_is_used_outside_compat(file):
+    found = private_names(file.read_text("utf-8"), ALLOWED, INHERITED)
+    assert found == [], "give it a name and a check: a row in flashnorm/compat"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._C._get_tracing_state()",
+        "import torch\nif torch._dynamo: pass",
+        "import torch as t\nt.nn.modules.conv._ConvNd",
+        "from torch import nn\nnn.modules.module._global_forward_hooks",
+        "from torch.nn.modules import module as hooks\nhooks._global_forward_hooks",
+        "import torch._inductor",
+        "from torch import _dynamo",
+        "def f():\n    from torch._subclasses.fake_tensor import FakeTensor",
+        "from torch.overrides import _get_current_function_mode_stack as stack",
+        "import torch\ngetattr(torch, '_GLOBAL_DEVICE_CONTEXT', None)",
+        "import torch\ntorch.Tensor._make_subclass",
+        "config._attn_implementation = 'sdpa'",
+        "part._supports_sdpa and part._can_set_attn_implementation()",
+        "hasattr(model, '_init_weights')",
+        "type(module)._scaled(module)",  # what is ours elsewhere is not ours on any object
+        "from transformers import initialization as i\ni._private",
+        "from transformers.core_model_loading import WeightConverter",
+        "import transformers.conversion_mapping",
+        "self._non_persistent_buffers_set",
+        "super()._get_backward_hooks()",
+    ],
+)
+def test_a_private_name_is_seen(source):
+    assert private_names(source, ALLOWED, INHERITED)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""torch._C._get_tracing_state"""',
+        "from flashnorm.compat.torch_names import tracing_state\ntracing_state()",
+        "import torch\ntorch.nn.functional.linear.__name__",
+        "module._parameters['weight']._version",
+        "class A:\n    def __init__(self): self._a = 1\n    def b(self): return self.c._a",
+        "super()._save_to_state_dict({}, '', False)",
+        "self._scaled(x)",
+        "call._replace(x=None)",
+        "getattr(x, '_flashnorm_recipe', None)",
+        "from transformers import AutoConfig\nfrom transformers.utils import logging",
+    ],
+)
+def test_other_names_are_let_be(source):
+    assert private_names(source, ALLOWED, INHERITED) == []
 
 
 def test_version_is_said_once_more_in_pyproject():

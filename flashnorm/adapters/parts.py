@@ -205,13 +205,15 @@ class _Reader:
 def module_axes(path: str, module: nn.Module) -> Axes:
     """Which axis of a module's weight A (1) carries and which B (0)."""
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
+
+    from flashnorm.compat.torch_names import ConvNd
 
     if isinstance(module, Conv1D):
         return {0: 1, 1: 0}
     if isinstance(module, nn.Linear):
         return {0: 0, 1: 1}
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+    if isinstance(module, ConvNd) and module.groups == 1:
         return {0: 0, 1: 1}
     raise CheckpointError(
         f"the adapter acts on {path}, a {type(module).__name__}: flashnorm knows the factors of "

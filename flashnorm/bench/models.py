@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.compat.transformers_names import builder
 from flashnorm.errors import FlashNormError
 from flashnorm.loading import load_model, load_tokenizer, model_class, quiet_transformers
 from flashnorm.origin import open_origin
@@ -42,7 +43,7 @@ def open_model(source: str, dtype: str) -> nn.Module:
 def _random(source: str, dtype: torch.dtype) -> nn.Module:
     config = open_origin(source).config
     auto = model_class(config)
-    build = getattr(auto, "from_config", None) or auto._from_config
+    build = builder(auto)
     torch.manual_seed(SEED)
     with quiet_transformers():
         model: nn.Module = build(config, dtype=dtype)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from flashnorm.bench.models import accelerated_copy, sharing_copy
 from flashnorm.bench.nouns import COMPILE, EAGER, OURS, OURS_COMPILED
+from flashnorm.compat.torch_names import dynamo
+from flashnorm.compat.transformers_names import compile_everywhere_
 
 LIMIT = 64  # compiled forms of one forward: lengths, caches and variants share it
 
@@ -132,7 +134,7 @@ class Variant:
         from transformers import CompileConfig
 
         config = CompileConfig(mode="default", fullgraph=False)
-        config._compile_all_devices = True
+        compile_everywhere_(config)
         return {"cache_implementation": "static", "compile_config": config}
 
 
@@ -158,10 +160,9 @@ def many_compilations() -> Iterator[None]:
 
     What was compiled is forgotten at the end, with the models that it holds.
     """
-    from torch import _dynamo
-
-    with _dynamo.config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
+    capturing = dynamo()
+    with capturing.config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
         try:
             yield
         finally:
-            _dynamo.reset()
+            capturing.reset()

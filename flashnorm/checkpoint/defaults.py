@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from flashnorm.checkpoint.mapping import build_model
 from flashnorm.checkpoint.source import Source
+from flashnorm.compat.transformers_names import initializer
 from flashnorm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,22 +24,24 @@ def check_defaults(source: Source, wanted: Mapping[str, float]) -> None:
     does not know is not checked.
     """
     model: Any = build_model(source, wanted)
-    if not hasattr(model, "_init_weights"):
+    if (initialize := initializer(model)) is None:
         return
     for name, value in wanted.items():
         path, _, attribute = name.rpartition(".")
-        if not bool((_initial(model, path, attribute) == value).all()):
+        if not bool((_initial(model, path, attribute, initialize) == value).all()):
             raise CheckpointError(
                 f"strict mode removes {name}, and transformers would then begin with a value other "
                 f"than {value:g}, at which nothing is left of it: fold without strict"
             )
 
 
-def _initial(model: Any, path: str, attribute: str) -> Tensor:
+def _initial(
+    model: Any, path: str, attribute: str, initialize: Callable[[nn.Module], object]
+) -> Tensor:
     module = model.get_submodule(path)
     for name, parameter in list(module.named_parameters(recurse=False)):
         unset = torch.full(tuple(parameter.shape), torch.nan)
         setattr(module, name, nn.Parameter(unset, requires_grad=False))
     with torch.no_grad():
-        model._init_weights(module)
+        initialize(module)
     return getattr(module, attribute)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashnorm.checkpoint.parts import Located, Shape, Whole, whole_tensor
 from flashnorm.checkpoint.source import Source
+from flashnorm.compat.transformers_names import conversion_rules, knows, load_state, namer
 from flashnorm.errors import CheckpointError
 from flashnorm.graph.build import fake_model
 from flashnorm.loading import model_class, quiet_transformers
@@ -142,7 +143,7 @@ def _classes(config: Any) -> list[Any]:
     import transformers
 
     autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
-    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    known = [auto for auto in autos if knows(auto, config)]
     return list(dict.fromkeys([model_class(config), *known]))
 
 
@@ -151,20 +152,14 @@ def ask_loader(model: nn.Module, shapes: Shapes) -> Mapped:
 
     `model` has the right shapes and no values; its parameters are replaced.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
     given: Any = model
     groups: dict[int, list[str]] = defaultdict(list)
     for name, value in _named(model):
         groups[id(value)].append(name)
     state = {name: Located.of(name, shape) for name, shape in shapes.items()}
     with quiet_transformers():
-        rules = get_model_conversion_mapping(given)
-        info, _ = convert_and_load_state_dict_in_model(
-            given, state, LoadStateDictConfig(weight_mapping=rules)
-        )
+        rules = conversion_rules(given)
+        info = load_state(given, state, rules)
     found = {name: v.whole() for name, v in _named(model) if isinstance(v, Located)}
     problems = {**_unconverted(info), **_taken_twice(given, rules, shapes, found)}
     for names in groups.values():
@@ -211,14 +206,10 @@ def _taken_twice(
     model: Any, rules: list[Any], shapes: Shapes, found: dict[str, Whole]
 ) -> dict[str, str]:
     """Parameters for which the checkpoint holds more tensors than the loader uses."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     used = {tensor for whole in found.values() for tensor in whole.tensors}
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    problems, state = {}, model.state_dict()
+    name_of, problems = namer(model, rules), {}
     for key in sorted(shapes.keys() - used):
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name = name_of(key)
         if name in found:
             problems[name] = (
                 f"the checkpoint holds {key} beside {found[name].tensors[0]}, and transformers "

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from flashnorm.compat.torch_names import make_wrapper_subclass, no_torch_function, tree_map_only
 
 Shape = tuple[int, ...]
 
@@ -160,7 +161,7 @@ class Located(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], parts: Sequence[Part]) -> Located:
-        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.float32)
+        made = make_wrapper_subclass(cls, tuple(shape), dtype=torch.float32)
         made.parts = tuple(parts)
         return made
 
@@ -175,7 +176,7 @@ class Located(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Located({list(self.shape)}, {len(self.parts)} parts)"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashnorm.compat.torch_names import default_device, hooks_of_all
 from flashnorm.transaction import uninterrupted
 
 _CACHE = type(functools.lru_cache(lambda: None))
@@ -43,7 +44,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     caches = _caches({c.__module__.partition(".")[0] for c in classes}, classes)
     sizes = [(cache, cache.cache_info().misses) for cache in caches]
     settings = [(read(), read, write) for read, write in _settings()]
-    hooks = [(held, dict(held)) for held in _global_hooks()]
+    hooks = [(held, dict(held)) for held in hooks_of_all()]
     try:
         yield
     finally:
@@ -179,13 +180,6 @@ def _caches_of(root: str, _modules: int) -> list[Any]:
     return [held for space in spaces for held in space if type(held) is _CACHE]
 
 
-def _global_hooks() -> list[dict[int, Any]]:
-    space = vars(nn.modules.module)
-    return [
-        held for name, held in space.items() if name.startswith("_global_") and held is not None
-    ]
-
-
 def _settings() -> list[Setting]:
     """Flags of the process and the thread, and random states: how to read and to write them."""
     found: list[Setting] = [
@@ -193,7 +187,7 @@ def _settings() -> list[Setting]:
         (torch.get_rng_state, torch.set_rng_state),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_default_dtype, torch.set_default_dtype),
-        (_default_device, _set_default_device),
+        (default_device, _set_default_device),
         (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -206,11 +200,6 @@ def _settings() -> list[Setting]:
     if (numpy := sys.modules.get("numpy")) is not None:
         found.append((numpy.random.get_state, numpy.random.set_state))
     return found
-
-
-def _default_device() -> Any:
-    """What `torch.set_default_device` has left, which is less than a context around us says."""
-    return getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
 
 
 def _set_default_device(before: Any) -> None:

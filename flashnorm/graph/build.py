@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashnorm.compat.torch_names import FakeTensorMode
+from flashnorm.compat.transformers_names import builder, no_init_weights
 from flashnorm.errors import TraceError
 
 
@@ -17,9 +18,7 @@ def fake_model(model_class: Any, config: Any) -> nn.Module:
     `model_class` is a transformers model class or auto class. Raises TraceError where it cannot be
     built from `config`.
     """
-    from transformers.initialization import no_init_weights
-
-    build = getattr(model_class, "from_config", None) or model_class._from_config
+    build = builder(model_class)
     dtype = getattr(config, "dtype", None) or torch.float32
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():

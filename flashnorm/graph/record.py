@@ -18,10 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
+from flashnorm.compat.torch_names import (
+    DispatchKey,
+    FakeTensor,
+    TorchDispatchMode,
+    has_kernel,
+    tree_flatten,
+)
 from flashnorm.errors import TraceError
 from flashnorm.graph.nouns import SHARED_MEMORY, Call, Graph, Node, Origin, Ref, Value
 
@@ -242,8 +246,7 @@ def _is_metadata(func: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _is_composite(func: Any) -> bool:
     """Whether an operation is nothing but a sequence of others."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+    return bool(has_kernel(func.name(), DispatchKey.CompositeImplicitAutograd))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from flashnorm.compat.torch_names import (
+    FakeTensor,
+    FakeTensorMode,
+    is_traceable_wrapper_subclass,
+    make_subclass,
+)
 from flashnorm.errors import TraceError
 
 # Bytes of a tensor that is no parameter or buffer: a smaller one keeps its values, which code may
@@ -107,7 +111,7 @@ def place(tensor: Tensor) -> object:
 
 def _same_memory(tensor: Tensor) -> Tensor:
     """Another object for the same numbers, so that `.data = ` and its like change nothing."""
-    made: Tensor = torch.Tensor._make_subclass(
+    made: Tensor = make_subclass(
         type(tensor),
         tensor.detach(),
         tensor.requires_grad,

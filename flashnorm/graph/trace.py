@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from flashnorm.compat.torch_names import FakeTensor, FakeTensorMode
 from flashnorm.errors import TraceError
 from flashnorm.graph.ambient import undisturbed
 from flashnorm.graph.nouns import Graph

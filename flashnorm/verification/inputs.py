@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flashnorm.compat.torch_names import tree_leaves, tree_map_only
 from flashnorm.errors import FlashNormError
 from flashnorm.inspection import input_sets
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from flashnorm.compat.torch_names import tree_leaves
 from flashnorm.verification.bounds import owns_matrix
 from flashnorm.verification.choices import Choices
 from flashnorm.verification.inputs import Inputs, run

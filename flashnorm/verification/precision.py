@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+from flashnorm.compat.torch_names import TorchDispatchMode, tree_map_only
 from flashnorm.errors import FlashNormError
 from flashnorm.verification.choices import CHOOSING, Choices
 

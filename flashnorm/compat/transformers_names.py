@@ -1,0 +1,186 @@
+"""Private names of transformers, and its modules that are no public interface, behind functions.
+
+Whoever calls one has a model or a config from transformers, so it is there to be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from flashnorm.compat import TRANSFORMERS, Private
+
+# Building a model.
+
+
+def no_init_weights() -> AbstractContextManager[Any]:
+    """A context in which a model that is built leaves its parameters as they were made."""
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
+
+
+def builder(model_class: Any) -> Callable[..., Any]:
+    """What builds a model of a class, or of an auto class, from a config."""
+    return getattr(model_class, "from_config", None) or model_class._from_config
+
+
+def knows(auto: Any, config: Any) -> bool:
+    """Whether an auto class has a model for a config."""
+    return type(config) in auto._model_mapping
+
+
+def initializer(model: Any) -> Callable[[Any], object] | None:
+    """What gives the parameters of a module their first values; None where the model has none."""
+    return getattr(model, "_init_weights", None)
+
+
+def name_or_path(config: Any) -> str:
+    """Where a config was loaded from; may be empty."""
+    return getattr(config, "_name_or_path", "")
+
+
+# Loading a checkpoint.
+
+
+def conversion_rules(model: Any) -> list[Any]:
+    """How the tensors of checkpoints become the parameters of this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model)
+
+
+def load_state(model: Any, state: dict[str, Any], rules: list[Any]) -> Any:
+    """Load tensors into a model; what could not be loaded: `conversion_errors` and others."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(weight_mapping=rules)
+    return convert_and_load_state_dict_in_model(model, state, settings)[0]
+
+
+def namer(model: Any, rules: list[Any]) -> Callable[[str], str]:
+    """What says which parameter of the model a tensor of a checkpoint is loaded as."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    return lambda key: rename_source_key(key, renamings, converters, prefix, state)[0]
+
+
+# Attention.
+
+
+def attention_of(config: Any) -> str:
+    """The name of the attention that a config asks for."""
+    return config._attn_implementation
+
+
+def can_replace_attention(model: Any) -> bool:
+    """Whether a model looks its attention up by name, sdpa's among others."""
+    declared = model._supports_sdpa and model._supports_attention_backend
+    return bool(declared and model._can_set_attn_implementation())
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """The attention that a name stands for."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def sdpa_mask() -> Callable[..., Any]:
+    """What makes the masks that sdpa is given."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask
+
+
+# Continuous batching and compiled steps.
+
+
+def batching() -> Any | None:
+    """The class whose `init_continuous_batching` begins it; None in a version without."""
+    try:
+        from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+    except ImportError:
+        return None
+    return ContinuousMixin if hasattr(ContinuousMixin, "init_continuous_batching") else None
+
+
+def give_back_(manager: Any, attention: str) -> None:
+    """Name the attention that a model has again once its batching manager stops."""
+    manager._original_attn_impl = attention
+
+
+def compile_everywhere_(config: Any) -> None:
+    """Let `generate` compile its steps on a CPU too, as this CompileConfig says."""
+    config._compile_all_devices = True
+
+
+def _private(theirs: str, ours: str, use: str) -> Private:
+    return Private(f"transformers.{theirs}", ours, use, TRANSFORMERS)
+
+
+_BATCHING = "generation.continuous_batching.continuous_api"
+
+NAMES = (
+    _private("initialization.no_init_weights", "no_init_weights", "initializers do nothing"),
+    _private("PreTrainedModel._from_config", "builder", "from_config of a class that is not auto"),
+    _private("AutoModelForCausalLM._model_mapping", "knows", "which config classes it has"),
+    _private("PreTrainedModel._init_weights", "initializer", "the first values of one module"),
+    _private("PreTrainedConfig._name_or_path", "name_or_path", "where it was loaded from"),
+    _private(
+        "conversion_mapping.get_model_conversion_mapping",
+        "conversion_rules",
+        "the rules of one model, for any checkpoint of it",
+    ),
+    _private(
+        "core_model_loading.convert_and_load_state_dict_in_model",
+        "load_state",
+        "loads tensors of any kind, and says what went wrong",
+    ),
+    _private("modeling_utils.LoadStateDictConfig", "load_state", "is given the rules alone"),
+    _private("core_model_loading.WeightConverter", "namer", "a rule that computes"),
+    _private("core_model_loading.WeightRenaming", "namer", "a rule that only renames"),
+    _private("core_model_loading.rename_source_key", "namer", "the parameter, before the rest"),
+    _private(
+        "PreTrainedConfig._attn_implementation",
+        "attention_of",
+        "what set_attn_implementation sets, in the configs inside as well",
+    ),
+    _private("PreTrainedModel._supports_sdpa", "can_replace_attention", "true of Llama"),
+    _private(
+        "PreTrainedModel._supports_attention_backend",
+        "can_replace_attention",
+        "true of models that look their attention up by name",
+    ),
+    _private(
+        "PreTrainedModel._can_set_attn_implementation",
+        "can_replace_attention",
+        "false where the code of a model was written before",
+    ),
+    _private(
+        "modeling_utils.ALL_ATTENTION_FUNCTIONS",
+        "attention_function",
+        "has what AttentionInterface.register is given",
+    ),
+    _private("masking_utils.sdpa_mask", "sdpa_mask", "can be registered under another name"),
+    _private(
+        f"{_BATCHING}.ContinuousMixin",
+        "batching",
+        "its init_continuous_batching returns the manager",
+    ),
+    _private(
+        f"{_BATCHING}.ContinuousBatchingManager._original_attn_impl",
+        "give_back_",
+        "what the model is given when the manager stops",
+    ),
+    _private(
+        "CompileConfig._compile_all_devices",
+        "compile_everywhere_",
+        "generate then asks for no accelerator",
+    ),
+)
