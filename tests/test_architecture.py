@@ -42,6 +42,7 @@ ORDER = [
     "flashnorm.origin",
     "flashnorm.inspection",
     "flashnorm.rewrite",
+    "flashnorm.integrations",
     "flashnorm.runtime",
     "flashnorm.checkpoint.fold",
     "flashnorm.adapters",
@@ -178,7 +179,7 @@ def test_a_known_name_is_seen(source):
 COMPAT = [file for file in FILES if file.is_relative_to(PACKAGE / "compat")]
 LATER = [
     file
-    for name in ("functional", "kernels", "nn", "runtime")
+    for name in ("functional", "integrations", "kernels", "nn", "runtime")
     for file in (PACKAGE / name).rglob("*.py")
 ]
 USERS = [file for file in FILES if file not in COMPAT and file not in LATER]

@@ -12,16 +12,16 @@ from torch import nn
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
 from flashnorm.inspection import inspect_module, record
-from flashnorm.kernels import dispatch
-from flashnorm.kernels.backend import Backend
-from flashnorm.planner import make_plan
-from flashnorm.rewrite import apply_plan_, unfold_
-from flashnorm.runtime.attention import (
+from flashnorm.integrations.transformers_attention import (
     UsedAttention,
     restore_attention_,
     use_attention_,
     why_not,
 )
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.backend import Backend
+from flashnorm.planner import make_plan
+from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.stand import Stand, retire

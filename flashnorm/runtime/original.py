@@ -11,8 +11,8 @@ from torch import nn
 
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.offload import is_replaced
+from flashnorm.integrations.transformers_attention import NAME, restore_attention_
 from flashnorm.runtime.accelerate import RECORD, acceleration
-from flashnorm.runtime.attention import NAME, restore_attention_
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flashnorm.runtime import attention
-from flashnorm.runtime.attention import NAME, restore_attention_, use_attention_
+from flashnorm.integrations import transformers_attention as attention
+from flashnorm.integrations.transformers_attention import NAME, restore_attention_, use_attention_
 from flashnorm.verification.bounds import HALF_RATIO
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
 from tests.runtime.recorded import attended

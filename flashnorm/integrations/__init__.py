@@ -1,0 +1,1 @@
+"""The interfaces of other libraries that flashnorm plugs into, one file each."""
