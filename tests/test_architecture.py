@@ -177,12 +177,7 @@ def test_a_known_name_is_seen(source):
 # Private names of torch and of transformers stand in flashnorm/compat. Of torch, only attributes
 # that are read before every kernel may be used by their own names.
 COMPAT = [file for file in FILES if file.is_relative_to(PACKAGE / "compat")]
-LATER = [
-    file
-    for name in ("functional", "integrations", "kernels", "nn", "runtime")
-    for file in (PACKAGE / name).rglob("*.py")
-]
-USERS = [file for file in FILES if file not in COMPAT and file not in LATER]
+USERS = [file for file in FILES if file not in COMPAT]
 ALLOWED = frozenset(row.theirs.rpartition(".")[2] for row in ATTRIBUTES)
 INHERITED = frozenset(
     name for file in FILES for name in defined(ast.parse(file.read_text("utf-8")))

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashnorm.compat.torch_names import functorch_level
 from flashnorm.kernels import dispatch, norms, ops, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.weights import AnyWeight, memory, packed
@@ -44,7 +45,7 @@ def run(call: Call) -> list[Tensor]:
 
 def wants_torch(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiled graph needs torch's own operations on them."""
-    inside = torch._C._functorch.maybe_current_level() is not None
+    inside = functorch_level() is not None
     return inside or dispatch.autocasting() or dispatch.overridden() or _sharded(tensors)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashnorm.compat.torch_names import int_mm, scaled_mm
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import norms
 from flashnorm.kernels.norms import NormKind
@@ -214,12 +215,12 @@ def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def _fp8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    return torch._scaled_mm(
+    return scaled_mm(
         q, weight.values.t(), scale_a=scale, scale_b=weight.scales.t(), out_dtype=dtype
     )
 
 
 def _int8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Sums of integers are exact; they are scaled in float32 and rounded once."""
-    found = torch._int_mm(q, weight.values.t())[: scale.shape[0]]
+    found = int_mm(q, weight.values.t())[: scale.shape[0]]
     return (found.float() * scale * weight.scales.t()).to(dtype)

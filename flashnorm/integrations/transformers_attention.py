@@ -17,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.compat.transformers_names import (
+    attention_function,
+    attention_of,
+    batching,
+    can_replace_attention,
+    give_back_,
+    sdpa_mask,
+)
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Attention
@@ -91,9 +99,7 @@ def _known(
 
 
 def _sdpa() -> Callable[..., tuple[Tensor, None]]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS[BEFORE]
+    return attention_function(BEFORE)
 
 
 class UsedAttention:
@@ -101,10 +107,9 @@ class UsedAttention:
 
     def __init__(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
 
         AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, sdpa_mask())
         _allow_batching()
 
     def __reduce__(self) -> tuple[type[UsedAttention], tuple[()]]:
@@ -131,31 +136,28 @@ def _allow_batching() -> None:
     It knows transformers' own names only. So a model of ours, or one that shares its config with
     one, has its own attention until the manager stops, which then gives back what was before.
     """
-    try:
-        from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
-
-        begin = ContinuousMixin.init_continuous_batching
-    except (ImportError, AttributeError):
+    if (mixin := batching()) is None:
         return
+    begin = mixin.init_continuous_batching
     if hasattr(begin, "_flashnorm"):
         return
 
     @wraps(begin)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation != NAME:
+        if attention_of(self.config) != NAME:
             return begin(self, *args, **kwargs)
         self.set_attn_implementation(BEFORE)
         manager = begin(self, *args, **kwargs)
-        manager._original_attn_impl = NAME
+        give_back_(manager, NAME)
         return manager
 
     init_continuous_batching._flashnorm = True  # type: ignore[attr-defined]
-    ContinuousMixin.init_continuous_batching = init_continuous_batching
+    mixin.init_continuous_batching = init_continuous_batching
 
 
 def restore_attention_(model: nn.Module, used: UsedAttention) -> None:
     """Undo `use_attention_`, unless the model was given another implementation meanwhile."""
-    if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
+    if attention_of(model.config) == NAME:
         model.set_attn_implementation(BEFORE)  # type: ignore[operator]
 
 
@@ -175,7 +177,7 @@ def why_not(model: nn.Module) -> str:
         if isinstance(part, transformers.PreTrainedModel) and (reason := _fixed(part)):
             return reason
     for config in _configs(model.config):
-        if (name := config._attn_implementation) not in (BEFORE, NAME):
+        if (name := attention_of(config)) not in (BEFORE, NAME):
             return f"{type(config).__name__} asks for {name!r} attention, not for {BEFORE!r}"
     for module in sorted({c.__module__ for m in model.modules() for c in type(m).__mro__}):
         if _distinguishes(module):
@@ -185,10 +187,9 @@ def why_not(model: nn.Module) -> str:
 
 def _fixed(part: Any) -> str:
     name = type(part).__name__
-    declared = part._supports_sdpa and part._supports_attention_backend
-    if not (declared and part._can_set_attn_implementation()):
+    if not can_replace_attention(part):
         return f"{name} has no attention that can be replaced"
-    if (found := part.config._attn_implementation) not in (BEFORE, NAME):
+    if (found := attention_of(part.config)) not in (BEFORE, NAME):
         return f"{name} runs on {found!r} attention, not on {BEFORE!r}"
     return ""
 

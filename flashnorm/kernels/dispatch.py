@@ -9,10 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
+from flashnorm.compat.torch_names import (
+    DeviceContext,
+    autocast_active,
+    count_dispatch_modes,
+    count_function_modes,
+    forward_ad,
+    function_modes,
+    functorch_interpreter,
+    tracing_state,
+)
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import reference
 from flashnorm.kernels.backend import Backend
@@ -43,10 +50,6 @@ TRANSFORM = (
 _backends: list[Backend] = [CPU, GPU]
 _TRACERS = ("torch.fx.", "torch.export.", "torch._export.")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_autocast = torch._C._is_any_autocast_enabled
-_functorch = torch._C._functorch.peek_interpreter_stack
-_functions = torch._C._len_torch_function_stack
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ def unregister(backend: Backend) -> None:
 def watched(*tensors: object) -> bool:
     """Whether something must see a call as an operation: a tracer, a mode, a tensor subclass."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+        count_dispatch_modes()
+        or tracing_state() is not None
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
@@ -133,7 +136,7 @@ def watched(*tensors: object) -> bool:
 def transformed() -> bool:
     """Whether something must see torch's own operations: vmap, jvp, autocast, function modes."""
     return bool(
-        torch._C._functorch.peek_interpreter_stack() is not None
+        functorch_interpreter() is not None
         or forward_ad._current_level >= 0
         or autocasting()
         or overridden()
@@ -146,31 +149,33 @@ def overridden() -> bool:
     A default device is one, and does not: kernels make their results where x is. Nor do those that
     torch writes graphs with.
     """
-    return _functions() > 0 and not all(
+    return count_function_modes() > 0 and not all(
         type(mode) is DeviceContext or type(mode).__module__.startswith(_TRACERS)
-        for mode in _get_current_function_mode_stack()
+        for mode in function_modes()
     )
 
 
 def autocasting() -> bool:
     """Whether autocast is on, for any device: one question, where each device's takes longer."""
-    return bool(_autocast())
+    return bool(autocast_active())
 
 
 def not_plain(x: object, backend: Backend) -> str:
     """Why more than the values of x matters, so that no kernel may be called directly; or ""."""
     # `watched` and `transformed`, written out: this is asked before every call of a kernel.
-    if _modes() or _tracing() is not None or type(x) not in _PLAIN:
+    if count_dispatch_modes() or tracing_state() is not None or type(x) not in _PLAIN:
         return "a tracer, a mode or a tensor subclass watches every operation"
     if not backend.claims(x):  # type: ignore[arg-type]
         return backend.elsewhere(x)  # type: ignore[arg-type]
-    if _autocast() or _functorch() is not None or forward_ad._current_level >= 0:
+    if autocast_active() or functorch_interpreter() is not None or forward_ad._current_level >= 0:
         return TRANSFORM
-    if _functions() and overridden():
+    if count_function_modes() and overridden():
         return TRANSFORM
     return ""
 
 
 def same_as_before() -> bool:
     """Whether nothing began since the last call of a kernel that has to see what comes next."""
-    return not (_modes() or _autocast() or (_functions() and overridden()))
+    return not (
+        count_dispatch_modes() or autocast_active() or (count_function_modes() and overridden())
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashnorm.compat.torch_names import after_autograd, below_autograd
 from flashnorm.kernels import autograd, dispatch, norms
 from flashnorm.kernels.call import Call, check
 
@@ -44,8 +45,8 @@ def _differentiate(keyset: Any, *args: Any) -> list[Tensor]:
 
 
 def _below_autograd(keyset: Any, call: Call) -> list[Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        rest = keyset & torch._C._after_autograd_keyset
+    with below_autograd():
+        rest = keyset & after_autograd
         return operator.redispatch(rest, *_arguments(call))
 
 

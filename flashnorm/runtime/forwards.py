@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks
 
+from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.backend import Bound, Precompute, Way
@@ -121,7 +121,7 @@ class Fused(Stand):
 
     def intact(self) -> bool:
         """Whether the modules inside are those that were recorded, and nobody listens to them."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        if forward_hooks_of_all or forward_pre_hooks_of_all:
             return False
         if not self.places.hold():
             return False
@@ -134,7 +134,7 @@ class Fused(Stand):
         """`changed`, for a compiled graph."""
         if self.watch.changed_in_graph():
             return True
-        if self.inner and (hooks._global_forward_hooks or hooks._global_forward_pre_hooks):
+        if self.inner and (forward_hooks_of_all or forward_pre_hooks_of_all):
             return True
         for owner, name, child, watch in self.inner:
             if owner.get(name) is not child:

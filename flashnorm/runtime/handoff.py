@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+
+from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
 
 from flashnorm.kernels import dispatch
 
@@ -169,7 +170,7 @@ class Between:
 
     def is_heard(self) -> bool:
         """Whether there is a hook."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        if forward_hooks_of_all or forward_pre_hooks_of_all:
             return True
         for module in self.after:  # not `any`: this is asked at every call
             if module._forward_hooks:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashnorm.compat.torch_names import FakeTensorMode
 from flashnorm.graph.affine import Normed
 from flashnorm.graph.fusible import Gated, Linear, find_fusible
 from flashnorm.graph.standin import Copies

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from flashnorm.compat.transformers_names import attention_of
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.offload import is_replaced
 from flashnorm.integrations.transformers_attention import NAME, restore_attention_
@@ -38,7 +39,7 @@ def original(model: Model) -> Iterator[Model]:
     found = list(_ours(model))
     _check_not_hidden(model)
     attends = not isinstance(attention, str)
-    attends = attends and model.config._attn_implementation == NAME  # type: ignore[union-attr]
+    attends = attends and attention_of(model.config) == NAME
     taken: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, place in found:

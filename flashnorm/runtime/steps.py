@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
+from flashnorm.compat.torch_names import tracing_state, without_dispatch_modes
 from flashnorm.kernels import autograd, dispatch, gradient, norms
 from flashnorm.runtime.bound import GONE, Norm
 from flashnorm.runtime.forwards import Inner
@@ -97,9 +97,7 @@ class Step:
             held = [p for p in self.parameters() if p is not None]
         except KeyError:
             return GONE
-        if torch._C._get_tracing_state() is not None or not _PLAIN.issuperset(
-            map(type, (x, *held))
-        ):
+        if tracing_state() is not None or not _PLAIN.issuperset(map(type, (x, *held))):
             return SUBCLASS
         return "" if x.numel() else EMPTY
 
@@ -115,7 +113,7 @@ class Step:
     def _agrees(self, x: Tensor) -> bool:
         """Same shape and dtype, and values within the roundings of a few operations."""
         apart = torch.random.fork_rng([x.device] if x.is_cuda else [])
-        with _disable_current_modes(), apart, dispatch.forbid_fallback(False):
+        with without_dispatch_modes(), apart, dispatch.forbid_fallback(False):
             before = _random_state(x)
             expected = type(self.module).forward(self.module, x)
             if not torch.equal(before, _random_state(x)):
