@@ -1,10 +1,14 @@
-"""From a graph to a plan: a row per norm, with what is done and why the rest is not."""
+"""From a model to a plan: a row per norm, with what is done and why the rest is not."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.ambient import on_cpu
@@ -15,12 +19,75 @@ from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
 from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.nouns import Graph
+from flashnorm.graph.recording import operations, record
 from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
 from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
 from flashnorm.plan import Consumer, Gain, Plan, Site
+from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
+FORWARD_CHANGES = (
+    "the tied head was not given a weight of its own: this model's forward does something else "
+    "when its config says that the head is not tied"
+)
+
+
+def inspect_module(
+    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+) -> Plan:
+    """The plan of a live module; it is left as it was found."""
+    plan = plan_model(model, example_inputs, untie=untie, centre=centre)
+    return with_values(plan, _live_values(model))
+
+
+def _live_values(model: nn.Module) -> Callable[[str], Tensor | None]:
+    parameters = dict(model.named_parameters())
+
+    def value_of(name: str) -> Tensor | None:
+        value = parameters[name]
+        return None if value.is_meta or isinstance(value, FakeTensor) else value
+
+    return value_of
+
+
+def plan_model(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    untie: bool = False,
+    centre: bool = False,
+    allow_real: bool = True,
+) -> Plan:
+    """The plan of a module, whatever the values of its parameters; it is left as it was found."""
+    graph = record(model, example_inputs, allow_real)
+    plan = make_plan(graph, untie=untie, centre=centre)
+    if not plan.untied:
+        return plan
+    untied = record(model, example_inputs, allow_real, _declare_untied)
+    same = operations(untied) == operations(graph)
+    if same and _can_be_untied(getattr(model, "config", None)):
+        return plan
+    tied = make_plan(graph, centre=centre)
+    return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
+
+
+def _can_be_untied(config: Any) -> bool:
+    """Whether a config that says so comes back from a file as it was, but for that."""
+    if not hasattr(config, "to_dict"):
+        return True
+    untied = {**config.to_dict(), "tie_word_embeddings": False}
+    text = untied.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        untied["text_config"] = {**text, "tie_word_embeddings": False}
+    return bool(type(config).from_dict(untied).to_dict() == untied)
+
+
+def _declare_untied(model: nn.Module) -> None:
+    """Some forwards ask the config whether the head is tied, and scale its input if it is."""
+    for module in model.modules():
+        if getattr(config := getattr(module, "config", None), "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 @dataclass

@@ -19,9 +19,9 @@ from flashnorm.compat.transformers_names import name_or_path
 from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
-from flashnorm.inspection import inspect_module
 from flashnorm.marker import marker
 from flashnorm.plan import Consumer, Gain, Plan, Shift
+from flashnorm.planner import inspect_module
 from flashnorm.swap import Eps, Swaps, cancel_norms_, centre_norms_, check_cancel
 from flashnorm.transaction import Transaction
 from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns

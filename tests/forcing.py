@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.follow import follow
-from flashnorm.inspection import record
+from flashnorm.graph.recording import record
 from flashnorm.plan import Gain, Plan, Site
 from flashnorm.planner import make_plan
 from flashnorm.rewrite import apply_plan_

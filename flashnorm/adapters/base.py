@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm.adapters.config import PathName
+from flashnorm.checkpoint.origin import Origin, open_origin
 from flashnorm.errors import CheckpointError
 from flashnorm.marker import folded_by
-from flashnorm.origin import Origin, open_origin
 from flashnorm.plan import Plan
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.checkpoint.origin import open_origin
 from flashnorm.compat.transformers_names import builder
 from flashnorm.errors import FlashNormError
 from flashnorm.loading import load_model, load_tokenizer, model_class, quiet_transformers
-from flashnorm.origin import open_origin
 from flashnorm.verification.inputs import token_samples, writes_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

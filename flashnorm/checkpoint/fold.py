@@ -25,6 +25,7 @@ from flashnorm.checkpoint.config import (
 )
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.gguf import dequantized, gguf_file
+from flashnorm.checkpoint.inspection import inspect_stored
 from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
 from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
 from flashnorm.checkpoint.stream import check_twins, write_shard
@@ -33,7 +34,6 @@ from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 from flashnorm.graph.ambient import on_cpu
-from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
 
 CONFIG = "config.json"
@@ -82,7 +82,7 @@ def fold_checkpoint(
     def planned(path: Path) -> Plan:
         if plan is not None:
             return plan
-        return inspect(path, example_inputs, untie=untie, centre=centre)
+        return inspect_stored(path, example_inputs, untie=untie, centre=centre)
 
     if file := gguf_file(source):
         with dequantized(file, target) as directory:

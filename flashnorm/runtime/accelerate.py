@@ -11,8 +11,7 @@ from torch import nn
 
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
-from flashnorm.inspection import inspect_module, record
-from flashnorm.integrations.transformers_attention import (
+from flashnorm.graph.recording import record
     UsedAttention,
     restore_attention_,
     use_attention_,
@@ -20,7 +19,7 @@ from flashnorm.integrations.transformers_attention import (
 )
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
-from flashnorm.planner import make_plan
+from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part

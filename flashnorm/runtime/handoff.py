@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
-
 from flashnorm.kernels import dispatch
 
 # Bytes that are compared as a text, which takes the least of Python; more are compared by torch.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import tree_leaves, tree_map_only
 from flashnorm.errors import FlashNormError
-from flashnorm.inspection import input_sets
+from flashnorm.graph.recording import input_sets
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashnorm
-from flashnorm.inspection import inspect_module
+from flashnorm.planner import inspect_module
 from tests.errors import relative
 from tests.forcing import force_
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashnorm
-from flashnorm.inspection import record
+from flashnorm.graph.recording import record
 from tests.zoo.fold import outputs as true_outputs
 from tests.zoo.fold import relative as true_relative
 from tests.zoo.fold import specimen

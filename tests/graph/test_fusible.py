@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import flashnorm
 from flashnorm.graph.fusible import Gated, Linear, Rows, find_fusible
-from flashnorm.inspection import record
+from flashnorm.graph.recording import record
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.nn import FlashRMSNorm
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff

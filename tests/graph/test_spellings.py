@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
-from flashnorm.inspection import inspect_module
+from flashnorm.planner import inspect_module
 from tests.errors import rounding
 
 from . import spellings

@@ -4,7 +4,7 @@ import pytest
 
 import flashnorm
 from flashnorm.graph.build import fake_model
-from flashnorm.inspection import record
+from flashnorm.graph.recording import record
 from flashnorm.planner import make_plan
 from tests.zoo import UNBUILDABLE, causal_lm_types, tiny_model, variants
 from tests.zoo.classes import whole_models

@@ -1,0 +1,32 @@
+"""The plan of a model by its name: the forward that its config builds, and its gains as stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flashnorm.checkpoint.origin import PathName, open_origin
+from flashnorm.graph.ambient import on_cpu
+from flashnorm.plan import Plan
+from flashnorm.planner import plan_model
+from flashnorm.settled import with_values, without_folds
+
+QUANTIZED = (
+    "its readers are quantized ({}): a gain per input channel does not fit their scales; fold "
+    "before quantizing. Deferral, which needs no fold, still applies"
+)
+
+
+@on_cpu()
+def inspect_stored(
+    source: PathName, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+) -> Plan:
+    """The plan of what `source` names: a directory, a config.json, a GGUF file or a hub id."""
+    origin = open_origin(source)
+    plan = plan_model(
+        origin.fake_model(), example_inputs, untie=untie, centre=centre, allow_real=False
+    )
+    plan = replace(plan, notes=(*origin.notes, *plan.notes))
+    if origin.quantized:
+        return without_folds(plan, QUANTIZED.format(origin.quantized))
+    return with_values(plan, origin.gain)
