@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashnorm.graph.flow import Blocked, Flow, Use
+from flashnorm.graph.failures import Blocked
+from flashnorm.graph.flow import Flow, Use
 from flashnorm.graph.labels import Conflict, along, varies, without
 from flashnorm.graph.nouns import Node, Ref
 from flashnorm.graph.params import POINTWISE, ParamView
@@ -127,10 +128,13 @@ def _what(flow: Flow, value: int) -> str:
 
 
 def column(view: ParamView, axis: int) -> tuple[int, Tensor]:
-    """The parameter's axis that runs along `axis` of the view, and its positions there."""
+    """The parameter's axis that runs along `axis` of the view, and its positions there.
+
+    Raises Conflict where that is not just one, or where the view has no such axis.
+    """
     found = []
     for number, coordinate in enumerate(view.coordinates):
-        if coordinate is None:
+        if coordinate is None or not -coordinate.ndim <= axis < coordinate.ndim:
             raise Conflict
         if varies(coordinate, axis):
             found.append((number, along(coordinate, axis)))

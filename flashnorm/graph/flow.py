@@ -16,10 +16,6 @@ from flashnorm.graph.params import SAME, ParamView
 from flashnorm.graph.sites import Visit
 
 
-class Blocked(Exception):
-    """A gain cannot pass an operation; the text says why, in plain words."""
-
-
 @dataclass(frozen=True)
 class Use:
     """One operation that reads a parameter.

@@ -14,7 +14,8 @@ from flashnorm.graph import params
 from flashnorm.graph.contractions import CONTRACTIONS, record_uses
 from flashnorm.graph.expand import expanded
 from flashnorm.graph.factors import SAME, operation
-from flashnorm.graph.flow import Blocked, EarlyGain, Flow, GainUse, Use
+from flashnorm.graph.failures import Blocked, bug
+from flashnorm.graph.flow import EarlyGain, Flow, GainUse, Use
 from flashnorm.graph.labels import FREE, NONE, without_repeats
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
@@ -116,13 +117,12 @@ def _follow_labels(flow: Flow, node: Node) -> None:
             raise Blocked(f"its output is read by {node.where}, where a gain cannot be moved past")
         results = rule(flow, node)
         _check_not_rounded(flow, node, results)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        # A spelling of the operation that its rule does not know: not understood, so kept.
-        failure = f"{type(error).__name__}: {error}"
-        _refuse_all(flow, labelled, f"it could not be followed past {node.where} ({failure})")
-        return
     except Blocked as blocked:
         _refuse_all(flow, labelled, str(blocked))
+        return
+    except Exception as error:
+        reason = f"it could not be followed past {node.where} ({bug(error)})"
+        _refuse_all(flow, labelled, reason)
         return
     for out, label in zip(node.outputs, results, strict=False):
         if label is not None and bool((without_repeats(label) == FREE).all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashnorm.graph.failures import UnknownSpelling, bug
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.replay import run
 from flashnorm.plan import Gain
@@ -31,8 +32,10 @@ def convention(flow: Flow, use: GainUse) -> Gain:
             _evaluate(flow, use, p).flatten()
             for p in (torch.zeros_like(probe), torch.ones_like(probe), probe)
         )
-    except (RuntimeError, TypeError) as error:
+    except UnknownSpelling as error:
         raise NotAffine(f"the gain cannot be evaluated by itself: {error}") from error
+    except Exception as error:
+        raise NotAffine(f"the gain cannot be evaluated by itself: {bug(error)}") from error
     offset, scale = float(zero[0]), float(one[0] - zero[0])
     expected = offset + scale * probe.flatten()[elements.flatten()]
     uniform = bool((zero == zero[0]).all()) and bool((one == one[0]).all())
@@ -48,7 +51,7 @@ def _evaluate(flow: Flow, use: GainUse, probe: Tensor) -> Tensor:
         if number not in known:
             node = flow.graph.producer(number)
             if node is None:
-                raise RuntimeError("it depends on a value of unknown content")
+                raise UnknownSpelling("it depends on a value of unknown content")
             known[number] = run(node, value)[node.outputs.index(number)]
         return known[number]
 

@@ -28,7 +28,7 @@ def filled(shape: Sequence[int], label: int) -> Tensor:
 
 def varies(label: Tensor, dim: int) -> bool:
     """Whether the label differs anywhere along `dim`."""
-    if label.shape[dim] <= 1 or label.stride(dim) == 0:
+    if not label.ndim or label.shape[dim] <= 1 or label.stride(dim) == 0:
         return False
     small = without_repeats(label)
     return bool((small != small.narrow(dim, 0, 1)).any())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.factors import is_same
+from flashnorm.graph.failures import UnknownSpelling, bug
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.replay import run
 
@@ -50,7 +51,10 @@ class Proofs:
         if key not in self.known:
             try:
                 self.known[key] = self._prove(claim)
-            except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError):
+            except UnknownSpelling:
+                self.known[key] = False, False
+            except Exception as error:
+                bug(error)
                 self.known[key] = False, False
         return self.known[key]
 
@@ -153,7 +157,7 @@ class _Runner:
         if number in self.claim.others:
             return torch.ones(made.shape, dtype=torch.float64)
         if made.origin not in ("constant", "parameter") or prod(made.shape) != 1:
-            raise LookupError("it depends on another value")
+            raise UnknownSpelling("it depends on another value")
         self.guessed = True
         return torch.full(made.shape, 1e-5, dtype=torch.float64)
 
@@ -161,7 +165,7 @@ class _Runner:
         """Nothing before the norm is run: only its own operations, views of x and constants."""
         inside = self.graph.values[number].node in self.claim.inside
         if not inside and not is_same(node) and node.inputs:
-            raise LookupError("it depends on another value")
+            raise UnknownSpelling("it depends on another value")
 
 
 def _random(shape: Iterable[int], seed: int) -> Tensor:

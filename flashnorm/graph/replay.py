@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashnorm.graph.failures import UnknownSpelling
 from flashnorm.graph.nouns import Node, substitute
 
 
 def run(node: Node, value: Callable[[int], Tensor]) -> list[Tensor]:
-    """The outputs of one operation, with casts to a narrower floating type left out."""
+    """The outputs of one operation, with casts to a narrower floating type left out.
+
+    Raises UnknownSpelling where it does not run.
+    """
     kwargs = {key: _widened(substitute(item, value)) for key, item in node.kwargs.items()}
     kwargs.pop("device", None)
-    out = node.func(*(_widened(substitute(item, value)) for item in node.args), **kwargs)
+    args = [_widened(substitute(item, value)) for item in node.args]
+    try:
+        out = node.func(*args, **kwargs)
+    except Exception as error:  # it may be anybody's, and was never run on such numbers
+        raise UnknownSpelling(f"{node.op} does not run on other numbers: {error}") from error
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.contractions import CONTRACTIONS, contract
-from flashnorm.graph.flow import Blocked, Flow
+from flashnorm.graph.failures import Blocked, UnknownSpelling
+from flashnorm.graph.flow import Flow
 from flashnorm.graph.labels import FREE, NONE, Conflict, filled, taken, unify, varies, without
 from flashnorm.graph.nouns import Node, Ref, substitute
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
@@ -50,8 +51,8 @@ def _pick(flow: Flow, node: Node) -> Labels:
     """Rows picked by an index: tokens sent to experts, the last positions before a head."""
     picked = picked_axis(flow.graph, node)
     label = flow.labels.get(node.args[0].value)
-    if picked is None or label is None:
-        raise Blocked(f"it is picked from in a way that cannot be followed ({node.where})")
+    if picked is None or label is None or not label.ndim:
+        raise UnknownSpelling(f"it is picked from in a way that cannot be followed ({node.where})")
     try:
         return [taken(label, *picked)]
     except Conflict:
@@ -61,7 +62,7 @@ def _pick(flow: Flow, node: Node) -> Labels:
 def _gather(flow: Flow, node: Node) -> Labels:
     label = flow.labels.get(node.inputs[0])
     dim = node.args[1]
-    if label is None or varies(label, dim):
+    if label is None or not label.ndim or varies(label, dim):
         raise Blocked(f"its features are picked by an index ({node.where})")
     shape = flow.graph.values[node.outputs[0]].shape
     for axis, size in enumerate(shape):
@@ -203,6 +204,8 @@ def _axes_of_index(flow: Flow, index: Any) -> int:
 
 def _into_rows(flow: Flow, node: Node, target: Any, source: Any, axes: list[int]) -> Labels:
     shape = flow.graph.values[node.outputs[0]].shape
+    if not shape or not axes:
+        raise UnknownSpelling(f"it is written by an index without an axis ({node.where})")
     rows = _side(flow, node, source)
     axes = [axis % len(shape) for axis in axes]
     try:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.contractions import CONTRACTIONS
-from flashnorm.graph.flow import Blocked, Flow
+from flashnorm.graph.failures import Blocked, bug
+from flashnorm.graph.flow import Flow
 from flashnorm.graph.labels import NONE, Conflict, unify, varies, without_repeats
 from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
@@ -242,8 +243,11 @@ def _follow(scales: Scales, node: Node) -> None:
         if rule is None:
             raise Blocked(f"it is read by {node.where}")
         labels, rows = rule(scales.flow, node), _ROW_RULES[node.op](scales.rows, node)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, Conflict, Blocked):
+    except (Blocked, Conflict):
         _need(scales, labelled, f"it is read by {node.where}")
+        return
+    except Exception as error:
+        _need(scales, labelled, f"it is read by {node.where} ({bug(error)})")
         return
     partners = _partners(scales, node, labelled)
     for out, label, row in zip(node.outputs, labels, rows, strict=False):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.contractions import CONTRACTIONS, carry, column
-from flashnorm.graph.flow import Blocked, Flow
+from flashnorm.graph.failures import Blocked, bug
+from flashnorm.graph.flow import Flow
 from flashnorm.graph.labels import Conflict, along, unify, varies
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
@@ -131,11 +132,11 @@ def _follow(streams: Streams, node: Node) -> None:
             raise Blocked(f"what it writes is also read by {node.where}")
         results = rule(flow, node)
         _check_whole(flow, node, results)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, Conflict) as error:
-        reason = f"it could not be followed past {node.where} ({type(error).__name__}: {error})"
-        results = _refuse_all(streams, node, labelled, reason)
     except Blocked as blocked:
         results = _refuse_all(streams, node, labelled, str(blocked))
+    except Exception as error:
+        reason = f"it could not be followed past {node.where} ({bug(error)})"
+        results = _refuse_all(streams, node, labelled, reason)
     tags: Tags = frozenset().union(*(streams.tags[v] for v in labelled))
     for out, label in zip(node.outputs, results, strict=False):
         if label is not None:
@@ -191,7 +192,7 @@ def _along_parameter(view: ParamView, axis: int) -> tuple[int, Tensor] | None:
     """The axis of the parameter that runs along `axis` of the view, if all of it does."""
     try:
         number, positions = column(view, axis)
-    except (Conflict, IndexError):
+    except Conflict:
         return None
     whole = torch.arange(view.sizes[number])
     return (number, positions) if torch.equal(positions.sort().values, whole) else None
