@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 # "group" is taken over groups of channels and all positions; "other" divides by another statistic.
 Kind = Literal["rms", "layer", "dyt", "group", "other"]
@@ -24,6 +26,8 @@ CentringState = Literal["none", "folded", "kept"]
 # that undo it, or there altogether (E7).
 ScaleState = Literal["kept", "deferred", "partial", "cancelled"]
 Place = Literal["nowhere", "output", "later"]
+# What norms that undo a scale s do with their epsilon: divide it by s², or leave it, as the paper.
+Eps = Literal["exact", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,18 @@ class Entry:
 
     path: str
     received: bool = False
+
+
+@dataclass(frozen=True)
+class Cancelling:
+    """A norm whose scale is taken out, because other norms undo it, `RMS(s·v) = RMS(v)` (E7).
+
+    Its site says by which `readers` and `renorms`. Only a model in memory can have one; in a stored
+    checkpoint the norm keeps its scale.
+    """
+
+    path: str
+    eps: Eps = "exact"
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,8 @@ class Plan:
     """All sites of a model in the order of execution, and what holds for the model as a whole.
 
     `centrings` are the writers to centre so that the centred sites need no mean, `entries` the
-    places where that takes an operation of its own.
+    places where that takes an operation of its own. `cancellings` are the norms that lose their
+    scale.
 
     `untied` lists (new parameter, parameter it is copied from): a tied weight that gets a copy of
     its own so that it can absorb a gain. `unreached` lists the parameters that the recorded passes
@@ -192,6 +209,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     centrings: tuple[Centring, ...] = ()
     entries: tuple[Entry, ...] = ()
+    cancellings: tuple[Cancelling, ...] = ()
     version: int = field(default=PLAN_VERSION)
 
     @property
@@ -258,26 +276,24 @@ class Plan:
                 f"plan version {data.get('version')!r} found, {PLAN_VERSION} expected: "
                 "make the plan again with this version of flashnorm"
             )
-        return Plan(
-            sites=tuple(_site(row) for row in data["sites"]),
-            untied=tuple((new, old) for new, old in data["untied"]),
-            unreached=tuple(data["unreached"]),
-            notes=tuple(data["notes"]),
-            centrings=tuple(Centring(**row) for row in data["centrings"]),
-            entries=tuple(Entry(**row) for row in data["entries"]),
-        )
+        plan: Plan = _read(Plan, data)
+        return plan
 
 
-def _site(row: dict[str, Any]) -> Site:
-    consumers = tuple(
-        Consumer(c["parameter"], c["axis"], tuple(Span(**s) for s in c["spans"]), c["bias"])
-        for c in row["consumers"]
-    )
-    weight = Gain(**row["weight"]) if row["weight"] else None
-    scaled = [tuple((start, length) for start, length in r["scaled"]) for r in row["readers"]]
-    readers = tuple(
-        Reader(**{**r, "scaled": s}) for r, s in zip(row["readers"], scaled, strict=True)
-    )
-    renorms = tuple(Renorm(r["path"], tuple(r["rows"])) for r in row["renorms"])
-    parts = {"consumers": consumers, "weight": weight, "readers": readers, "renorms": renorms}
-    return Site(**{**row, **parts})
+def _read(kind: Any, data: Any) -> Any:
+    """The value of a type from what `asdict` and JSON made of it."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = _hints(kind)
+        return kind(**{name: _read(kinds[name], item) for name, item in data.items()})
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        each = [parts[0]] * len(data) if parts[-1] is ... else parts
+        return tuple(_read(part, item) for part, item in zip(each, data, strict=True))
+    if get_origin(kind) is UnionType and data is not None:
+        return _read(parts[0], data)  # of something or None
+    return data
+
+
+@cache
+def _hints(noun: type) -> dict[str, Any]:
+    return get_type_hints(noun)

@@ -23,7 +23,7 @@ from flashnorm.graph.recording import operations, record
 from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
 from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
-from flashnorm.plan import Consumer, Gain, Plan, Site
+from flashnorm.plan import Cancelling, Consumer, Eps, Gain, Plan, Site
 from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
@@ -70,6 +70,12 @@ def plan_model(
         return plan
     tied = make_plan(graph, centre=centre)
     return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
+
+
+def cancelling(plan: Plan, eps: Eps = "exact") -> Plan:
+    """The plan that also takes the scale out of every norm that other norms undo (E7)."""
+    found = [site.path for site in plan.sites if site.scale in ("partial", "cancelled")]
+    return replace(plan, cancellings=tuple(Cancelling(path, eps) for path in found))
 
 
 def _can_be_untied(config: Any) -> bool:

@@ -122,6 +122,10 @@ def _further(plan: Plan) -> list[str]:
         lines.append(
             f"{scales['cancelled']} scales are undone by other norms, {scales['partial']} in part"
         )
+    if plan.cancellings:
+        ignored = all(cancelling.eps == "ignore" for cancelling in plan.cancellings)
+        how = "with epsilon ignored" if ignored else "for any epsilon"
+        lines.append(f"{len(plan.cancellings)} scales are taken out, {how}")
     return lines
 
 

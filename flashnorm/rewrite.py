@@ -20,9 +20,9 @@ from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
 from flashnorm.marker import marker
-from flashnorm.plan import Consumer, Gain, Plan, Shift
-from flashnorm.planner import inspect_module
-from flashnorm.swap import Eps, Swaps, cancel_norms_, centre_norms_, check_cancel
+from flashnorm.plan import Consumer, Eps, Gain, Plan, Shift
+from flashnorm.planner import cancelling, inspect_module
+from flashnorm.swap import Swaps, cancel_norms_, centre_norms_, check_cancel
 from flashnorm.transaction import Transaction
 from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns
 from flashnorm.undo import unfold_ as unfold_
@@ -67,21 +67,14 @@ def fold_(
     plan = inspect_module(model, example_inputs, untie=untie, centre=centre)
     if eps not in ("exact", "ignore"):
         raise ValueError(f'eps must be "exact" or "ignore", not {eps!r}')
-    cancels = cancel and any(site.scale in ("partial", "cancelled") for site in plan.sites)
-    if plan.folded or plan.centrings or plan.entries or cancels:
-        apply_plan_(model, plan, cancel=cancel, eps=eps)
+    plan = cancelling(plan, eps) if cancel else plan
+    if plan.folded or plan.centrings or plan.entries or plan.cancellings:
+        apply_plan_(model, plan)
     return plan
 
 
 @on_cpu()
-def apply_plan_(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    cancel: bool = False,
-    eps: Eps = "exact",
-    within: Transaction | None = None,
-) -> None:
+def apply_plan_(model: nn.Module, plan: Plan, *, within: Transaction | None = None) -> None:
     """Execute a plan on the model that it was made for, whole or not at all.
 
     `within` is a transaction of the caller's that it is a part of. Raises FoldError as `fold_`
@@ -92,8 +85,7 @@ def apply_plan_(
         raise FoldError("this model was folded already; unfold_ it before another plan is applied")
     parameters = _parameters(model)
     _check(model, plan, parameters)
-    if cancel:
-        check_cancel(model, plan)
+    check_cancel(model, plan)
     with nullcontext(within) if within else Transaction() as change, torch.no_grad():
         tied = _untie_(model, plan, parameters, change)
         vectors, wiped = _saved(plan, parameters)
@@ -105,8 +97,7 @@ def apply_plan_(
         }
         swaps = Swaps()
         centre_norms_(model, plan, swaps, change)
-        if cancel:
-            cancel_norms_(model, plan, eps, swaps, change)
+        cancel_norms_(model, plan, swaps, change)
         after = {name: witness(parameters[name]) for name in _touched(plan)}
         config = _mark_(model, plan, change)
         undo = Undo(plan, vectors, means, swaps, wiped, tied, after, config)

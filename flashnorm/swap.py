@@ -16,7 +16,6 @@ from flashnorm.nn import FlashLinkedRMSNorm, FlashRMSNorm, RowScale, ScaleFeatur
 from flashnorm.plan import Plan, Site
 from flashnorm.transaction import Transaction, uninterrupted
 
-Eps = Literal["exact", "ignore"]
 Norm = TypeVar("Norm", bound=FlashRMSNorm)
 
 
@@ -78,18 +77,18 @@ def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transactio
             _hook_(module, "forward", _centre_output, swaps, change)
 
 
-def cancel_norms_(
-    model: nn.Module, plan: Plan, eps: Eps, swaps: Swaps, change: Transaction
-) -> None:
-    """Take the scale out of every norm that other norms undo (E7).
+def cancel_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transaction) -> None:
+    """Take the scale out of every norm that the plan cancels (E7).
 
-    With `eps="exact"` these divide their epsilon by s², which is exact; with `"ignore"` they are
-    left as they are, which is the paper's form.
+    The norms that undo it divide their epsilon by s², which is exact, or are left as they are,
+    which is the paper's form.
     """
     norms = _Norms(model, plan, swaps, change)
+    modes = {cancelling.path: cancelling.eps for cancelling in plan.cancellings}
     for site in plan.sites:
-        if site.scale not in ("partial", "cancelled"):
+        if site.path not in modes:
             continue
+        eps = modes[site.path]
         scaled = [reader for reader in site.readers if reader.scaled]
         norm = norms.linked(site.path)
         norm.defers = True
@@ -128,14 +127,14 @@ class _Norms:
 def check_cancel(model: nn.Module, plan: Plan) -> None:
     """Raise FoldError where a norm that has to be replaced cannot be."""
     sites = {site.path: site for site in plan.sites}
-    for site in plan.sites:
-        if site.scale in ("partial", "cancelled"):
-            for path in (site.path, *(renorm.path for renorm in site.renorms)):
-                if not can_swap(model.get_submodule(path), sites[path]):
-                    raise FoldError(
-                        f"{path} holds other parameters than a weight and a bias, so no norm of "
-                        "ours can take its place; fold without cancel"
-                    )
+    for cancelling in plan.cancellings:
+        renorms = sites[cancelling.path].renorms
+        for path in (cancelling.path, *(renorm.path for renorm in renorms)):
+            if not can_swap(model.get_submodule(path), sites[path]):
+                raise FoldError(
+                    f"{path} holds other parameters than a weight and a bias, so no norm of "
+                    "ours can take its place; fold without cancel"
+                )
 
 
 def _swap_(

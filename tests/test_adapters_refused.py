@@ -20,7 +20,7 @@ from flashnorm.adapters.parts import module_axes
 from flashnorm.checkpoint.header import read_header
 from flashnorm.cli import app
 from flashnorm.errors import CheckpointError, FoldError
-from flashnorm.plan import Entry, Span
+from flashnorm.plan import PLAN_VERSION, Entry, Span
 from tests.errors import relative
 from tests.zoo import tiny_model
 
@@ -341,7 +341,12 @@ def test_the_command(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"version": 1}', '{"version": 2, "sites": [{}]}']
+    "text",
+    [
+        *("{", "[]", "{}", '{"version": 1}'),
+        f'{{"version": {PLAN_VERSION}}}',
+        f'{{"version": {PLAN_VERSION}, "sites": [{{}}]}}',
+    ],
 )
 def test_a_file_that_holds_no_plan(text, llama, tmp_path):
     (tmp_path / "plan.json").write_text(text)

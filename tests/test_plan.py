@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashnorm.plan import PLAN_VERSION, Consumer, Gain, Plan, Site, Span
+from flashnorm.plan import (
+    PLAN_VERSION,
+    Cancelling,
+    Centring,
+    Consumer,
+    Entry,
+    Gain,
+    Plan,
+    Reader,
+    Renorm,
+    Site,
+    Span,
+)
 
 paths = st.text("abz019._é", max_size=20)
 counts = st.integers(0, 2**31)
@@ -17,6 +29,11 @@ spans = st.builds(Span, counts, counts, counts)
 consumers = st.builds(Consumer, paths, st.integers(-3, 3), st.lists(spans, max_size=3).map(tuple))
 gains = st.builds(Gain, paths, reals, reals.filter(bool))
 kinds = st.sampled_from(["rms", "layer", "dyt"])
+runs = st.lists(st.tuples(counts, counts), max_size=3).map(tuple)
+places = st.sampled_from(["nowhere", "output", "later"])
+readers = st.builds(Reader, paths, paths, places, runs, paths, counts)
+renorms = st.builds(Renorm, paths, st.lists(counts, max_size=3).map(tuple))
+cancellings = st.builds(Cancelling, paths, st.sampled_from(["exact", "ignore"]))
 folded = st.builds(
     Site,
     path=paths,
@@ -27,6 +44,9 @@ folded = st.builds(
     consumers=st.lists(consumers, max_size=3).map(tuple),
     weight=gains,
     source=paths,
+    scale=st.sampled_from(["kept", "deferred", "partial", "cancelled"]),
+    readers=st.lists(readers, max_size=2).map(tuple),
+    renorms=st.lists(renorms, max_size=2).map(tuple),
 )
 others = st.builds(
     Site,
@@ -45,6 +65,9 @@ plans = st.builds(
     untied=st.lists(st.tuples(paths, paths), max_size=3).map(tuple),
     unreached=st.lists(paths, max_size=3).map(tuple),
     notes=st.lists(st.text(max_size=30), max_size=3).map(tuple),
+    centrings=st.lists(st.builds(Centring, paths, counts), max_size=2).map(tuple),
+    entries=st.lists(st.builds(Entry, paths, st.booleans()), max_size=2).map(tuple),
+    cancellings=st.lists(cancellings, max_size=2).map(tuple),
     version=st.just(Plan(()).version),
 )
 
@@ -55,6 +78,12 @@ def test_a_plan_survives_json(plan):
     assert Plan.from_json(data) == plan
     assert Plan.from_json(json.loads(json.dumps(data))) == plan
     assert json.loads(json.dumps(data)) == data, "to_json holds JSON values only"
+
+
+@pytest.mark.parametrize("damage", [{"sites": [{}]}, {"entry": []}, {"sites": None}])
+def test_what_is_no_plan_is_an_error(damage):
+    with pytest.raises((TypeError, KeyError)):
+        Plan.from_json(Plan(()).to_json() | damage)
 
 
 @given(plans)

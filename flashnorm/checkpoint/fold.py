@@ -63,9 +63,9 @@ def fold_checkpoint(
     which only transformers reads: a warning says so, and the marker in config.json. `untie=True`
     gives a tied head a copy of its own, so that the final gain folds too; `centre=True` centres
     what LayerNorms read (E3), so that an engine may run them as RMSNorms. Both are asked of
-    `flashnorm.inspect`, with the `example_inputs`; where a `plan` is given, it decides. A norm's
-    bias goes into its readers' (E2) or stays as β/g (E13). `progress` is called with (bytes done,
-    bytes in total, shard name).
+    `flashnorm.inspect`, with the `example_inputs`; where a `plan` is given, it decides, but for
+    its cancellings, which take a model in memory. A norm's bias goes into its readers' (E2) or
+    stays as β/g (E13). `progress` is called with (bytes done, bytes in total, shard name).
 
     Where nothing folds, `dst` is a copy of `src` without a marker, and a warning says so.
 

@@ -12,6 +12,7 @@ from torch import nn
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.fusible import find_fusible
 from flashnorm.graph.recording import record
+from flashnorm.integrations.transformers_attention import (
     UsedAttention,
     restore_attention_,
     use_attention_,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import flashnorm
 from flashnorm import Plan, Site, algebra, fold_checkpoint
+from flashnorm.plan import Cancelling
 
 from .helpers import (
     INDEX,
@@ -69,6 +71,14 @@ def test_compat_equals_the_fold_in_memory(tmp_path, dtype, offset, shards):
     assert_same(load(tmp_path / "dst"), expected(tensors, plan))
     assert snapshot(src) == before
     assert not list(tmp_path.glob(".*")), "nothing stays beside the target"
+
+
+def test_a_scale_that_a_model_in_memory_loses_stays_on_disk(tmp_path):
+    src, plan = write_checkpoint(tmp_path / "src", llama_tensors(1)), llama_plan(1)
+    cancelled = replace(plan, cancellings=(Cancelling(plan.sites[0].path),))
+    fold_checkpoint(src, tmp_path / "dst", plan=plan)
+    fold_checkpoint(src, tmp_path / "again", plan=cancelled)
+    assert snapshot(tmp_path / "again") == snapshot(tmp_path / "dst")
 
 
 def test_the_fold_keeps_the_function_in_float64(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCon
 
 import flashnorm
 from flashnorm.marker import MARKERS
+from flashnorm.planner import cancelling
 from flashnorm.rewrite import apply_plan_
 from flashnorm.undo import UNDO
 from flashnorm.verification.precision import float64_truth
@@ -109,20 +110,20 @@ FOLDS = {
 def test_field_a_failure_while_folding_leaves_the_model_as_it_was(kind, error):
     make, options = FOLDS[kind]
     plan = flashnorm.inspect(make(), untie="untie" in options, centre="centre" in options)
-    cancel = {"cancel": True} if "cancel" in options else {}
-    apply_plan_(make(), plan, **cancel)  # what is computed once is computed now
+    plan = cancelling(plan) if "cancel" in options else plan
+    apply_plan_(make(), plan)  # what is computed once is computed now
     model = make()
     with Failing() as counted:
-        apply_plan_(model, plan, **cancel)
+        apply_plan_(model, plan)
     assert counted.count > 30
     model = make()
     before = held(model)
     for at in {*range(1, counted.count + 1, max(1, counted.count // 40)), counted.count}:
         with pytest.raises(error, match="injected"), Failing(at, error):
-            apply_plan_(model, plan, **cancel)
+            apply_plan_(model, plan)
         assert equal(held(model), before), at
     expected = logits(model)
-    apply_plan_(model, plan, **cancel)
+    apply_plan_(model, plan)
     assert relative(logits(model), expected) < EXACT
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import flashnorm
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.plan import Plan, Site
-from flashnorm.planner import NO_GAIN
+from flashnorm.planner import NO_GAIN, cancelling
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.bounds import Size, output_bound, owns_matrix, width_of
 from flashnorm.verification.precision import float64_truth
@@ -156,7 +156,7 @@ def _judge(case: _Case, options: Options, verdict: Verdict) -> None:
     _count(case.program, plan, verdict)
     folded = copy.deepcopy(model)
     kept = _state(folded)
-    apply_plan_(folded, plan, cancel=options.cancel)
+    apply_plan_(folded, cancelling(plan) if options.cancel else plan)
     if not case.error(folded) <= EXACT:
         if not case.error(nudged(model)) <= EXACT:
             raise _Invalid  # rounding decides: a comparison with what is zero but for it

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import flashnorm
+from flashnorm.plan import Cancelling, Plan
+from flashnorm.planner import cancelling
+from flashnorm.rewrite import apply_plan_
 from tests.zoo.fold import outputs as true_outputs
 from tests.zoo.fold import relative as true_relative
 from tests.zoo.fold import specimen
@@ -98,6 +101,29 @@ def test_ignoring_epsilon_is_the_papers_form_and_differs(cls):
     flashnorm.fold_(model, inputs, cancel=True, eps="ignore")
     assert isinstance(model.inner, modules.BigEps)
     assert relative(outputs(model, inputs), before) > 1e-3
+
+
+@pytest.mark.parametrize("eps", ["exact", "ignore"])
+@pytest.mark.parametrize("cls", [modules.Base, modules.Partly])
+def test_a_plan_alone_says_what_is_cancelled_and_how(cls, eps):
+    model, inputs = made(cls), inputs_of(cls)
+    folded = copy.deepcopy(model)
+    said = flashnorm.fold_(folded, inputs, cancel=True, eps=eps)
+    assert said.cancellings[0] == Cancelling("norm", eps)
+    plan = cancelling(flashnorm.inspect(model, inputs), eps)
+    assert plan == said
+    apply_plan_(model, Plan.from_json(plan.to_json()))
+    assert isinstance(model.norm, flashnorm.nn.FlashLinkedRMSNorm)
+    for mine, theirs in zip(outputs(model, inputs), outputs(folded, inputs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_plan_without_cancellings_cancels_nothing():
+    model, inputs = made(modules.Base), inputs_of(modules.Base)
+    plan = flashnorm.fold_(model, inputs)
+    assert cancelled(plan)
+    assert not plan.cancellings
+    assert not any(isinstance(m, flashnorm.nn.FlashLinkedRMSNorm) for m in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 import flashnorm
 from flashnorm.plan import Plan
+from flashnorm.planner import cancelling
 from flashnorm.rewrite import apply_plan_
 from flashnorm.verification.precision import float64_truth
 from tests.errors import nudged
@@ -70,7 +71,8 @@ def _folded_(model, inputs, options) -> Plan:
         narrow = narrowed(inputs)
         to_plan = {key: value for key, value in options.items() if key != "cancel"}
         plan = flashnorm.inspect(copy.deepcopy(model).float(), narrow, **to_plan)
-        apply_plan_(model, plan, cancel=options.get("cancel", False))
+        plan = cancelling(plan) if options.get("cancel") else plan
+        apply_plan_(model, plan)
         return plan
 
 
