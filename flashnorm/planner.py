@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from flashnorm.compat.torch_names import FakeTensor
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.centring import centred
