@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PLAN_VERSION = 3
 
-# "group" is taken over groups of channels and all positions; "other" divides by another statistic.
-Kind = Literal["rms", "layer", "dyt", "group", "other"]
+# The name of a norm kind, as `kernels/norms.py` has them.
+Kind = str
 GainState = Literal["folded", "kept", "none"]
 # "folded" goes into the readers' biases (E2); "carried" stays with the norm as β/g (E13).
 BiasState = Literal["none", "folded", "carried", "kept"]

@@ -23,6 +23,7 @@ from flashnorm.graph.recording import operations, record
 from flashnorm.graph.shifts import find_shifts, find_slots
 from flashnorm.graph.sites import Visit
 from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
+from flashnorm.kernels import norms
 from flashnorm.plan import Cancelling, Consumer, Eps, Gain, Plan, Site
 from flashnorm.settled import with_values
 
@@ -191,7 +192,8 @@ def _rows(flow: Flow) -> list[_Row]:
 def _is_mere_function(visit: Visit) -> bool:
     """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with, and
     a value divided by a statistic where that is a norm's: others are shares and weights."""
-    return visit.kind == "other" or (visit.kind == "dyt" and visit.node.op != "tanh")
+    learned = norms.described(visit.kind).learns_alpha
+    return visit.kind == norms.OTHER or (learned and visit.node.op != "tanh")
 
 
 def _site(

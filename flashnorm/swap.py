@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from flashnorm.errors import FoldError
+from flashnorm.kernels import norms
 from flashnorm.nn import FlashLinkedRMSNorm, FlashRMSNorm, RowScale, ScaleFeatures
 from flashnorm.plan import Plan, Site
 from flashnorm.transaction import Transaction, uninterrupted
@@ -197,7 +198,7 @@ def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     kept: dict[str, Any] = {name: p for name, p in held.items() if name not in absent}
     offset = site.weight.offset if site.weight is not None and "weight" in kept else 0.0
     assert site.eps is not None
-    kept |= {"offset": offset, "contiguous": site.kind == "layer"}
+    kept |= {"offset": offset, "contiguous": norms.described(site.kind).centers}
     return kind(site.width, site.eps, absent=absent, **kept)
 
 

@@ -16,6 +16,7 @@ from flashnorm.graph.operations import CASTS, RESHAPES
 from flashnorm.graph.params import ParamView
 from flashnorm.graph.sites import Visit, same_as
 from flashnorm.graph.within import Within
+from flashnorm.kernels import norms
 from flashnorm.plan import Gain
 
 NOT_ALONE = "its module does more than this norm, or takes more than one argument"
@@ -50,7 +51,7 @@ def normed(graph: Graph, number: int, visits: Mapping[int, Visit], within: Withi
     if len(own) != 1 or not _is_alone(graph, call, own[0]) or not within.is_pure(number):
         raise Unfit(NOT_ALONE)
     visit = own[0]
-    if visit.kind not in ("rms", "layer"):
+    if not norms.described(visit.kind).scales:
         raise Unfit(NOT_KIND.format(visit.kind))
     if not visit.standard or visit.eps is None:
         raise Unfit(NOT_ALONE)

@@ -10,6 +10,7 @@ from flashnorm.graph.nouns import Call, Graph
 from flashnorm.graph.sites import same_as
 from flashnorm.graph.streams import Streams, Tags, find_streams
 from flashnorm.graph.ties import can_be_untied, copies, names_of
+from flashnorm.kernels import norms
 from flashnorm.plan import Centring, Entry, Plan, Site
 
 NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
@@ -22,7 +23,8 @@ _MOST_TRIES = 8
 
 def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool) -> Plan:
     """The plan with its LayerNorms centred where that is exact; `visits` are those of each site."""
-    layers = [v if s.kind == "layer" else () for s, v in zip(plan.sites, visits, strict=True)]
+    centers = [norms.described(site.kind).centers for site in plan.sites]
+    layers = [v if own else () for own, v in zip(centers, visits, strict=True)]
     if not any(layers):
         return plan
     streams, entries = _with_entries(flow, layers, untie)

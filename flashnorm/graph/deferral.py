@@ -15,9 +15,9 @@ from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.nouns import Graph
 from flashnorm.graph.scales import BIASED, ReaderUse, Renormed, Scales, find_scales
 from flashnorm.graph.unreached import Unreached
+from flashnorm.kernels import norms
 from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
 
-SCALED = ("rms", "layer")
 NOT_A_MODULE = "the norm is not a module of its own"
 NOT_OURS = "its module has more than a weight and a bias, so that none of ours can replace it"
 BIAS = "the norm adds a bias after its scale"
@@ -35,7 +35,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     outputs = {
         flow.graph.calls[visit.node.call].returned[0]: index
         for index, visit in flow.visits.items()
-        if visit.kind in SCALED and is_replaceable(flow, visit)
+        if norms.described(visit.kind).scales and is_replaceable(flow, visit)
     }
     if not outputs:
         return plan
@@ -45,7 +45,7 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     _refuse_unreached(scales, flow)
     undone = _undone(scales)
     sites = tuple(
-        _site(scales, site, nodes, undone, linked) if site.kind in SCALED else site
+        _site(scales, site, nodes, undone, linked) if norms.described(site.kind).scales else site
         for site, nodes in zip(plan.sites, visits, strict=True)
     )
     return replace(plan, sites=sites)
@@ -152,7 +152,8 @@ def _site(
         for path in dict.fromkeys(_path(scales, r) for r in undone)
     )
     state, why = _state(scales, readers, undone, uses)
-    if site.kind == "layer" and site.centring != "folded" and state in ("partial", "cancelled"):
+    centers = norms.described(site.kind).centers and site.centring != "folded"
+    if centers and state in ("partial", "cancelled"):
         state, why = "deferred", MEAN
     if site.path not in linked and state in ("partial", "cancelled"):
         state, why = "deferred", NOT_OURS

@@ -9,6 +9,7 @@ from flashnorm.graph.nouns import Call, Node
 from flashnorm.graph.operations import CASTS, RESHAPES
 from flashnorm.graph.params import SAME
 from flashnorm.graph.sites import Visit, same_as
+from flashnorm.kernels import norms
 
 
 def is_replaceable(flow: Flow, visit: Visit) -> bool:
@@ -33,7 +34,8 @@ def _is_function(flow: Flow, call: Call, visit: Visit) -> bool:
     if call.arguments != 1 or len(call.returned) != 1 or len(call.received) != 1:
         return False
     given, returned = (flow.graph.values[v[0]].shape for v in (call.received, call.returned))
-    if given != returned or (visit.kind != "dyt" and given[-1:] != (visit.width,)):
+    whole = norms.described(visit.kind).learns_alpha or given[-1:] == (visit.width,)
+    if given != returned or not whole:
         return False
     return same_as(flow.graph, call.received[0]) == same_as(flow.graph, visit.source)
 

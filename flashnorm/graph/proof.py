@@ -14,6 +14,7 @@ from flashnorm.graph.factors import is_same
 from flashnorm.graph.failures import UnknownSpelling, bug
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.replay import run
+from flashnorm.kernels import norms
 
 # Sizes of x at which ε weighs nothing, something and all, against a mean square of about one.
 _SIZES = (1e3, 1.0, 1e-3, 1e-6)
@@ -60,18 +61,18 @@ class Proofs:
 
     def _prove(self, claim: Claim) -> tuple[bool, bool]:
         shape = self.graph.values[claim.source].shape
-        if not shape or shape[-1] != claim.width or claim.kind not in ("rms", "layer"):
+        if not shape or shape[-1] != claim.width or not norms.described(claim.kind).scales:
             return False, False
         if 0 in shape:
-            return not claim.others and claim.eps is not None, claim.kind == "layer"
+            return not claim.others and claim.eps is not None, norms.described(claim.kind).centers
         return self._is_standard(claim, shape), self._is_centred(claim, shape)
 
     def _is_standard(self, claim: Claim, shape: tuple[int, ...]) -> bool:
         if claim.others or claim.eps is None:
             return False
+        kind = norms.described(claim.kind)
         for x in _probes(shape, claim.eps):
-            wide = x - x.mean(-1, keepdim=True) if claim.kind == "layer" else x
-            expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + claim.eps)
+            expected = kind.hat(x, *kind.statistics(x, claim.eps), None)
             runner = _Runner(self.graph, claim, x)
             found = runner.value(claim.output)
             if runner.guessed or found.shape != expected.shape or not _are_close(found, expected):
@@ -80,7 +81,7 @@ class Proofs:
 
     def _is_centred(self, claim: Claim, shape: tuple[int, ...]) -> bool:
         """Whether a number added to all features of a row changes nothing, row by row."""
-        if claim.kind != "layer":
+        if not norms.described(claim.kind).centers:
             return False
         x, shift = _random(shape, 0), _random((*shape[:-1], 1), 1) * _SHIFT
         plain, shifted = (_Runner(self.graph, claim, v).value(claim.output) for v in (x, x + shift))

@@ -23,6 +23,7 @@ from flashnorm.graph.nouns import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.rules import RULES, Labels
 from flashnorm.graph.sites import Visit, same_as
+from flashnorm.kernels import norms
 
 BIASED = "its bias is added after the scale"
 
@@ -109,7 +110,7 @@ def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
     inside = _insides(flow.visits)
     for index, node in enumerate(flow.graph.nodes):
         visit = flow.visits.get(index)
-        if visit is not None and visit.kind == "rms":
+        if visit is not None and norms.described(visit.kind).undone:
             _renorm(scales, index, visit)
         if index in inside:
             continue
@@ -134,7 +135,7 @@ def _like(flow: Flow) -> Flow:
 def _insides(visits: Mapping[int, Visit]) -> set[int]:
     found: set[int] = set()
     for visit in visits.values():
-        if visit.kind == "rms":
+        if norms.described(visit.kind).undone:
             found |= visit.inside
     return found
 

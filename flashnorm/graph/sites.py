@@ -16,6 +16,7 @@ from flashnorm.graph.factors import SAME, Factors, Powers, operation, times, wit
 from flashnorm.graph.nouns import Graph, Node, Ref
 from flashnorm.graph.proof import Claim, Proofs
 from flashnorm.graph.statistics import Statistic, Statistics
+from flashnorm.kernels import norms
 from flashnorm.plan import Kind
 
 # Bounded functions of each element, which may stand for a norm where α·x goes in.
@@ -129,7 +130,7 @@ class Reading:
                 continue
             if self._degree(rest, match.powers) != 0:
                 continue
-            kind: Kind = "layer" if match.statistics[0][1] == "variance" else "other"
+            kind = norms.recognized(match.statistics[0][1], centered=True)
             if visit := self._visit(index, node, match, kind):
                 self.found.pop(self.graph.values[self.factors.same_of(one)].node, None)
                 self.found[index] = visit
@@ -178,18 +179,16 @@ class Reading:
         rest = without(left, family)
         return None if rest is None else _Match(family, tuple(members), None, rest)
 
-    def _visit(self, index: int, node: Node, match: _Match, kind: Kind = "other") -> Visit | None:
+    def _visit(
+        self, index: int, node: Node, match: _Match, kind: Kind = norms.OTHER
+    ) -> Visit | None:
         statistic, form = match.statistics[0]
         if match.centred is not None:
             source = self.statistics.centres[match.centred].value
         else:
             source = statistic.value
-        if len(match.statistics) == 1 and kind == "other":
-            kinds: dict[tuple[str, bool], Kind] = {
-                ("square", False): "rms",
-                ("variance", True): "layer",
-            }
-            kind = kinds.get((form, match.centred is not None), kind)
+        if len(match.statistics) == 1 and kind == norms.OTHER:
+            kind = norms.recognized(form, match.centred is not None)
         others = frozenset(factor for factor, _ in match.rest)
         if any(self.factors.size(node.outputs[0]) < self.factors.size(f) for f in others):
             return None
@@ -197,8 +196,8 @@ class Reading:
         eps = statistic.epsilon
         claim = Claim(kind, statistic.width, eps, source, node.outputs[0], inside, others)
         standard, centres = self.proofs.prove(claim)
-        if kind == "layer" and match.centred is None and not centres:
-            kind = "other"
+        if norms.described(kind).centers and match.centred is None and not centres:
+            kind = norms.OTHER
         early = tuple(self._early(inside, match.rest))
         return Visit(
             kind,
@@ -270,7 +269,7 @@ class Reading:
         if not scaled or not shape:
             return None
         facts = {"standard": exact, "inside": frozenset(inside)}
-        return Visit("dyt", shape[-1], None, node, value, out, **facts)  # type: ignore[arg-type]
+        return Visit(norms.DYT.name, shape[-1], None, node, value, out, **facts)  # type: ignore[arg-type]
 
     def _by_numbers(self, node: Node) -> tuple[int, list[int]] | None:
         """(x, others) where a node is x times, over, plus or less values of one element."""
@@ -301,7 +300,7 @@ def _fused(kind: Kind) -> Callable[[Graph, int, Node], Visit | None]:
             _ref(named.get("weight")),
             _ref(named.get("bias")),
             standard=simple,
-            centres=simple and kind == "layer",
+            centres=simple and norms.described(kind).centers,
             inside=frozenset({index}),
         )
 
@@ -318,7 +317,7 @@ def _grouped(graph: Graph, index: int, node: Node) -> Visit | None:
     groups = named.get("num_groups", named.get("group", shape[1]))
     width = prod(shape[1:]) // max(1, groups)
     inside = frozenset({index})
-    return Visit("group", width, named["eps"], node, source, out, standard=False, inside=inside)
+    return Visit(norms.GROUP, width, named["eps"], node, source, out, standard=False, inside=inside)
 
 
 def _ref(item: Any) -> int | None:
@@ -326,8 +325,8 @@ def _ref(item: Any) -> int | None:
 
 
 _FUSED: dict[str, Callable[[Graph, int, Node], Visit | None]] = {
-    **dict.fromkeys(("native_layer_norm", "layer_norm"), _fused("layer")),
-    **dict.fromkeys(("_fused_rms_norm", "rms_norm"), _fused("rms")),
+    **dict.fromkeys(("native_layer_norm", "layer_norm"), _fused(norms.LAYER.name)),
+    **dict.fromkeys(("_fused_rms_norm", "rms_norm"), _fused(norms.RMS.name)),
     **dict.fromkeys(
         ("native_group_norm", "group_norm", "native_batch_norm", "instance_norm"), _grouped
     ),

@@ -18,12 +18,12 @@ from torch import Tensor
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import cached
 from flashnorm.kernels.gpu.launch import MOST_ROWS, Tile, device_of
-from flashnorm.kernels.weights import DTYPES, packed
+from flashnorm.kernels.weights import DTYPES, HALVES, packed
 
 MOST_FEATURES = 2**16  # a row is one program's tile
 # Up to so many rows the skinny kernel runs unless something else was measured. The matrix units
 # have no float32.
-SKINNY_ROWS = {torch.float32: 1, torch.bfloat16: 16, torch.float16: 16}
+SKINNY_ROWS = {dtype: 16 if dtype in HALVES else 1 for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
