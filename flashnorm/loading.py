@@ -218,14 +218,26 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and warnings, which are as before afterwards."""
+    from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        _restore_bars(bars, hub_bars)
+
+
+def _restore_bars(bars: bool, hub_bars: bool) -> None:
+    """transformers switches the bars of the hub with its own, whatever these were."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    if bars:
+        logging.enable_progress_bar()
+    if hub_bars == hub.are_progress_bars_disabled():
+        hub.enable_progress_bars() if hub_bars else hub.disable_progress_bars()

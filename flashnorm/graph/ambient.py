@@ -1,30 +1,27 @@
-"""What a forward may change beside its model: it is as before once a recording is over.
+"""What a model's code may change beside its model: it is as before once a recording is over.
 
-Random states, flags of the process, and what the model's code keeps by itself: globals and class
-attributes of the modules that define it, and results that `functools.lru_cache` holds (a fake
-tensor in such a cache would come up in every later call).
+Random states, flags of the process, and what the code keeps by itself: globals and class attributes
+of the modules that define it, and what functions remember (`caches`).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from flashnorm.compat.torch_names import default_device, hooks_of_all
+from flashnorm.graph.caches import Caches
 from flashnorm.transaction import uninterrupted
 
-_CACHE = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (dict, list, set, deque)
 _DEEP = 3  # containers in containers of a namespace
 
@@ -32,20 +29,20 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back whatever the code of a model changes meanwhile outside of the model."""
-    classes = {c for module in model.modules() for c in type(module).__mro__ if _is_own(c)}
+def undisturbed(kinds: Iterable[type]) -> Iterator[None]:
+    """Put back whatever the code of modules of these kinds changes meanwhile outside of them."""
+    classes = {c for kind in kinds for c in kind.__mro__ if _is_own(c)}
     kept = _Kept()
     for name in {c.__module__ for c in classes}:
         if (module := sys.modules.get(name)) is not None:
             kept.namespace(vars(module))
     for found in classes:
         kept.attributes(found)
-    caches = _caches({c.__module__.partition(".")[0] for c in classes}, classes)
-    sizes = [(cache, cache.cache_info().misses) for cache in caches]
+    caches = Caches({c.__module__.partition(".")[0] for c in classes}, classes)
     settings = [(read(), read, write) for read, write in _settings()]
     hooks = [(held, dict(held)) for held in hooks_of_all()]
     try:
+        caches.set_aside()
         yield
     finally:
         with uninterrupted():
@@ -54,9 +51,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for before, read, write in settings:
                 if not _same(read(), before):
                     write(before)
-            for cache, misses in sizes:
-                if cache.cache_info().misses != misses:
-                    cache.cache_clear()
+            caches.put_back()
             kept.restore()
 
 
@@ -162,26 +157,9 @@ def _same_entries(now: Any, before: Any) -> bool:
     return all(new is old for new, old in zip(now, before, strict=True))
 
 
-def _caches(roots: set[str], classes: set[type]) -> list[Any]:
-    """The functions of the model's packages that remember their results."""
-    found = [cache for root in roots for cache in _caches_of(root, len(sys.modules))]
-    found += [held for c in classes for held in vars(c).values() if type(held) is _CACHE]
-    return list({id(cache): cache for cache in found}.values())
-
-
-@functools.lru_cache(maxsize=64)
-def _caches_of(root: str, _modules: int) -> list[Any]:
-    """Those of one package, as far as it is imported: looked up again when more modules are."""
-    spaces = [
-        list(vars(module).values())
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == root and isinstance(module, types.ModuleType)
-    ]
-    return [held for space in spaces for held in space if type(held) is _CACHE]
-
-
 def _settings() -> list[Setting]:
     """Flags of the process and the thread, and random states: how to read and to write them."""
+    sdp = torch.backends.cuda
     found: list[Setting] = [
         (random.getstate, random.setstate),
         (torch.get_rng_state, torch.set_rng_state),
@@ -192,6 +170,11 @@ def _settings() -> list[Setting]:
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+        (sdp.flash_sdp_enabled, sdp.enable_flash_sdp),
+        (sdp.mem_efficient_sdp_enabled, sdp.enable_mem_efficient_sdp),
+        (sdp.math_sdp_enabled, sdp.enable_math_sdp),
+        (sdp.cudnn_sdp_enabled, sdp.enable_cudnn_sdp),
+        (sys.getrecursionlimit, sys.setrecursionlimit),
         (lambda: dict(os.environ), _set_environment),
         (lambda: list(warnings.filters), _set_filters),
     ]
@@ -207,8 +190,12 @@ def _set_default_device(before: Any) -> None:
 
 
 def _set_environment(before: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(before)
+    """Name by name: another thread may read one that did not change."""
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _set_filters(before: list[Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,18 +12,20 @@ from torch import nn
 from flashnorm.compat.torch_names import FakeTensorMode
 from flashnorm.compat.transformers_names import builder, no_init_weights
 from flashnorm.errors import TraceError
+from flashnorm.graph.ambient import undisturbed
 
 
 def fake_model(model_class: Any, config: Any) -> nn.Module:
     """An instance of `model_class` with fake parameters, in the dtype that the config names.
 
     `model_class` is a transformers model class or auto class. Raises TraceError where it cannot be
-    built from `config`.
+    built from `config`. What its code keeps elsewhere than in the model is as before afterwards.
     """
     build = builder(model_class)
     dtype = getattr(config, "dtype", None) or torch.float32
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with undisturbed(_kinds(model_class, config)), mode, no_init_weights():
             model = build(config, dtype=dtype).eval()
             if hasattr(model, "tie_weights"):
                 model.tie_weights()
@@ -31,3 +35,17 @@ def fake_model(model_class: Any, config: Any) -> nn.Module:
             f"{type(config).__name__} could not be built into a model: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
+
+
+def _kinds(model_class: Any, config: Any) -> Iterator[type]:
+    """The classes that a model is made of, as far as one file defines them."""
+    known = getattr(model_class, "_model_mapping", {})  # of an automatic class
+    kind = known.get(type(config), model_class)
+    kind = kind if isinstance(kind, type) else model_class  # one of several
+    space = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+    yield kind
+    yield from (
+        held
+        for held in list(space.values())
+        if isinstance(held, type) and held.__module__ == kind.__module__
+    )

@@ -56,7 +56,7 @@ def trace(
         candidates = list(candidates)
     failures: list[Exception] = []
     real = allow_real and not any(p.is_meta or isinstance(p, FakeTensor) for p in _tensors(model))
-    with undisturbed(model):
+    with undisturbed({type(module) for module in model.modules()}):
         for fake in (True, False) if real else (True,):
             failures = failures if fake else []
             for inputs in candidates:
