@@ -627,6 +627,9 @@ def _knows() -> None:
     assert not transformers_names.knows(
         transformers.AutoModelForSeq2SeqLM, transformers.LlamaConfig()
     )
+    for kind in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        built = transformers_names.built_class(kind, transformers.LlamaConfig())
+        assert built is transformers.LlamaForCausalLM
 
 
 @checks("transformers.PreTrainedModel._init_weights")

@@ -31,6 +31,11 @@ def knows(auto: Any, config: Any) -> bool:
     return type(config) in auto._model_mapping
 
 
+def built_class(model_class: Any, config: Any) -> Any:
+    """The class that an auto class builds from a config; another class is its own."""
+    return getattr(model_class, "_model_mapping", {}).get(type(config), model_class)
+
+
 def initializer(model: Any) -> Callable[[Any], object] | None:
     """What gives the parameters of a module their first values; None where the model has none."""
     return getattr(model, "_init_weights", None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flashnorm.compat.torch_names import FakeTensorMode
-from flashnorm.compat.transformers_names import builder, no_init_weights
+from flashnorm.compat.transformers_names import builder, built_class, no_init_weights
 from flashnorm.errors import TraceError
 from flashnorm.graph.ambient import undisturbed
 
@@ -39,8 +39,7 @@ def fake_model(model_class: Any, config: Any) -> nn.Module:
 
 def _kinds(model_class: Any, config: Any) -> Iterator[type]:
     """The classes that a model is made of, as far as one file defines them."""
-    known = getattr(model_class, "_model_mapping", {})  # of an automatic class
-    kind = known.get(type(config), model_class)
+    kind = built_class(model_class, config)
     kind = kind if isinstance(kind, type) else model_class  # one of several
     space = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
     yield kind
