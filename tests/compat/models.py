@@ -1,0 +1,181 @@
+"""Models and configs of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from flashnorm.compat import transformers_names
+from tests.compat.checks import checks
+
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "vocab_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+
+@checks("transformers.initialization.no_init_weights")
+def _no_init_weights() -> None:
+    x = torch.full((3,), 7.0)
+    with transformers_names.no_init_weights():
+        nn.init.zeros_(x)
+        assert x.eq(7).all()
+    nn.init.zeros_(x)
+    assert x.eq(0).all()
+
+
+@checks("transformers.PreTrainedModel._from_config")
+def _builder() -> None:
+    for kind in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        model = transformers_names.builder(kind)(
+            transformers.LlamaConfig(**SIZES), dtype=torch.bfloat16
+        )
+        assert type(model) is transformers.LlamaForCausalLM
+        assert model.dtype == torch.bfloat16
+
+
+@checks("transformers.AutoModelForCausalLM._model_mapping")
+def _knows() -> None:
+    assert transformers_names.knows(transformers.AutoModelForCausalLM, transformers.LlamaConfig())
+    assert not transformers_names.knows(
+        transformers.AutoModelForSeq2SeqLM, transformers.LlamaConfig()
+    )
+    for kind in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        built = transformers_names.built_class(kind, transformers.LlamaConfig())
+        assert built is transformers.LlamaForCausalLM
+
+
+@checks("transformers.PreTrainedModel._init_weights")
+def _initializer() -> None:
+    model = llama()
+    norm = model.model.norm
+    norm.weight = nn.Parameter(torch.full((8,), torch.nan), requires_grad=False)
+    with torch.no_grad():
+        transformers_names.initializer(model)(norm)
+    assert norm.weight.eq(1).all()
+    assert transformers_names.initializer(nn.Linear(1, 1)) is None
+
+
+@checks("transformers.PreTrainedConfig._name_or_path")
+def _name_or_path() -> None:
+    config = transformers.LlamaConfig(name_or_path="somewhere/model")
+    assert transformers_names.name_or_path(config) == "somewhere/model"
+    assert not transformers_names.name_or_path(transformers.LlamaConfig())
+    assert not transformers_names.name_or_path(object())
+
+
+@checks(
+    "transformers.conversion_mapping.get_model_conversion_mapping",
+    "transformers.core_model_loading.convert_and_load_state_dict_in_model",
+    "transformers.modeling_utils.LoadStateDictConfig",
+)
+def _load() -> None:
+    model, state = llama(), {k: torch.randn_like(v) for k, v in llama().state_dict().items()}
+    wrong = "model.norm.weight"
+    state[wrong] = torch.ones(3)
+    rules = transformers_names.conversion_rules(model)
+    info = transformers_names.load_state(model, state, rules)
+    assert not info.conversion_errors
+    assert [(name, *map(tuple, sizes)) for name, *sizes in info.mismatched_keys] == [
+        (wrong, (3,), (8,))
+    ]
+    for name, value in model.state_dict().items():
+        assert name == wrong or torch.equal(value, state[name]), name
+
+
+@checks(
+    "transformers.core_model_loading.WeightConverter",
+    "transformers.core_model_loading.WeightRenaming",
+    "transformers.core_model_loading.rename_source_key",
+)
+def _names() -> None:
+    model = llama()
+    name_of = transformers_names.namer(model, transformers_names.conversion_rules(model))
+    assert name_of("model.norm.weight") == name_of("norm.weight") == "model.norm.weight"
+    experts = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=2)
+    )
+    name_of = transformers_names.namer(experts, transformers_names.conversion_rules(experts))
+    stored = "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
+    found = {name_of(stored.format(expert, part)) for expert in (0, 1) for part in (1, 3)}
+    assert len(found) == 1
+    assert found <= experts.state_dict().keys()
+
+
+@checks("transformers.PreTrainedConfig._attn_implementation")
+def _attention_of() -> None:
+    model = llama()
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert transformers_names.attention_of(model.config) == name
+
+
+@checks(
+    "transformers.PreTrainedModel._supports_sdpa",
+    "transformers.PreTrainedModel._supports_attention_backend",
+    "transformers.PreTrainedModel._can_set_attn_implementation",
+)
+def _can_replace_attention() -> None:
+    model = llama()
+    assert transformers_names.can_replace_attention(model)
+    kind = transformers.LlamaForCausalLM
+    for name in ("_supports_sdpa", "_supports_attention_backend", "_can_set_attn_implementation"):
+        cls = type("Other", (kind,), {name: classmethod(bool) if "can" in name else False})
+        model.__class__ = cls
+        assert transformers_names.can_replace_attention(model) is ("can" in name)
+
+
+@checks("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
+def _attention_function() -> None:
+    assert callable(transformers_names.attention_function("sdpa"))
+    transformers.AttentionInterface.register("of_this_test", _ignore)
+    assert transformers_names.attention_function("of_this_test") is _ignore
+
+
+@checks("transformers.masking_utils.sdpa_mask")
+def _sdpa_mask() -> None:
+    masks = transformers.AttentionMaskInterface()
+    assert masks["sdpa"] is transformers_names.sdpa_mask()
+
+
+@checks(
+    "transformers.generation.continuous_batching.continuous_api.ContinuousMixin",
+    "transformers.generation.continuous_batching.continuous_api"
+    ".ContinuousBatchingManager._original_attn_impl",
+)
+def _batching() -> None:
+    mixin, model = transformers_names.batching(), llama()
+    assert isinstance(model, mixin)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    manager = mixin.init_continuous_batching(model, continuous_batching_config=small)
+    assert transformers_names.attention_of(model.config) in ("sdpa", "paged|sdpa")
+    transformers_names.give_back_(manager, "eager")
+    manager.start()
+    manager.stop(block=True)
+    assert transformers_names.attention_of(model.config) == "eager"
+
+
+@checks("transformers.CompileConfig._compile_all_devices")
+def _compile_everywhere() -> None:
+    config, model = transformers.CompileConfig(), llama()
+    settings = transformers.GenerationConfig(compile_config=config)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=4)
+    compiles = model._valid_auto_compile_criteria
+    assert not compiles({"past_key_values": cache}, settings)
+    transformers_names.compile_everywhere_(config)
+    assert compiles({"past_key_values": cache}, settings)
