@@ -53,14 +53,14 @@ def identity_gain_(parameter: Tensor, gain: Gain) -> None:
     parameter.fill_(gain.identity)
 
 
-def bias_product(weight: Tensor, shift: Tensor, axis: int, spans: Iterable[Span]) -> Tensor:
+def bias_product(weight: Tensor, norm_bias: Tensor, axis: int, spans: Iterable[Span]) -> Tensor:
     """E2: `W β`, what a norm's bias adds to a reader's, in float64.
 
-    weight: a matrix as it was before E1, whose `axis` meets the norm's features; shift: [m], the
-    norm's bias β. Returns [k], one element per position of the other axis.
+    weight: a matrix as it was before E1, whose `axis` meets the norm's features; norm_bias: [m],
+    the norm's bias β. Returns [k], one element per position of the other axis.
     """
     total = torch.zeros(weight.shape[1 - axis], dtype=torch.float64, device=weight.device)
-    beta = shift.detach().reshape(-1).to(torch.float64)
+    beta = norm_bias.detach().reshape(-1).to(torch.float64)
     for span in spans:
         part = weight.detach().narrow(axis, span.start, span.length)
         part = part if axis == 1 else part.t()
@@ -97,24 +97,24 @@ def fold_bias_(bias: Tensor, product: Tensor) -> None:
     bias.copy_(bias.to(torch.float64) + product)
 
 
-def carry_bias_(shift: Tensor, gain: Tensor) -> None:
+def carry_bias_(norm_bias: Tensor, gain: Tensor) -> None:
     """E13, in place: `z·g + β = (z + β/g)·g`, so a bias without a slot in its readers stays as β/g.
 
-    shift: the bias β, as many elements as gain: [m], none of them zero where β is not.
+    norm_bias: the bias β, as many elements as gain: [m], none of them zero where β is not.
     """
-    flat = shift.reshape(-1).to(torch.float64)
+    flat = norm_bias.reshape(-1).to(torch.float64)
     quotient = torch.where(flat == 0, flat, flat / gain.to(torch.float64))
-    shift.copy_(quotient.view(shift.shape))
+    norm_bias.copy_(quotient.view(norm_bias.shape))
 
 
-def can_carry(shift: Tensor, gain: Tensor) -> bool:
+def can_carry(norm_bias: Tensor, gain: Tensor) -> bool:
     """Whether β/g is finite in the dtype of β, and 0 where β is."""
-    kept = shift.detach().clone()
+    kept = norm_bias.detach().clone()
     carry_bias_(kept, gain)
     return bool(torch.isfinite(kept).all())
 
 
-def centre_(weight: Tensor, axis: int) -> Tensor:
+def center_(weight: Tensor, axis: int) -> Tensor:
     """E3, in place: `V* = V − mean(V)` over `axis`, the one along the residual's features.
 
     The mean is taken in float64 and the difference rounded once. Returns the mean, `axis` kept.
@@ -130,8 +130,8 @@ def centre_(weight: Tensor, axis: int) -> Tensor:
     return mean[0] if weight.ndim == 1 else mean.movedim(-1, axis)
 
 
-def uncentre_(weight: Tensor, mean: Tensor) -> None:
-    """The inverse of `centre_`, within one rounding; mean: what `centre_` returned."""
+def uncenter_(weight: Tensor, mean: Tensor) -> None:
+    """The inverse of `center_`, within one rounding; mean: what `center_` returned."""
     weight.copy_(weight.to(torch.float64) + mean)
 
 

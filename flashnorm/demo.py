@@ -130,7 +130,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
     console.print(f"     {len(plan.sites)} norms found; the gains of {len(plan.folded)} fold")
     reasons: dict[str, int] = {}
     for site in plan.sites:
-        if site.gain == "kept":
+        if site.gain_state == "kept":
             reasons[site.reason] = reasons.get(site.reason, 0) + 1
     for reason, count in reasons.items():
         console.print(f"     {count} kept: {reason}", markup=False)

@@ -12,7 +12,7 @@ from flashnorm.planner import inspect_module
 
 
 def inspect(
-    model: Any, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+    model: Any, example_inputs: Any = None, *, untie: bool = False, center: bool = False
 ) -> Plan:
     """The plan of a model: every norm, whether its gain folds, into what, and if not why.
 
@@ -21,12 +21,12 @@ def inspect(
     parameters stay fake, so a model of any size takes seconds. `example_inputs`, a dict or tuple
     for the model's forward, or a list of several of them, is needed for modules that are not from
     transformers; all are recorded, and what any of them reads counts. `untie` plans a
-    copy of a tied head's weight, so that the final gain folds as well; `centre` plans to centre
+    copy of a tied head's weight, so that the final gain folds as well; `center` plans to center
     what LayerNorms read, so that they need no mean (E3).
 
     Raises TraceError where the model cannot be recorded, CheckpointError where a path holds no
     model that can be read. Source: FlashNorm, arXiv 2407.09577.
     """
     if isinstance(model, nn.Module):
-        return inspect_module(model, example_inputs, untie=untie, centre=centre)
-    return inspect_stored(model, example_inputs, untie=untie, centre=centre)
+        return inspect_module(model, example_inputs, untie=untie, center=center)
+    return inspect_stored(model, example_inputs, untie=untie, center=center)

@@ -1,4 +1,4 @@
-"""The nouns of a plan: what was found, what will be folded where, and why the rest is kept.
+"""What a plan is made of: what was found, what will be folded where, and why the rest is kept.
 
 A plan is frozen, printable and JSON-serializable, and is made before anything is touched. The same
 plan drives the rewrite in memory and on disk.
@@ -21,13 +21,13 @@ Kind = str
 GainState = Literal["folded", "kept", "none"]
 # "folded" goes into the readers' biases (E2); "carried" stays with the norm as β/g (E13).
 BiasState = Literal["none", "folded", "carried", "kept"]
-CentringState = Literal["none", "folded", "kept"]
+CenteringState = Literal["none", "folded", "kept"]
 # Where the scale per row ends: with the norm, with its linear readers (E4), partly in other norms
 # that undo it, or there altogether (E7).
 ScaleState = Literal["kept", "deferred", "partial", "cancelled"]
 Place = Literal["nowhere", "output", "later"]
 # What norms that undo a scale s do with their epsilon: divide it by s², or leave it, as the paper.
-Eps = Literal["exact", "ignore"]
+Epsilon = Literal["exact", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Centring:
+class Centering:
     """A writer of a residual stream: its mean over `axis` is subtracted (`V* = V − mean`, E3)."""
 
     parameter: str
@@ -82,7 +82,7 @@ class Centring:
 class Entry:
     """A place where a stream begins with values that no linear layer writes.
 
-    They are centred as they come out of the module at `path`, or with `received` as they go in.
+    They are centered as they come out of the module at `path`, or with `received` as they go in.
     Only a model in memory can have one; a stored checkpoint keeps its LayerNorms.
     """
 
@@ -99,11 +99,11 @@ class Cancelling:
     """
 
     path: str
-    eps: Eps = "exact"
+    epsilon: Epsilon = "exact"
 
 
 @dataclass(frozen=True)
-class Reader:
+class ScaledReader:
     """A product with a norm's output, and where the norm's scale goes on its output features.
 
     `scaled` are the (start, length) of the features that get it: at the product's own `output`, or
@@ -132,7 +132,7 @@ class Renorm:
 
 
 @dataclass(frozen=True)
-class Shift:
+class NormBias:
     """The bias β of a norm, and the gain before it: element i of one meets element i of the other.
 
     `folded` where β goes into the readers' biases (E2) and is left at zero; else it is carried:
@@ -146,14 +146,14 @@ class Shift:
 
 @dataclass(frozen=True)
 class Site:
-    """One normalization: where it is, what it is, and what happens to its gain, bias and centring.
+    """One normalization: where it is, what it is, and what happens to its gain, bias and centering.
 
     `path` is the module that normalizes, `width` the number of normalized features, `eps` the
     epsilon read off the graph (None where there is none). `reason` is empty where the gain is
     folded, else it says in plain words why not; `bias_reason` says why a bias is not folded into
-    the readers, `centring_reason` why the mean is still subtracted. `shift` names the parameter of
-    the bias. `source` is the file and line of the model's code. `replaceable` where the module at
-    `path` is this norm and nothing else, so that another module can take its place.
+    the readers, `centering_reason` why the mean is still subtracted. `norm_bias` names the
+    parameter of the bias. `source` is the file and line of the model's code. `replaceable` where
+    the module at `path` is this norm and nothing else, so that another module can take its place.
 
     `scale` says where the scale per row of an RMSNorm may be applied, `scale_reason` why not
     elsewhere; `readers` and `renorms` say it one by one.
@@ -163,20 +163,20 @@ class Site:
     kind: Kind
     width: int
     eps: float | None
-    gain: GainState
+    gain_state: GainState
     reason: str = ""
     consumers: tuple[Consumer, ...] = ()
-    weight: Gain | None = None
+    gain: Gain | None = None
     source: str = ""
     bias: BiasState = "none"
     bias_reason: str = ""
-    shift: str = ""
-    centring: CentringState = "none"
-    centring_reason: str = ""
+    norm_bias: str = ""
+    centering: CenteringState = "none"
+    centering_reason: str = ""
     replaceable: bool = False
     scale: ScaleState = "kept"
     scale_reason: str = ""
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[ScaledReader, ...] = ()
     renorms: tuple[Renorm, ...] = ()
 
     @property
@@ -194,7 +194,7 @@ class Site:
 class Plan:
     """All sites of a model in the order of execution, and what holds for the model as a whole.
 
-    `centrings` are the writers to centre so that the centred sites need no mean, `entries` the
+    `centerings` are the writers to center so that the centered sites need no mean, `entries` the
     places where that takes an operation of its own. `cancellings` are the norms that lose their
     scale.
 
@@ -207,18 +207,18 @@ class Plan:
     untied: tuple[tuple[str, str], ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    centrings: tuple[Centring, ...] = ()
+    centerings: tuple[Centering, ...] = ()
     entries: tuple[Entry, ...] = ()
     cancellings: tuple[Cancelling, ...] = ()
     version: int = field(default=PLAN_VERSION)
 
     @property
     def folded(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.gain == "folded")
+        return tuple(site for site in self.sites if site.gain_state == "folded")
 
     def gains(self) -> tuple[Gain, ...]:
         """Every gain parameter that is folded, once each (two sites may share one)."""
-        return tuple(dict.fromkeys(site.weight for site in self.folded if site.weight))
+        return tuple(dict.fromkeys(site.gain for site in self.folded if site.gain))
 
     def absorptions(self) -> dict[str, tuple[tuple[Gain, Consumer], ...]]:
         """For every parameter that absorbs: the gains that go into it, once each."""
@@ -227,33 +227,33 @@ class Plan:
             found[consumer.parameter][gain, consumer] = None
         return {name: tuple(pairs) for name, pairs in found.items()}
 
-    def shifts(self) -> tuple[Shift, ...]:
+    def norm_biases(self) -> tuple[NormBias, ...]:
         """Every bias that moves with its gain, once each."""
         found = (
-            Shift(site.shift, site.weight, site.bias == "folded")
+            NormBias(site.norm_bias, site.gain, site.bias == "folded")
             for site in self.folded
-            if site.shift and site.weight
+            if site.norm_bias and site.gain
         )
         return tuple(dict.fromkeys(found))
 
-    def bias_absorptions(self) -> dict[str, tuple[tuple[Shift, Consumer], ...]]:
-        """For every bias that absorbs: the shifts that go into it, and through which weight (E2).
+    def bias_absorptions(self) -> dict[str, tuple[tuple[NormBias, Consumer], ...]]:
+        """For every bias that absorbs: which norms' biases, through which weight (E2).
 
         `c* = c + W β` with W as it is before it absorbs any gain.
         """
-        found: dict[str, dict[tuple[Shift, Consumer], None]] = defaultdict(dict)
+        found: dict[str, dict[tuple[NormBias, Consumer], None]] = defaultdict(dict)
         for site in self.folded:
-            if site.bias == "folded" and site.weight:
-                shift = Shift(site.shift, site.weight, True)
+            if site.bias == "folded" and site.gain:
+                norm_bias = NormBias(site.norm_bias, site.gain, True)
                 for consumer in site.consumers:
-                    found[consumer.bias][shift, consumer] = None
+                    found[consumer.bias][norm_bias, consumer] = None
         return {name: tuple(pairs) for name, pairs in found.items()}
 
     def _pairs(self) -> Iterator[tuple[Gain, Consumer]]:
         for site in self.folded:
-            assert site.weight is not None, f"{site.path} is folded but has no gain"
+            assert site.gain is not None, f"{site.path} is folded but has no gain"
             for consumer in site.consumers:
-                yield site.weight, consumer
+                yield site.gain, consumer
 
     def __str__(self) -> str:
         """A line per site; `flashnorm inspect` prints a table."""
@@ -261,7 +261,9 @@ class Plan:
         for site in self.sites:
             into = ", ".join(consumer.parameter for consumer in site.consumers)
             what = f"into {into}" if into else site.reason
-            lines.append(f"{site.path or '(root)'}: {site.kind} {site.width}, {site.gain}: {what}")
+            lines.append(
+                f"{site.path or '(root)'}: {site.kind} {site.width}, {site.gain_state}: {what}"
+            )
         return "\n".join([*lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:

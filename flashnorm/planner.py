@@ -12,33 +12,33 @@ from torch import Tensor, nn
 from flashnorm.compat.torch_names import FakeTensor
 from flashnorm.graph.absorb import absorb
 from flashnorm.graph.ambient import on_cpu
-from flashnorm.graph.centring import centred
+from flashnorm.graph.centering import centered
 from flashnorm.graph.deferral import deferred
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.follow import follow
 from flashnorm.graph.gains import NotAffine, convention
+from flashnorm.graph.ir import Graph
 from flashnorm.graph.modules import is_replaceable
-from flashnorm.graph.nouns import Graph
+from flashnorm.graph.norm_biases import find_norm_biases, find_slots
 from flashnorm.graph.recording import operations, record
-from flashnorm.graph.shifts import find_shifts, find_slots
-from flashnorm.graph.sites import Visit
+from flashnorm.graph.sites import NormCall
 from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
 from flashnorm.kernels import norms
-from flashnorm.plan import Cancelling, Consumer, Eps, Gain, Plan, Site
+from flashnorm.plan import Cancelling, Consumer, Epsilon, Gain, Plan, Site
 from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
 FORWARD_CHANGES = (
-    "the tied head was not given a weight of its own: this model's forward does something else "
+    "the tied head was not given a gain of its own: this model's forward does something else "
     "when its config says that the head is not tied"
 )
 
 
 def inspect_module(
-    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+    model: nn.Module, example_inputs: Any = None, *, untie: bool = False, center: bool = False
 ) -> Plan:
     """The plan of a live module; it is left as it was found."""
-    plan = plan_model(model, example_inputs, untie=untie, centre=centre)
+    plan = plan_model(model, example_inputs, untie=untie, center=center)
     return with_values(plan, _live_values(model))
 
 
@@ -57,26 +57,26 @@ def plan_model(
     example_inputs: Any = None,
     *,
     untie: bool = False,
-    centre: bool = False,
+    center: bool = False,
     allow_real: bool = True,
 ) -> Plan:
     """The plan of a module, whatever the values of its parameters; it is left as it was found."""
     graph = record(model, example_inputs, allow_real)
-    plan = make_plan(graph, untie=untie, centre=centre)
+    plan = make_plan(graph, untie=untie, center=center)
     if not plan.untied:
         return plan
     untied = record(model, example_inputs, allow_real, _declare_untied)
     same = operations(untied) == operations(graph)
     if same and _can_be_untied(getattr(model, "config", None)):
         return plan
-    tied = make_plan(graph, centre=centre)
+    tied = make_plan(graph, center=center)
     return replace(tied, notes=(*tied.notes, FORWARD_CHANGES))
 
 
-def cancelling(plan: Plan, eps: Eps = "exact") -> Plan:
+def cancelling(plan: Plan, epsilon: Epsilon = "exact") -> Plan:
     """The plan that also takes the scale out of every norm that other norms undo (E7)."""
     found = [site.path for site in plan.sites if site.scale in ("partial", "cancelled")]
-    return replace(plan, cancellings=tuple(Cancelling(path, eps) for path in found))
+    return replace(plan, cancellings=tuple(Cancelling(path, epsilon) for path in found))
 
 
 def _can_be_untied(config: Any) -> bool:
@@ -99,26 +99,26 @@ def _declare_untied(model: nn.Module) -> None:
 
 @dataclass
 class _Row:
-    """All visits of one norm, in every recorded pass and every module call."""
+    """All calls of one norm, in every recorded pass and every module call."""
 
-    visit: Visit
+    norm_call: NormCall
     path: str
     parameter: str | None
     uses: list[GainUse] = field(default_factory=list)
-    visits: list[int] = field(default_factory=list)  # indices of the nodes
+    norm_calls: list[int] = field(default_factory=list)  # indices of the nodes
 
 
 @on_cpu()
-def make_plan(graph: Graph, *, untie: bool = False, centre: bool = False) -> Plan:
+def make_plan(graph: Graph, *, untie: bool = False, center: bool = False) -> Plan:
     """Analyse a recorded graph. Nothing is touched; refusing is a row of the plan.
 
-    With `untie` tied weights may get a copy of their own; with `centre` LayerNorms are freed of
-    their mean where the writers of what they read can be centred (E3).
+    With `untie` tied weights may get a copy of their own; with `center` LayerNorms are freed of
+    their mean where the writers of what they read can be centered (E3).
     """
     plan, flow, rows = _make_plan(graph, untie)
-    visits = [row.visits for row in rows]
-    plan = centred(plan, flow, visits, untie) if centre else plan
-    return deferred(plan, flow, visits)
+    norm_calls = [row.norm_calls for row in rows]
+    plan = centered(plan, flow, norm_calls, untie) if center else plan
+    return deferred(plan, flow, norm_calls)
 
 
 def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
@@ -127,18 +127,18 @@ def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
     refuse_unreached(flow, unreached)
     conventions = _conventions(flow)
     _refuse_other_readings(flow)
-    shifts = find_shifts(flow)
+    norm_biases = find_norm_biases(flow)
     consumers, untied = absorb(flow, untie)
     refuse_unreached_readers(flow, unreached, untie)
     rows = _rows(flow)
-    sites = tuple(_site(flow, row, conventions, consumers, shifts) for row in rows)
+    sites = tuple(_site(flow, row, conventions, consumers, norm_biases) for row in rows)
     notes = (*graph.notes, *_final_note(sites))
     return Plan(sites, untied=untied, unreached=unreached.parameters, notes=notes), flow, rows
 
 
 def _final_note(sites: tuple[Site, ...]) -> tuple[str, ...]:
     """The output of the last norm is an interface: callers may ask for it by name."""
-    if not sites or sites[-1].gain != "folded":
+    if not sites or sites[-1].gain_state != "folded":
         return ()
     return (
         f"hidden states taken after {sites[-1].path or 'the last norm'} come without its gain, "
@@ -169,31 +169,31 @@ def _refuse_other_readings(flow: Flow) -> None:
 
 
 def _rows(flow: Flow) -> list[_Row]:
-    """Visits put together by module and gain, or by module and order within it without one."""
+    """Calls put together by module and gain, or by module and order within it without one."""
     by_node: dict[int, list[GainUse]] = defaultdict(list)
     for use in flow.gains:
-        by_node[id(use.visit)].append(use)
+        by_node[id(use.norm_call)].append(use)
     rows: dict[tuple[str, str | int], _Row] = {}
     order: dict[tuple[str, int], int] = defaultdict(int)
-    for index, visit in flow.visits.items():
-        path, call = visit.node.path, visit.node.call
-        for use in by_node[id(visit)]:
-            row = rows.setdefault((path, use.parameter), _Row(visit, path, use.parameter))
+    for index, norm_call in flow.norm_calls.items():
+        path, call = norm_call.node.path, norm_call.node.call
+        for use in by_node[id(norm_call)]:
+            row = rows.setdefault((path, use.parameter), _Row(norm_call, path, use.parameter))
             row.uses.append(use)
-            row.visits.append(index)
-        odd = id(visit) in flow.odd
-        if not by_node[id(visit)] and (odd or not _is_mere_function(visit)):
-            row = rows.setdefault((path, order[path, call]), _Row(visit, path, None))
-            row.visits.append(index)
+            row.norm_calls.append(index)
+        odd = id(norm_call) in flow.odd
+        if not by_node[id(norm_call)] and (odd or not _is_mere_function(norm_call)):
+            row = rows.setdefault((path, order[path, call]), _Row(norm_call, path, None))
+            row.norm_calls.append(index)
         order[path, call] += 1
     return list(rows.values())
 
 
-def _is_mere_function(visit: Visit) -> bool:
+def _is_mere_function(norm_call: NormCall) -> bool:
     """Without a gain, f(α·x) is only taken for a norm where f is the one it was published with, and
     a value divided by a statistic where that is a norm's: others are shares and weights."""
-    learned = norms.described(visit.kind).learns_alpha
-    return visit.kind == norms.OTHER or (learned and visit.node.op != "tanh")
+    learned = norms.described(norm_call.kind).learns_alpha
+    return norm_call.kind == norms.OTHER or (learned and norm_call.node.op != "tanh")
 
 
 def _site(
@@ -201,43 +201,43 @@ def _site(
     row: _Row,
     conventions: dict[str, Gain],
     consumers: dict[str, list[Consumer]],
-    shifts: dict[str, str],
+    norm_biases: dict[str, str],
 ) -> Site:
-    visit = row.visit
-    common = (row.path, visit.kind, visit.width, visit.eps)
-    weight = conventions.get(row.parameter or "")
+    norm_call = row.norm_call
+    common = (row.path, norm_call.kind, norm_call.width, norm_call.eps)
+    gain = conventions.get(row.parameter or "")
     # What takes the place of a module reads the gain in the convention that the plan tells.
-    known = row.parameter is None or weight is not None
+    known = row.parameter is None or gain is not None
     replaceable = known and _replaceable(flow, row)
-    facts: dict[str, Any] = {"source": visit.node.source, "replaceable": replaceable}
+    facts: dict[str, Any] = {"source": norm_call.node.source, "replaceable": replaceable}
     if row.parameter is None:
-        odd = flow.odd.get(id(visit), "")
+        odd = flow.odd.get(id(norm_call), "")
         return Site(*common, "kept" if odd else "none", odd or NO_GAIN, **facts)
     found = consumers.get(row.parameter, ())
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
-    shift = shifts.get(row.parameter, "")
+    norm_bias = norm_biases.get(row.parameter, "")
     if reason:
         facts |= _kept_bias(flow, row.parameter)
-        return Site(*common, "kept", reason, weight=weight, **facts)
-    site = Site(*common, "folded", "", tuple(found), weight, **facts)
-    return _with_bias(flow, site, row.parameter, shift) if shift else site
+        return Site(*common, "kept", reason, gain=gain, **facts)
+    site = Site(*common, "folded", "", tuple(found), gain, **facts)
+    return _with_bias(flow, site, row.parameter, norm_bias) if norm_bias else site
 
 
 def _replaceable(flow: Flow, row: _Row) -> bool:
-    return all(is_replaceable(flow, flow.visits[index]) for index in row.visits)
+    return all(is_replaceable(flow, flow.norm_calls[index]) for index in row.norm_calls)
 
 
 def _kept_bias(flow: Flow, gain: str) -> dict[str, Any]:
-    uses = flow.shifts.get(gain)
+    uses = flow.norm_biases.get(gain)
     if not uses:
         return {}
-    return {"bias": "kept", "bias_reason": "its gain is kept", "shift": uses[0].parameter}
+    return {"bias": "kept", "bias_reason": "its gain is kept", "norm_bias": uses[0].parameter}
 
 
-def _with_bias(flow: Flow, site: Site, gain: str, shift: str) -> Site:
+def _with_bias(flow: Flow, site: Site, gain: str, norm_bias: str) -> Site:
     """The bias goes into the readers' own biases (E2), or stays with the norm as β/g (E13)."""
     slots, reason = find_slots(flow, gain, site.consumers)
     if reason:
-        return replace(site, bias="carried", bias_reason=reason, shift=shift)
+        return replace(site, bias="carried", bias_reason=reason, norm_bias=norm_bias)
     into = tuple(replace(c, bias=slots[c.parameter]) for c in site.consumers)
-    return replace(site, bias="folded", shift=shift, consumers=into)
+    return replace(site, bias="folded", norm_bias=norm_bias, consumers=into)

@@ -67,8 +67,8 @@ def totals(plan: Plan) -> Totals:
     """Count norms, gain elements and reasons."""
     sizes: dict[str, dict[str, int]] = {"folded": {}, "kept": {}, "none": {}}
     for site in plan.sites:
-        name = site.weight.parameter if site.weight else site.path
-        sizes[site.gain][name] = _elements(site)
+        name = site.gain.parameter if site.gain else site.path
+        sizes[site.gain_state][name] = _elements(site)
     folded = sum(sizes["folded"].values())
     kept = sum(sizes["kept"].values())
     return Totals(
@@ -99,8 +99,8 @@ def summary(plan: Plan) -> RenderableType:
         ),
     ]
     lines += [Text(line) for line in _further(plan)]
-    lines += [_labelled(f"{n} kept", reason, "yellow") for reason, n in found.kept]
-    lines += [_labelled(f"{n} without", reason, "dim") for reason, n in found.none]
+    lines += [_titled(f"{n} kept", reason, "yellow") for reason, n in found.kept]
+    lines += [_titled(f"{n} without", reason, "dim") for reason, n in found.none]
     return Group(*lines, *_remarks(plan))
 
 
@@ -108,7 +108,7 @@ def _further(plan: Plan) -> list[str]:
     """What becomes of biases, means and scales, where there is something to say."""
     biases, means, scales = (
         Counter(getattr(site, name) for site in plan.sites)
-        for name in ("bias", "centring", "scale")
+        for name in ("bias", "centering", "scale")
     )
     lines = []
     if biases["folded"] or biases["carried"]:
@@ -123,7 +123,7 @@ def _further(plan: Plan) -> list[str]:
             f"{scales['cancelled']} scales are undone by other norms, {scales['partial']} in part"
         )
     if plan.cancellings:
-        ignored = all(cancelling.eps == "ignore" for cancelling in plan.cancellings)
+        ignored = all(cancelling.epsilon == "ignore" for cancelling in plan.cancellings)
         how = "with epsilon ignored" if ignored else "for any epsilon"
         lines.append(f"{len(plan.cancellings)} scales are taken out, {how}")
     return lines
@@ -132,18 +132,18 @@ def _further(plan: Plan) -> list[str]:
 def _remarks(plan: Plan) -> list[Text]:
     """What holds for the model as a whole."""
     lines = [
-        _labelled("untied", f"{new} gets a copy of {old} of its own", "cyan")
+        _titled("untied", f"{new} gets a copy of {old} of its own", "cyan")
         for new, old in plan.untied
     ]
-    lines += [_labelled("note", note, "cyan") for note in plan.notes]
+    lines += [_titled("note", note, "cyan") for note in plan.notes]
     if plan.unreached:
         what = f"{len(plan.unreached)} parameters, the first is {plan.unreached[0]}"
-        lines.append(_labelled("not reached by the recorded passes", what, "yellow"))
+        lines.append(_titled("not reached by the recorded passes", what, "yellow"))
     return lines
 
 
-def _labelled(label: str, words: str, style: str) -> Text:
-    return Text.assemble((f"{label}: ", style), words)
+def _titled(title: str, words: str, style: str) -> Text:
+    return Text.assemble((f"{title}: ", style), words)
 
 
 @dataclass(frozen=True)
@@ -185,29 +185,29 @@ def _table(found: Sequence[Row], width: int) -> Table:
 
 def _row(sites: list[Site]) -> Row:
     first = sites[0]
-    convention = " (1+w)" if first.weight and first.weight.offset == 1 else ""
+    convention = " (1+w)" if first.gain and first.gain.offset == 1 else ""
     return Row(
         path=merged([site.path for site in sites]) or "(the model itself)",
         count=len(sites),
         kind=first.kind,
         width=first.width,
         eps=first.eps,
-        gain=first.gain + (convention if first.gain != "none" else ""),
+        gain=first.gain_state + (convention if first.gain_state != "none" else ""),
         into=_into(sites),
         reason=merged([site.reason for site in sites]),
         bias=first.bias,
-        mean="centred" if first.centring == "folded" else first.centring,
+        mean="centered" if first.centering == "folded" else first.centering,
         scale=first.scale if first.scale in ("partial", "cancelled") else "kept",
     )
 
 
 def _likeness(site: Site) -> object:
     """Equal for sites that may share a row."""
-    weight = replace(site.weight, parameter="") if site.weight else None
+    gain = replace(site.gain, parameter="") if site.gain else None
     readers = tuple(dict.fromkeys(skeleton(c.parameter) for c in site.consumers))
     texts = skeleton(site.path), skeleton(site.reason)
-    states = site.gain, site.bias, site.centring, site.scale
-    return site.kind, site.width, site.eps, states, weight, readers, texts
+    states = site.gain_state, site.bias, site.centering, site.scale
+    return site.kind, site.width, site.eps, states, gain, readers, texts
 
 
 def _into(sites: list[Site]) -> str:
@@ -222,7 +222,7 @@ def _into(sites: list[Site]) -> str:
 def _reasons(plan: Plan, state: str) -> tuple[tuple[str, int], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
     for site in plan.sites:
-        if site.gain == state:
+        if site.gain_state == state:
             groups[skeleton(site.reason)].append(site.reason)
     return tuple((merged(reasons), len(reasons)) for reasons in groups.values())
 

@@ -20,9 +20,9 @@ from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
 from flashnorm.marker import marker
-from flashnorm.plan import Consumer, Eps, Gain, Plan, Shift
+from flashnorm.plan import Consumer, Epsilon, Gain, NormBias, Plan
 from flashnorm.planner import cancelling, inspect_module
-from flashnorm.swap import Swaps, cancel_norms_, centre_norms_, check_cancel
+from flashnorm.swap import Swaps, cancel_norms_, center_norms_, check_cancel
 from flashnorm.transaction import Transaction
 from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns
 from flashnorm.undo import unfold_ as unfold_
@@ -35,9 +35,9 @@ def fold_(
     example_inputs: Any = None,
     *,
     untie: bool = False,
-    centre: bool = False,
+    center: bool = False,
     cancel: bool = False,
-    eps: Eps = "exact",
+    epsilon: Epsilon = "exact",
 ) -> Plan:
     """Fold every gain that can be folded exactly into the linear layers that read it, in place.
 
@@ -49,12 +49,12 @@ def fold_(
     `untie` gives a tied head a weight of its own, which costs vocab × width elements; the config
     says so, and the state dict fits only a model whose config does.
 
-    `centre` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
+    `center` also turns LayerNorms into RMSNorms: the writers of what they read lose their mean over
     the features, `V* = V − mean(V)` (E3), and `flashnorm.nn.FlashRMSNorm` takes the norm's place.
 
     `cancel` also takes the scale out of norms that other norms undo, `RMS(s·v) = RMS(v)` (E7): with
-    `eps="exact"` for any epsilon, because the others then divide theirs by s²; with `eps="ignore"`
-    they stay as they are, which differs by what their epsilon weighs.
+    `epsilon="exact"` for any epsilon, because the others then divide theirs by s²; with
+    `epsilon="ignore"` they stay as they are, which differs by what their epsilon weighs.
 
     Whatever fails meanwhile, Ctrl-C included, the model is as it was, bit for bit. To that end the
     old values of what changes are kept until the end: for a moment the folded weights are in memory
@@ -64,11 +64,11 @@ def fold_(
     recorded, FoldError where a product would leave the range of its dtype.
     Source: FlashNorm, arXiv 2407.09577.
     """
-    plan = inspect_module(model, example_inputs, untie=untie, centre=centre)
-    if eps not in ("exact", "ignore"):
-        raise ValueError(f'eps must be "exact" or "ignore", not {eps!r}')
-    plan = cancelling(plan, eps) if cancel else plan
-    if plan.folded or plan.centrings or plan.entries or plan.cancellings:
+    plan = inspect_module(model, example_inputs, untie=untie, center=center)
+    if epsilon not in ("exact", "ignore"):
+        raise ValueError(f'epsilon must be "exact" or "ignore", not {epsilon!r}')
+    plan = cancelling(plan, epsilon) if cancel else plan
+    if plan.folded or plan.centerings or plan.entries or plan.cancellings:
         apply_plan_(model, plan)
     return plan
 
@@ -92,11 +92,11 @@ def apply_plan_(model: nn.Module, plan: Plan, *, within: Transaction | None = No
         _move_biases_(plan, parameters, change)
         _fold_gains_(plan, parameters, change)
         means = {
-            c: algebra.centre_(change.values(parameters[c.parameter]), c.axis)
-            for c in plan.centrings
+            c: algebra.center_(change.values(parameters[c.parameter]), c.axis)
+            for c in plan.centerings
         }
         swaps = Swaps()
-        centre_norms_(model, plan, swaps, change)
+        center_norms_(model, plan, swaps, change)
         cancel_norms_(model, plan, swaps, change)
         after = {name: witness(parameters[name]) for name in _touched(plan)}
         config = _mark_(model, plan, change)
@@ -120,25 +120,25 @@ def _move_biases_(plan: Plan, parameters: dict[str, nn.Parameter], change: Trans
     for name, pairs in plan.bias_absorptions().items():
         bias = change.values(parameters[name])
         algebra.fold_bias_(bias, _added(parameters, bias, pairs))
-    for shift in plan.shifts():
-        beta = change.values(parameters[shift.parameter])
-        if shift.folded:
+    for norm_bias in plan.norm_biases():
+        beta = change.values(parameters[norm_bias.parameter])
+        if norm_bias.folded:
             beta.zero_()
         else:
-            gain = algebra.effective_gain(parameters[shift.gain.parameter], shift.gain)
+            gain = algebra.effective_gain(parameters[norm_bias.gain.parameter], norm_bias.gain)
             algebra.carry_bias_(beta, gain.to(beta.device))
 
 
 def _added(
     parameters: dict[str, nn.Parameter],
     bias: Tensor,
-    pairs: Iterable[tuple[Shift, Consumer]],
+    pairs: Iterable[tuple[NormBias, Consumer]],
 ) -> Tensor:
     """What a bias takes: the sum of `W β` over the norms that its weight reads."""
     total = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
-    for shift, consumer in pairs:
+    for norm_bias, consumer in pairs:
         weight = parameters[consumer.parameter]
-        beta = parameters[shift.parameter].to(weight.device)
+        beta = parameters[norm_bias.parameter].to(weight.device)
         product = algebra.bias_product(weight, beta, consumer.axis, consumer.spans)
         total += product.to(bias.device)
     return total
@@ -151,8 +151,8 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _touched(plan: Plan) -> tuple[str, ...]:
     """Every parameter that a fold writes."""
     names = [gain.parameter for gain in plan.gains()] + list(plan.absorptions())
-    names += [shift.parameter for shift in plan.shifts()] + list(plan.bias_absorptions())
-    return tuple(dict.fromkeys(names + [c.parameter for c in plan.centrings]))
+    names += [b.parameter for b in plan.norm_biases()] + list(plan.bias_absorptions())
+    return tuple(dict.fromkeys(names + [c.parameter for c in plan.centerings]))
 
 
 def _check(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
@@ -180,13 +180,14 @@ def _check_biases(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
         bias = parameters[name].detach()
         if not bool(torch.isfinite((bias + _added(parameters, bias, pairs)).to(bias.dtype)).all()):
             raise FoldError(f"{name}: adding W β to it overflows {bias.dtype}; {CONVERT}")
-    for shift in plan.shifts():
-        beta = parameters[shift.parameter].detach()
-        gain = algebra.effective_gain(parameters[shift.gain.parameter], shift.gain)
-        if not shift.folded and not algebra.can_carry(beta, gain.to(beta.device)):
+    for norm_bias in plan.norm_biases():
+        beta = parameters[norm_bias.parameter].detach()
+        gain = algebra.effective_gain(parameters[norm_bias.gain.parameter], norm_bias.gain)
+        if not norm_bias.folded and not algebra.can_carry(beta, gain.to(beta.device)):
             raise FoldError(
-                f"{shift.parameter}: β/g is not finite, because the gain {shift.gain.parameter} is "
-                "zero, or next to it, where the bias is not; make the plan from these very weights"
+                f"{norm_bias.parameter}: β/g is not finite, because the gain "
+                f"{norm_bias.gain.parameter} is zero, or next to it, where the bias is not; make "
+                "the plan from these very weights"
             )
 
 
@@ -194,7 +195,7 @@ def _saved(
     plan: Plan, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[tuple[Gain, Consumer], Tensor]]:
     names = [gain.parameter for gain in plan.gains()]
-    names += [shift.parameter for shift in plan.shifts()] + list(plan.bias_absorptions())
+    names += [b.parameter for b in plan.norm_biases()] + list(plan.bias_absorptions())
     vectors = {name: parameters[name].detach().clone() for name in names}
     wiped = {}
     for name, pairs in plan.absorptions().items():

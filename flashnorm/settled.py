@@ -27,49 +27,51 @@ def with_values(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
     settled: dict[tuple[Gain, str, BiasState], Callable[[Site], Site]] = {}
 
     def settle(site: Site) -> Site:
-        assert site.weight is not None
-        key = (site.weight, site.shift, site.bias)
+        assert site.gain is not None
+        key = (site.gain, site.norm_bias, site.bias)
         if key not in settled:
             settled[key] = _settlement(*key, value_of)
         return settled[key](site)
 
-    sites = tuple(settle(s) if s.gain == "folded" else s for s in plan.sites)
+    sites = tuple(settle(s) if s.gain_state == "folded" else s for s in plan.sites)
     changed = {c.parameter for s in sites for c in s.consumers}
-    changed |= {centring.parameter for centring in plan.centrings}
+    changed |= {centering.parameter for centering in plan.centerings}
     untied = tuple(pair for pair in plan.untied if changed & {*pair})
     return replace(plan, sites=sites, untied=untied)
 
 
 def _settlement(
-    gain: Gain, shift: str, bias: BiasState, value_of: Callable[[str], Tensor | None]
+    gain: Gain, norm_bias: str, bias: BiasState, value_of: Callable[[str], Tensor | None]
 ) -> Callable[[Site], Site]:
     """What the values of one gain and its bias do to the sites that have them."""
     value = value_of(gain.parameter)
-    beta = value_of(shift) if shift else None
-    if value is None or (shift and beta is None):
+    beta = value_of(norm_bias) if norm_bias else None
+    if value is None or (norm_bias and beta is None):
         return lambda site: site
     moves_bias = bias == "folded" and beta is not None and bool((beta != 0).any())
     if is_identity(value, gain) and not moves_bias:
         return lambda site: _unfolded(site, "none", ALREADY_ONE)
     if bias == "carried" and beta is not None and not can_carry(beta, effective_gain(value, gain)):
-        return lambda site: _unfolded(site, "kept", NOT_CARRIED.format(shift))
+        return lambda site: _unfolded(site, "kept", NOT_CARRIED.format(norm_bias))
     return lambda site: site
 
 
 def without_folds(plan: Plan, reason: str) -> Plan:
-    sites = tuple(_unfolded(s, "kept", reason) if s.gain == "folded" else s for s in plan.sites)
-    sites = tuple(_uncentred(s, reason) for s in sites)
-    return replace(plan, sites=sites, untied=(), centrings=(), entries=())
+    sites = tuple(
+        _unfolded(s, "kept", reason) if s.gain_state == "folded" else s for s in plan.sites
+    )
+    sites = tuple(_uncentered(s, reason) for s in sites)
+    return replace(plan, sites=sites, untied=(), centerings=(), entries=())
 
 
-def _uncentred(site: Site, reason: str) -> Site:
-    if site.centring != "folded":
+def _uncentered(site: Site, reason: str) -> Site:
+    if site.centering != "folded":
         return site
-    return replace(site, centring="kept", centring_reason=reason)
+    return replace(site, centering="kept", centering_reason=reason)
 
 
 def _unfolded(site: Site, state: GainState, reason: str) -> Site:
     bias: dict[str, Any] = (
-        {"bias": "kept", "bias_reason": "its gain is not folded"} if site.shift else {}
+        {"bias": "kept", "bias_reason": "its gain is not folded"} if site.norm_bias else {}
     )
-    return replace(site, gain=state, reason=reason, consumers=(), **bias)
+    return replace(site, gain_state=state, reason=reason, consumers=(), **bias)

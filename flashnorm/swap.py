@@ -61,21 +61,21 @@ def swap_back_(swaps: Swaps, change: Transaction) -> None:
         change.item(swap.owner._modules, swap.attribute, old)
 
 
-def centre_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transaction) -> None:
-    """Put a `FlashRMSNorm` in the place of every centred LayerNorm that is a module of its own.
+def center_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transaction) -> None:
+    """Put a `FlashRMSNorm` in the place of every centered LayerNorm that is a module of its own.
 
-    Weights must be folded and centred already. A norm without a module of its own goes on
+    Weights must be folded and centered already. A norm without a module of its own goes on
     subtracting a mean, which is zero.
     """
     for site in plan.sites:
-        if site.centring == "folded" and site.replaceable:
+        if site.centering == "folded" and site.replaceable:
             _swap_(model, site, FlashRMSNorm, swaps, change)
     for entry in plan.entries:
         module = model.get_submodule(entry.path)
         if entry.received:
-            _hook_(module, "forward_pre", _centre_first, swaps, change)
+            _hook_(module, "forward_pre", _center_first, swaps, change)
         else:
-            _hook_(module, "forward", _centre_output, swaps, change)
+            _hook_(module, "forward", _center_output, swaps, change)
 
 
 def cancel_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transaction) -> None:
@@ -85,15 +85,15 @@ def cancel_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transactio
     which is the paper's form.
     """
     norms = _Norms(model, plan, swaps, change)
-    modes = {cancelling.path: cancelling.eps for cancelling in plan.cancellings}
+    modes = {cancelling.path: cancelling.epsilon for cancelling in plan.cancellings}
     for site in plan.sites:
         if site.path not in modes:
             continue
-        eps = modes[site.path]
+        epsilon = modes[site.path]
         scaled = [reader for reader in site.readers if reader.scaled]
         norm = norms.linked(site.path)
         norm.defers = True
-        if eps == "ignore" and not scaled:
+        if epsilon == "ignore" and not scaled:
             continue
         norm.row_scale = RowScale()
         for reader in scaled:
@@ -101,7 +101,7 @@ def cancel_norms_(model: nn.Module, plan: Plan, swaps: Swaps, change: Transactio
             # Before the user's own: they are given what the reader used to return.
             module = model.get_submodule(reader.path)
             _hook_(module, "forward", hook, swaps, change, prepend=True)
-        for renorm in site.renorms if eps == "exact" else ():
+        for renorm in site.renorms if epsilon == "exact" else ():
             undoing = norms.linked(renorm.path)
             undoing.undoes, undoing.rows = norm.row_scale, renorm.rows
 
@@ -176,13 +176,13 @@ def can_swap(old: nn.Module, site: Site) -> bool:
     """Whether ours can hold what the module holds: the gain as `weight`, the bias as `bias`."""
     has = set(_names(old))
     absent = set(old.absent) if isinstance(old, FlashRMSNorm) else set()  # already one, or zero
-    roles = {"weight": site.weight.parameter if site.weight else "", "bias": site.shift}
+    roles = {"weight": site.gain.parameter if site.gain else "", "bias": site.norm_bias}
     used = {name for name, parameter in roles.items() if parameter}
     if not has <= used <= has | absent or site.eps is None:
         return False
     if any(roles[name].rpartition(".")[2] != name for name in used):
         return False
-    return site.weight is None or site.weight.scale == 1.0
+    return site.gain is None or site.gain.scale == 1.0
 
 
 def _names(module: nn.Module) -> Sequence[str]:
@@ -191,12 +191,12 @@ def _names(module: nn.Module) -> Sequence[str]:
 
 def _norm(old: nn.Module, site: Site, kind: type[Norm]) -> Norm:
     held = {name: old._parameters[name] for name in _names(old)}
-    moved = {"weight": site.gain == "folded", "bias": site.bias == "folded"}
+    moved = {"weight": site.gain_state == "folded", "bias": site.bias == "folded"}
     absent = {name: p.detach().clone() for name, p in held.items() if p is not None and moved[name]}
     if isinstance(old, FlashRMSNorm):
         absent |= {name: getattr(old, f"absent_{name}") for name in old.absent}
     kept: dict[str, Any] = {name: p for name, p in held.items() if name not in absent}
-    offset = site.weight.offset if site.weight is not None and "weight" in kept else 0.0
+    offset = site.gain.offset if site.gain is not None and "weight" in kept else 0.0
     assert site.eps is not None
     kept |= {"offset": offset, "contiguous": norms.described(site.kind).centers}
     return kind(site.width, site.eps, absent=absent, **kept)
@@ -217,11 +217,11 @@ def _hook_(
         swaps.hooks.append(handle)
 
 
-def _centre_first(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _center_first(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (remove_mean(given[0]), *given[1:])
 
 
-def _centre_output(_: nn.Module, __: Any, output: Any) -> Any:
+def _center_output(_: nn.Module, __: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return remove_mean(output)
     return (remove_mean(output[0]), *output[1:])

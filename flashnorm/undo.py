@@ -12,7 +12,7 @@ from flashnorm import algebra
 from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import is_replaced, why_offloaded
-from flashnorm.plan import Centring, Consumer, Gain, Plan
+from flashnorm.plan import Centering, Consumer, Gain, Plan
 from flashnorm.swap import Swap, Swaps, swap_back_
 from flashnorm.transaction import Transaction, uninterrupted
 
@@ -38,7 +38,7 @@ class Undo:
 
     plan: Plan
     vectors: dict[str, Tensor]
-    means: dict[Centring, Tensor]
+    means: dict[Centering, Tensor]
     swaps: Swaps
     wiped: dict[tuple[Gain, Consumer], Tensor]
     tied: tuple[tuple[str, str], ...]
@@ -85,11 +85,11 @@ def unfold_(model: nn.Module) -> None:
 
 def _unfold_values_(undo: Undo, parameters: dict[str, nn.Parameter], change: Transaction) -> None:
     dropped = {new for new, _ in undo.tied}
-    for centring, mean in undo.means.items():
-        if centring.parameter in dropped:
+    for centering, mean in undo.means.items():
+        if centering.parameter in dropped:
             continue
-        weight = change.values(parameters[centring.parameter])
-        algebra.uncentre_(weight, mean.to(weight.device))
+        weight = change.values(parameters[centering.parameter])
+        algebra.uncenter_(weight, mean.to(weight.device))
     for name, pairs in undo.plan.absorptions().items():
         for gain, consumer in () if name in dropped else pairs:
             _unfold_consumer_(change.values(parameters[name]), gain, consumer, undo)

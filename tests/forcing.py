@@ -19,11 +19,11 @@ def forced_plans(model, inputs, nameless="") -> dict[str, Plan]:
     readers, _ = absorb(follow(graph), False)
     refused: dict[str, list[Site]] = {}
     for site in make_plan(graph).sites:
-        weight = site.weight or (Gain(nameless) if nameless else None)
-        if site.gain == "kept" and weight:
-            consumers = tuple(readers.get(weight.parameter, ()))
-            forced = replace(site, gain="folded", reason="", weight=weight, consumers=consumers)
-            refused.setdefault(weight.parameter, []).append(forced)
+        gain = site.gain or (Gain(nameless) if nameless else None)
+        if site.gain_state == "kept" and gain:
+            consumers = tuple(readers.get(gain.parameter, ()))
+            forced = replace(site, gain_state="folded", reason="", gain=gain, consumers=consumers)
+            refused.setdefault(gain.parameter, []).append(forced)
     return {gain: Plan(tuple(sites)) for gain, sites in refused.items()}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import flashnorm
 from flashnorm.adapters.config import WEIGHTS
-from flashnorm.adapters.parts import parameter_axes
+from flashnorm.adapters.tensors import parameter_axes
 from flashnorm.checkpoint.header import Entry
 
 peft = pytest.importorskip("peft")
@@ -197,14 +197,14 @@ def test_shared_modules(tmp_path):
     ],
     ids=["writers", "lora_bias", "all", "lora_only", "modules_to_save", "tokens"],
 )
-def test_writers_of_a_centred_stream(config, tmp_path):
+def test_writers_of_a_centered_stream(config, tmp_path):
     """E3: the delta of a writer loses its mean over the features too."""
     case = made(tmp_path, "gpt_neox", **config)
-    model, plan = folded_model(case, centre=True)
-    assert {site.centring for site in plan.sites} == {"folded"}
+    model, plan = folded_model(case, center=True)
+    assert {site.centering for site in plan.sites} == {"folded"}
     flashnorm.fold_adapter(case.adapter, plan, tmp_path / "out")
     assert relative(logits(model, tmp_path / "out", case.inputs), case.logits) < EXACT
-    without = dataclasses.replace(plan, centrings=())
+    without = dataclasses.replace(plan, centerings=())
     quietly(flashnorm.fold_adapter, case.adapter, without, tmp_path / "without")
     assert relative(logits(model, tmp_path / "without", case.inputs), case.logits) > WRONG
 
@@ -216,11 +216,11 @@ def test_writers_of_a_centred_stream(config, tmp_path):
         ("gpt2", ["wte", "lm_head", "mlp.c_proj"]),
     ],
 )
-def test_centred_and_untied_models(name, targets, tmp_path):
+def test_centered_and_untied_models(name, targets, tmp_path):
     """All of it at once: gains, biases of both kinds, writers, heads, transposed layers."""
     case = made(tmp_path, name, target_modules=targets)
-    model, plan = folded_model(case, centre=True, untie=True)
-    assert plan.centrings
+    model, plan = folded_model(case, center=True, untie=True)
+    assert plan.centerings
     flashnorm.fold_adapter(case.adapter, plan, tmp_path / "out")
     assert relative(logits(model, case.adapter, case.inputs), case.logits) > WRONG
     assert relative(logits(model, tmp_path / "out", case.inputs), case.logits) < EXACT

@@ -16,7 +16,7 @@ import flashnorm
 from flashnorm import algebra
 from flashnorm.adapters.config import CONFIG, HARMLESS, REFUSED, WEIGHTS
 from flashnorm.adapters.edits import Edit
-from flashnorm.adapters.parts import module_axes
+from flashnorm.adapters.tensors import module_axes
 from flashnorm.checkpoint.header import read_header
 from flashnorm.cli import app
 from flashnorm.errors import CheckpointError, FoldError
@@ -108,7 +108,7 @@ def test_several_steps_are_rounded_once():
     tensor = torch.randn(64, 8, generator=generator).bfloat16()
     gain = 1 + 0.3 * torch.randn(8, generator=generator)
     spans = (Span(0, 0, 8),)
-    edit = Edit([lambda t: algebra.fold_gain_(t, gain, 1, spans), lambda t: algebra.centre_(t, 0)])
+    edit = Edit([lambda t: algebra.fold_gain_(t, gain, 1, spans), lambda t: algebra.center_(t, 0)])
     wide = tensor.double() * gain.double()
     done, lost = edit.apply("x", tensor)
     assert torch.equal(done, (wide - wide.mean(0)).bfloat16())
@@ -236,12 +236,12 @@ def test_a_norm_inside_of_the_target_is_refused(llama, tmp_path):
     refused(llama.adapter, tmp_path / "out", "q_proj: its weight reads a norm that", plan=plan)
 
 
-def test_what_goes_around_a_centred_module_is_refused(tmp_path):
+def test_what_goes_around_a_centered_module_is_refused(tmp_path):
     case = made(tmp_path, "llama", target_modules=["q_proj"], trainable_token_indices=[20])
     plan = flashnorm.inspect(case.base)
     for path in ("model.embed_tokens", "model.layers.0.self_attn.q_proj"):
-        centred = dataclasses.replace(plan, entries=(Entry(path),))
-        refused(case.adapter, tmp_path / "out", f"{path}.* acts beside a module", plan=centred)
+        centered = dataclasses.replace(plan, entries=(Entry(path),))
+        refused(case.adapter, tmp_path / "out", f"{path}.* acts beside a module", plan=centered)
 
 
 def test_rows_of_an_untied_embedding_are_refused(tmp_path):

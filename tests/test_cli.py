@@ -104,7 +104,9 @@ def test_inspect_prints_the_plan_as_json_and_nothing_else(models):
     plan = flashnorm.inspect(models / "a")
     assert Plan.from_json(data) == plan
     assert next(iter(data)) == "sites"
-    assert {s["path"]: s["gain"] for s in data["sites"]} == {s.path: s.gain for s in plan.sites}
+    assert {s["path"]: s["gain_state"] for s in data["sites"]} == {
+        s.path: s.gain_state for s in plan.sites
+    }
     assert result.stderr == ""
 
 
@@ -129,7 +131,7 @@ def tiny(**changes):
 
 def test_inspect_needs_no_more_than_a_config(tmp_path):
     data = json.loads(run("inspect", config_file(tmp_path / "c.json", **tiny()), "--json").stdout)
-    assert [site["gain"] for site in data["sites"]] == ["folded"] * 5
+    assert [site["gain_state"] for site in data["sites"]] == ["folded"] * 5
     assert {site["width"] for site in data["sites"]} == {32}
 
 
@@ -145,7 +147,7 @@ def test_inspect_of_quantized_weights_keeps_every_norm(tmp_path, models):
     (tmp_path / "q").mkdir()
     config_file(tmp_path / "q" / "config.json", **config, quantization_config={"quant_method": "x"})
     data = json.loads(run("inspect", tmp_path / "q", "--json").stdout)
-    assert {site["gain"] for site in data["sites"]} == {"kept"}
+    assert {site["gain_state"] for site in data["sites"]} == {"kept"}
     assert "quantized (x)" in data["sites"][0]["reason"]
 
 

@@ -59,7 +59,7 @@ def test_every_gain_and_bias_moves(name, bias, kind):
     alphas = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("alpha")}
     plan = flashnorm.fold_(model, copy.deepcopy(inputs))
     assert len(plan.sites) == len(alphas) == 5
-    assert {(s.kind, s.gain, s.bias) for s in plan.sites} == {("dyt", "folded", bias)}
+    assert {(s.kind, s.gain_state, s.bias) for s in plan.sites} == {("dyt", "folded", bias)}
     assert relative(outputs(model, inputs), before) <= EXACT
     state = model.state_dict()
     assert all(torch.equal(state[name], alpha) for name, alpha in alphas.items())

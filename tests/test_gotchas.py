@@ -28,11 +28,11 @@ def sites(plan, pattern):
 
 
 def all_folded(plan, pattern):
-    return all(site.gain == "folded" for site in sites(plan, pattern))
+    return all(site.gain_state == "folded" for site in sites(plan, pattern))
 
 
 def all_kept(plan, pattern, reason):
-    return all(s.gain == "kept" and re.search(reason, s.reason) for s in sites(plan, pattern))
+    return all(s.gain_state == "kept" and re.search(reason, s.reason) for s in sites(plan, pattern))
 
 
 def readers(plan, pattern):
@@ -55,7 +55,7 @@ def test_gotcha_01_residual_taken_after_the_norm():
 def test_gotcha_02_one_name_two_roles():
     assert all_folded(plan_of("llama"), r"post_attention_layernorm")
     assert all_kept(plan_of("gemma2"), r"post_attention_layernorm", RESIDUAL)
-    roles = {s.gain for s in sites(plan_of("olmo_hybrid"), r"post_attention_layernorm")}
+    roles = {s.gain_state for s in sites(plan_of("olmo_hybrid"), r"post_attention_layernorm")}
     assert roles == {"folded", "kept"}
 
 
@@ -112,7 +112,7 @@ def test_gotcha_08_functions_of_the_norm_that_are_not_linear():
 
 def test_gotcha_10_one_plus_w_is_read_off_the_graph():
     def conventions(name):
-        return {(s.weight.offset, s.weight.scale) for s in plan_of(name).sites if s.weight}
+        return {(s.gain.offset, s.gain.scale) for s in plan_of(name).sites if s.gain}
 
     assert conventions("gemma") == conventions("gemma2") == {(1.0, 1.0)}
     assert conventions("llama") == {(0.0, 1.0)}
@@ -121,7 +121,7 @@ def test_gotcha_10_one_plus_w_is_read_off_the_graph():
 
 def test_gotcha_11_weightless_norms_have_nothing_to_fold():
     plan = plan_of("olmo")
-    assert {(s.kind, s.gain) for s in plan.sites} == {("layer", "none")}
+    assert {(s.kind, s.gain_state) for s in plan.sites} == {("layer", "none")}
 
 
 def test_gotcha_12_post_norm_gains_stay():
@@ -146,7 +146,7 @@ def test_gotcha_13_a_gain_tiled_over_heads():
 def test_gotcha_14_query_and_key_norms_stay(name):
     plan = plan_of(name)
     found = sites(plan, r"(q|k|query|key)_(layer)?norm$")
-    assert {site.gain for site in found} == {"kept"}
+    assert {site.gain_state for site in found} == {"kept"}
 
 
 # Each norm with a bias that some reader has no slot for: it stays as β/g, and the gain folds.
@@ -162,14 +162,14 @@ NO_SLOT = {
 @pytest.mark.parametrize("name", NO_SLOT)
 def test_gotcha_15_a_bias_without_a_slot_stays_with_the_norm(name):
     found = sites(plan_of(name), NO_SLOT[name])
-    assert {(site.gain, site.bias) for site in found} == {("folded", "carried")}
+    assert {(site.gain_state, site.bias) for site in found} == {("folded", "carried")}
     assert all("no bias of its own" in site.bias_reason for site in found)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "xglm"])
 def test_gotcha_15_heads_have_no_bias_either(name):
     final = plan_of(name, untie=True).sites[-1]
-    assert (final.gain, final.bias) == ("folded", "carried")
+    assert (final.gain_state, final.bias) == ("folded", "carried")
 
 
 def test_gotcha_16_fused_readers():
@@ -219,7 +219,7 @@ def test_gotcha_23_quantized_readers_are_refused():
     model = Float8()
     torch.nn.init.normal_(model.norm.weight)
     (site,) = flashnorm.inspect(model, torch.randn(2, 8)).sites
-    assert site.gain == "kept"
+    assert site.gain_state == "kept"
     assert "quantized (torch.float8_e4m3fn)" in site.reason
 
 

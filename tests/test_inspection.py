@@ -43,7 +43,7 @@ def write_config(config, directory):
 
 def consumers(plan, path):
     site = next(site for site in plan.sites if site.path == path)
-    assert site.gain == "folded", site.reason
+    assert site.gain_state == "folded", site.reason
     prefix = path.rpartition(".")[0] + "."
     return {(c.parameter.removeprefix(prefix), c.axis) for c in site.consumers}
 
@@ -56,7 +56,7 @@ def test_a_plan_needs_nothing_but_the_config(name, tmp_path, record_property):
     print(f"\n{name}: {len(plan.sites)} norms planned in {time.perf_counter() - started:.1f} s")
     per_layer = {"deepseek-v3": 4}.get(name, 2)
     assert len(plan.sites) == per_layer * BIG[name].num_hidden_layers + 1
-    assert Counter(site.gain for site in plan.sites) == {"folded": len(plan.sites)}
+    assert Counter(site.gain_state for site in plan.sites) == {"folded": len(plan.sites)}
     assert consumers(plan, "model.norm") == {("lm_head.weight", 1)}
 
 
@@ -94,7 +94,7 @@ def test_gains_that_are_one_already_are_read_from_the_checkpoint(tmp_path):
     flashnorm.fold_(model)
     model.save_pretrained(tmp_path / "folded")
     plan = flashnorm.inspect(tmp_path / "folded")
-    assert {site.gain for site in plan.sites} == {"none"}
+    assert {site.gain_state for site in plan.sites} == {"none"}
     assert any("folded before" in note for note in plan.notes)
 
 
@@ -102,7 +102,7 @@ def test_a_tied_head_is_found_without_a_decode_step():
     model = tiny(tied=True)
     ids = torch.arange(10).view(2, 5)
     plan = flashnorm.inspect(model, {"input_ids": ids, "use_cache": False})
-    assert plan.sites[-1].gain == "kept"
+    assert plan.sites[-1].gain_state == "kept"
     assert "tied to model.embed_tokens.weight" in plan.sites[-1].reason
 
 
@@ -120,8 +120,8 @@ def test_post_norm_reasons_name_the_residual(tmp_path):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=67)
     plan = flashnorm.inspect(write_config(config, tmp_path))
     embeddings, attention, last, head = plan.sites  # the last block's is read by the head alone
-    assert [site.gain for site in (embeddings, attention, head)] == ["kept"] * 3
-    assert (last.gain, last.bias) == ("folded", "folded")
+    assert [site.gain_state for site in (embeddings, attention, head)] == ["kept"] * 3
+    assert (last.gain_state, last.bias) == ("folded", "folded")
     reasons = [site.reason for site in (embeddings, attention)]
     assert any("residual" in reason and "modeling_bert.py" in reason for reason in reasons)
 
@@ -132,7 +132,7 @@ def test_a_quantized_checkpoint_is_planned_as_kept(tmp_path):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = flashnorm.inspect(tmp_path)
-    assert {site.gain for site in plan.sites} == {"kept"}
+    assert {site.gain_state for site in plan.sites} == {"kept"}
     assert all("quantized (gptq)" in site.reason for site in plan.sites)
 
 
@@ -172,7 +172,7 @@ def test_the_encoder_layer_of_torch_itself(bias):
     before = layer(x)
     plan = flashnorm.fold_(layer, x)
     assert [site.path for site in plan.sites] == ["norm1", "norm2"]
-    assert {site.gain for site in plan.sites} == {"folded"}
+    assert {site.gain_state for site in plan.sites} == {"folded"}
     # The packed projection adds its bias in an operation of its own, which is no slot for E2.
     assert [s.bias for s in plan.sites] == (["carried", "folded"] if bias else ["none", "none"])
     assert (layer(x) - before).abs().max() < 1e-14

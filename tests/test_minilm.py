@@ -22,7 +22,7 @@ def directory():
 def test_every_norm_is_kept_because_the_residual_reads_it(directory):
     plan = flashnorm.inspect(directory)
     assert len(plan.sites) == 13
-    assert {site.gain for site in plan.sites} == {"kept"}
+    assert {site.gain_state for site in plan.sites} == {"kept"}
     assert {site.kind for site in plan.sites} == {"layer"}
     assert {site.eps for site in plan.sites} == {1e-12}
     *inner, last = plan.sites

@@ -1,4 +1,4 @@
-"""The nouns: a plan survives JSON, and what drives a rewrite is read off it once each."""
+"""A plan survives JSON, and what drives a rewrite is read off it once each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from flashnorm.plan import (
     PLAN_VERSION,
     Cancelling,
-    Centring,
+    Centering,
     Consumer,
     Entry,
     Gain,
     Plan,
-    Reader,
     Renorm,
+    ScaledReader,
     Site,
     Span,
 )
@@ -31,7 +31,7 @@ gains = st.builds(Gain, paths, reals, reals.filter(bool))
 kinds = st.sampled_from(["rms", "layer", "dyt"])
 runs = st.lists(st.tuples(counts, counts), max_size=3).map(tuple)
 places = st.sampled_from(["nowhere", "output", "later"])
-readers = st.builds(Reader, paths, paths, places, runs, paths, counts)
+readers = st.builds(ScaledReader, paths, paths, places, runs, paths, counts)
 renorms = st.builds(Renorm, paths, st.lists(counts, max_size=3).map(tuple))
 cancellings = st.builds(Cancelling, paths, st.sampled_from(["exact", "ignore"]))
 folded = st.builds(
@@ -40,9 +40,9 @@ folded = st.builds(
     kind=kinds,
     width=counts,
     eps=st.none() | reals,
-    gain=st.just("folded"),
+    gain_state=st.just("folded"),
     consumers=st.lists(consumers, max_size=3).map(tuple),
-    weight=gains,
+    gain=gains,
     source=paths,
     scale=st.sampled_from(["kept", "deferred", "partial", "cancelled"]),
     readers=st.lists(readers, max_size=2).map(tuple),
@@ -54,9 +54,9 @@ others = st.builds(
     kind=kinds,
     width=counts,
     eps=st.none() | reals,
-    gain=st.sampled_from(["kept", "none"]),
+    gain_state=st.sampled_from(["kept", "none"]),
     reason=st.text(min_size=1, max_size=30),
-    weight=st.none() | gains,
+    gain=st.none() | gains,
     source=paths,
 )
 plans = st.builds(
@@ -65,7 +65,7 @@ plans = st.builds(
     untied=st.lists(st.tuples(paths, paths), max_size=3).map(tuple),
     unreached=st.lists(paths, max_size=3).map(tuple),
     notes=st.lists(st.text(max_size=30), max_size=3).map(tuple),
-    centrings=st.lists(st.builds(Centring, paths, counts), max_size=2).map(tuple),
+    centerings=st.lists(st.builds(Centering, paths, counts), max_size=2).map(tuple),
     entries=st.lists(st.builds(Entry, paths, st.booleans()), max_size=2).map(tuple),
     cancellings=st.lists(cancellings, max_size=2).map(tuple),
     version=st.just(Plan(()).version),
@@ -97,14 +97,14 @@ def test_a_plan_is_hashable_and_to_json_leaves_it(plan):
 def test_gains_are_those_that_fold_once_each(plan):
     found = plan.gains()
     assert len(found) == len(set(found))
-    assert set(found) == {site.weight for site in plan.sites if site.gain == "folded"}
+    assert set(found) == {site.gain for site in plan.sites if site.gain_state == "folded"}
 
 
 @given(plans)
 def test_absorptions_are_all_consumers_of_folded_sites_once_each(plan):
     pairs = [(g, c) for items in plan.absorptions().values() for g, c in items]
     assert len(pairs) == len(set(pairs))
-    assert set(pairs) == {(s.weight, c) for s in plan.folded for c in s.consumers}
+    assert set(pairs) == {(s.gain, c) for s in plan.folded for c in s.consumers}
     assert all(
         consumer.parameter == name
         for name, items in plan.absorptions().items()
@@ -115,8 +115,8 @@ def test_absorptions_are_all_consumers_of_folded_sites_once_each(plan):
 def test_a_shared_norm_is_absorbed_once():
     gain = Gain("shared.weight")
     reader = Consumer("linear.weight", 1, (Span(0, 0, 4),))
-    site = Site("norm", "rms", 4, 1e-6, "folded", consumers=(reader,), weight=gain)
-    again = Site("norm.again", "rms", 4, 1e-6, "folded", consumers=(reader,), weight=gain)
+    site = Site("norm", "rms", 4, 1e-6, "folded", consumers=(reader,), gain=gain)
+    again = Site("norm.again", "rms", 4, 1e-6, "folded", consumers=(reader,), gain=gain)
     plan = Plan((site, again))
     assert plan.gains() == (gain,)
     assert plan.absorptions() == {"linear.weight": ((gain, reader),)}

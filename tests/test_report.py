@@ -16,11 +16,11 @@ from flashnorm.report import rows, show, totals
 WIDTH = 8
 
 
-def site(path, *readers, gain="folded", reason="", offset=0.0, weight=None, eps=1e-6):
+def site(path, *readers, gain_state="folded", reason="", offset=0.0, weight=None, eps=1e-6):
     spans = (Span(0, 0, WIDTH),)
     consumers = tuple(Consumer(f"{name}.weight", 1, spans) for name in readers)
     parameter = Gain(weight or f"{path}.weight", offset)
-    return Site(path, "rms", WIDTH, eps, gain, reason, consumers, parameter)
+    return Site(path, "rms", WIDTH, eps, gain_state, reason, consumers, parameter)
 
 
 def layers(count, start=0):
@@ -54,7 +54,7 @@ def test_every_site_has_its_row_on_demand():
     "other",
     [
         site("m.layers.7.norm", "m.layers.7.att.a", "m.layers.7.r"),
-        site("m.layers.7.norm", gain="kept", reason="it is read twice"),
+        site("m.layers.7.norm", gain_state="kept", reason="it is read twice"),
         site("m.layers.7.norm", "m.layers.7.att.a", "m.layers.7.att.b", "m.layers.7.r", eps=1e-5),
         site("m.layers.7.norm", "m.layers.7.att.a", "m.layers.7.att.b", "m.layers.7.r", offset=1.0),
     ],
@@ -70,7 +70,7 @@ def test_norms_that_differ_keep_their_own_row(other):
 
 def test_norms_kept_for_other_reasons_keep_their_own_row():
     reasons = ["it is read twice", "the model returns its output", "it is read twice"]
-    sites = [site(f"m.layers.{i}.norm", gain="kept", reason=r) for i, r in enumerate(reasons)]
+    sites = [site(f"m.layers.{i}.norm", gain_state="kept", reason=r) for i, r in enumerate(reasons)]
     assert [(row.path, row.reason) for row in rows(Plan((*sites,)))] == [
         ("m.layers.{0,2}.norm", reasons[0]),
         ("m.layers.1.norm", reasons[1]),
@@ -79,10 +79,14 @@ def test_norms_kept_for_other_reasons_keep_their_own_row():
 
 def test_reasons_that_differ_in_the_layer_are_counted_together():
     sites = [
-        site(f"m.layers.{i}.norm", gain="kept", reason=f"it is added in 'm.layers.{i}' at m.py:7")
+        site(
+            f"m.layers.{i}.norm",
+            gain_state="kept",
+            reason=f"it is added in 'm.layers.{i}' at m.py:7",
+        )
         for i in (0, 1, 3)
     ]
-    found = totals(Plan((*sites, site("m.norm", gain="none", reason="the norm has no gain"))))
+    found = totals(Plan((*sites, site("m.norm", gain_state="none", reason="the norm has no gain"))))
     assert found.kept == (("it is added in 'm.layers.{0-1,3}' at m.py:7", 3),)
     assert found.none == (("the norm has no gain", 1),)
 
@@ -92,8 +96,8 @@ def test_elements_of_a_shared_gain_count_once():
         (
             site("a", "x", weight="shared"),
             site("b", "y", weight="shared"),
-            site("c", gain="kept", reason="why"),
-            site("d", gain="none", reason="one already"),
+            site("c", gain_state="kept", reason="why"),
+            site("d", gain_state="none", reason="one already"),
         )
     )
     found = totals(plan)
@@ -129,7 +133,7 @@ def test_a_root_norm_has_a_name():
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_nothing_is_cut_off(width):
     reason = "its output is also added to another value, such as the residual (at m.py:319)"
-    long = site("model.layers.3.post_something_long_layer_norm", gain="kept", reason=reason)
+    long = site("model.layers.3.post_something_long_layer_norm", gain_state="kept", reason=reason)
     shown = text(Plan((long, *layers(12))), width=width)
     assert max(map(len, shown.splitlines())) <= width
     squeezed = "".join(shown.split())

@@ -11,7 +11,7 @@ import transformers
 import flashnorm
 from benchmarks.engines.protocol import serve
 from flashnorm.bench.models import DTYPES, open_model
-from flashnorm.bench.nouns import VARIANTS
+from flashnorm.bench.records import VARIANTS
 from flashnorm.bench.timing import stopwatch
 from flashnorm.bench.variants import build, many_compilations
 

@@ -69,7 +69,7 @@ def _work(args: argparse.Namespace) -> int:
     """Measure, in a process of its own."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here waits for a network
     from benchmarks.gpu import worker
-    from benchmarks.gpu.nouns import Settings
+    from benchmarks.gpu.records import Settings
 
     worker.die_with(os.getppid())
     settings = Settings(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import ours
-from benchmarks.gpu.nouns import DTYPES, Piece, Row, Run
+from benchmarks.gpu.records import DTYPES, Piece, Row, Run
 from flashnorm.bench.timing import in_words
 from flashnorm.kernels.call import Call
 from flashnorm.verification.bounds import unit_roundoff
@@ -41,7 +41,7 @@ SHAPES = (
 OPTIONS: tuple[dict[str, bool], ...] = (
     {},
     {"gain": True},
-    {"gain": True, "shift": True, "bias": True, "residual": True},
+    {"gain": True, "norm_bias": True, "bias": True, "residual": True},
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.nouns import CEILINGS, Piece, Run
+from benchmarks.gpu.records import CEILINGS, Piece, Run
 from benchmarks.gpu.timing import in_turn, per_call
 from flashnorm.bench import machine
 

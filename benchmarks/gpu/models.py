@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import training
 from benchmarks.gpu.memory import peak
-from benchmarks.gpu.nouns import Piece, Row, Run
+from benchmarks.gpu.records import Piece, Row, Run
 from benchmarks.gpu.timing import in_turn, on_device, wall
 from benchmarks.gpu.variants import COMPILED, GROUPS, REDUCED, TUNED, build, is_ours, ours
 from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.bench.check import FLOOR, SLACK, Truth, find_truth, margin
 from flashnorm.bench.models import open_model, parameter_bytes, token_bytes, token_ids
-from flashnorm.bench.nouns import EAGER, OURS, Timing
+from flashnorm.bench.records import EAGER, OURS, Timing
 from flashnorm.bench.timing import in_words
 from flashnorm.bench.variants import Variant, many_compilations
 from flashnorm.verification.measure import deviation, first_difference

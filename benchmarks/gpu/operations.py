@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.gpu import baselines, correctness, ours
 from benchmarks.gpu.environment import l2_bytes
-from benchmarks.gpu.nouns import DTYPES, Piece, Row, Run, Shape
+from benchmarks.gpu.records import DTYPES, Piece, Row, Run, Shape
 from benchmarks.gpu.timing import in_turn, per_call
-from flashnorm.bench.nouns import Timing
+from flashnorm.bench.records import Timing
 from flashnorm.bench.timing import in_words
 from flashnorm.bench.variants import many_compilations
 from flashnorm.kernels.call import Call

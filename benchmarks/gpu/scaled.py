@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu.environment import l2_bytes
-from benchmarks.gpu.nouns import Piece, Row, Run, Shape
 from benchmarks.gpu.operations import DRY_ROWS, EPS, LEAST_COPIES, PAPER, SECONDS
+from benchmarks.gpu.records import Piece, Row, Run, Shape
 from benchmarks.gpu.timing import in_turn, per_call
 from flashnorm.bench.timing import in_words
 from flashnorm.bench.variants import many_compilations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.gpu import correctness, environment, models, operations, scaled, tune
-from benchmarks.gpu.nouns import Run, Settings, Stage
+from benchmarks.gpu.records import Run, Settings, Stage
 
 
 def stages(settings: Settings) -> list[Stage]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu import correctness, models, operations, scaled
-from benchmarks.gpu.nouns import CEILINGS
 from benchmarks.gpu.operations import COMPILED, LINEAR, OURS, OURS_GAIN, TORCH, TRITON
+from benchmarks.gpu.records import CEILINGS
 from benchmarks.gpu.store import Row, Store
 from benchmarks.gpu.variants import PAIRS
-from flashnorm.bench.nouns import EAGER
-from flashnorm.bench.nouns import OURS as OUR_MODEL
+from flashnorm.bench.records import EAGER
+from flashnorm.bench.records import OURS as OUR_MODEL
 from flashnorm.bench.show import markdown_table
 from flashnorm.bench.tables import NOTHING, Table
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from flashnorm.bench.nouns import Timing
+from flashnorm.bench.records import Timing
 from flashnorm.bench.timing import BUDGET, interleaved
 
 LONG = 0.004  # seconds that one measurement takes at least, by replaying

@@ -13,7 +13,7 @@ import flashnorm
 from benchmarks.gpu.memory import peak
 from benchmarks.gpu.timing import in_turn, wall
 from flashnorm.bench.models import sharing_copy
-from flashnorm.bench.nouns import EAGER, OURS
+from flashnorm.bench.records import EAGER, OURS
 from flashnorm.bench.timing import in_words
 
 TOKENS = 2048

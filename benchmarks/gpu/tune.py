@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import correctness, operations, ours
-from benchmarks.gpu.nouns import Piece, Row, Run, Shape
+from benchmarks.gpu.records import Piece, Row, Run, Shape
 from benchmarks.gpu.timing import per_call
 from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.kernels import norms

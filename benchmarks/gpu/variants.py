@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import timing
 from flashnorm.bench.models import accelerated_copy, sharing_copy
-from flashnorm.bench.nouns import EAGER, OURS
+from flashnorm.bench.records import EAGER, OURS
 from flashnorm.bench.variants import Variant
 
 CAPTURED, REDUCED, TUNED, HUB = "captured", "reduce-overhead", "max-autotune", "hub kernels"

@@ -19,7 +19,7 @@ from benchmarks.gpu import plots, schedule, summary, tables
 from benchmarks.gpu.budget import Budget, Clock, OutOfTime, Simulated
 from benchmarks.gpu.environment import describe
 from benchmarks.gpu.handoff import BROKEN, CUT, SUMMARY, TUNED, WRONG, Progress
-from benchmarks.gpu.nouns import Piece, Run, Settings, Stage
+from benchmarks.gpu.records import Piece, Run, Settings, Stage
 from benchmarks.gpu.store import Store
 from flashnorm.bench.timing import in_words
 

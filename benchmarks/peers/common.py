@@ -104,7 +104,7 @@ def attempt(work: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[str]]:
-    """The texts of the warnings given meanwhile that speak of folding or centring."""
+    """The texts of the warnings given meanwhile that speak of folding or centering."""
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

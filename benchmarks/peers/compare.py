@@ -87,19 +87,19 @@ def summary(rows: list[Row], versions: dict) -> list[str]:
     return [
         f"- flashnorm {versions['flashnorm']['flashnorm']}, `fold_` and `save_pretrained`: "
         f"{counted(rows, 'flashnorm', 'memory')}; `fold_checkpoint`: "
-        f"{counted(rows, 'flashnorm', 'disk')}; `fold_(untie=True, centre=True)`: "
+        f"{counted(rows, 'flashnorm', 'disk')}; `fold_(untie=True, center=True)`: "
         f"{counted(rows, 'flashnorm', 'all')}.",
         f"- transformer-tricks {versions['transformer-tricks']['transformer-tricks']}, "
         f"`flashify`: {counted(rows, 'transformer-tricks')}. Where it is right, its model and ours "
         f"differ by at most {max(agree):.0e}; {agree.count(0)} of {len(agree)} give the same "
         "logits bit for bit.",
         f"- TransformerLens {lens}, `TransformerBridge`, `fold_ln`: "
-        f"{counted(rows, 'transformer-lens-bridge', 'folded')}; with writing weights centred: "
-        f"{counted(rows, 'transformer-lens-bridge', 'centred')}; converted with nothing folded: "
+        f"{counted(rows, 'transformer-lens-bridge', 'folded')}; with writing weights centered: "
+        f"{counted(rows, 'transformer-lens-bridge', 'centered')}; converted with nothing folded: "
         f"{counted(rows, 'transformer-lens-bridge', 'converted')}.",
         f"- TransformerLens {hooked}, `HookedTransformer`, `fold_ln`: "
-        f"{counted(rows, 'transformer-lens-hooked', 'folded')}; with writing weights centred: "
-        f"{counted(rows, 'transformer-lens-hooked', 'centred')}; converted with nothing folded: "
+        f"{counted(rows, 'transformer-lens-hooked', 'folded')}; with writing weights centered: "
+        f"{counted(rows, 'transformer-lens-hooked', 'centered')}; converted with nothing folded: "
         f"{counted(rows, 'transformer-lens-hooked', 'converted')}.",
     ]
 
@@ -127,9 +127,9 @@ def page(rows: list[Row], left_out: dict[str, str], versions: dict, date: str) -
         "",
         "## All types",
         "",
-        "| type | flashnorm folded | error | float32 | on disk | untied: folded, centred | error "
-        "| transformer-tricks | TransformerBridge, fold | folded | fold, centre "
-        "| HookedTransformer, fold | fold, centre |",
+        "| type | flashnorm folded | error | float32 | on disk | untied: folded, centered | error "
+        "| transformer-tricks | TransformerBridge, fold | folded | fold, center "
+        "| HookedTransformer, fold | fold, center |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
         "",
@@ -167,14 +167,14 @@ def _line(row: Row) -> str:
         _cell(ours["memory"]),
         f"{ours['memory']['error_float32']:.0e}",
         _cell(ours["disk"]),
-        f"{ours['all'].get('folded', '')}, {ours['all'].get('centred', '')}",
+        f"{ours['all'].get('folded', '')}, {ours['all'].get('centered', '')}",
         _cell(ours["all"]),
         _cell(row["transformer-tricks"]),
         _cell(bridge["folded"]),
         str(bridge["folded"].get("gains_folded", "")),
-        _cell(bridge["centred"]),
+        _cell(bridge["centered"]),
         _cell(hooked["folded"]),
-        _cell(hooked["centred"]),
+        _cell(hooked["centered"]),
     ]
     return f"| {' | '.join(cells)} |"
 

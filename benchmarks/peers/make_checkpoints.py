@@ -109,9 +109,9 @@ def _disk(path: Path) -> Result:
 
 
 def _all(path: Path) -> Result:
-    """Tied heads untied and LayerNorms centred, which a stock checkpoint cannot hold."""
+    """Tied heads untied and LayerNorms centered, which a stock checkpoint cannot hold."""
     model = load(path / "original")
-    plan = flashnorm.fold_(model, read_inputs(path), untie=True, centre=True)
+    plan = flashnorm.fold_(model, read_inputs(path), untie=True, center=True)
     return _measured(path, plan, model, "all")
 
 
@@ -121,7 +121,7 @@ def _measured(path: Path, plan: Plan, model: torch.nn.Module, name: str) -> Resu
     truth = true_logits(model.double(), inputs)
     tensors = {"float32": found.contiguous(), "truth": truth.contiguous()}
     save_file(tensors, path / f"{name}.safetensors")
-    states = Counter(site.gain for site in plan.sites)
+    states = Counter(site.gain_state for site in plan.sites)
     return {
         "error_float32": error(found, reference["float32"]),
         "error_truth": error(truth, reference["truth"]),
@@ -129,8 +129,8 @@ def _measured(path: Path, plan: Plan, model: torch.nn.Module, name: str) -> Resu
         "folded": states["folded"],
         "kept": states["kept"],
         "no_gain": states["none"],
-        "centred": sum(site.centring == "folded" for site in plan.sites),
-        "reasons": sorted({s.reason for s in plan.sites if s.gain == "kept"}),
+        "centered": sum(site.centering == "folded" for site in plan.sites),
+        "reasons": sorted({s.reason for s in plan.sites if s.gain_state == "kept"}),
     }
 
 

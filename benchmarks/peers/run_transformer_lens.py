@@ -49,7 +49,7 @@ KEY = "transformer-lens-bridge" if BRIDGE else "transformer-lens-hooked"
 RUNS: dict[str, dict] = {  # what is processed
     "converted": {"fold_ln": False, "center_writing_weights": False},
     "folded": {"fold_ln": True, "center_writing_weights": False},
-    "centred": {"fold_ln": True, "center_writing_weights": True},
+    "centered": {"fold_ln": True, "center_writing_weights": True},
 }
 if BRIDGE:
     RUNS = {"loaded": {}} | RUNS

@@ -126,9 +126,9 @@ def check_plan(plan: Plan, base: Base) -> None:
 def mentioned(plan: Plan) -> list[str]:
     """Every parameter that the plan changes, once."""
     names = [gain.parameter for gain in plan.gains()]
-    names += [shift.parameter for shift in plan.shifts()]
+    names += [b.parameter for b in plan.norm_biases()]
     names += [*plan.absorptions(), *plan.bias_absorptions()]
-    names += [centring.parameter for centring in plan.centrings]
+    names += [centering.parameter for centering in plan.centerings]
     return list(dict.fromkeys(names))
 
 

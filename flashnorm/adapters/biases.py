@@ -16,11 +16,11 @@ from torch import Tensor
 from flashnorm import algebra
 from flashnorm.adapters.config import scaling
 from flashnorm.adapters.edits import MERGE, Case, Edit, Edits, Step
-from flashnorm.adapters.parts import Lora, module_path
+from flashnorm.adapters.tensors import Lora, module_path
 from flashnorm.errors import CheckpointError, FoldError
-from flashnorm.plan import Consumer, Shift
+from flashnorm.plan import Consumer, NormBias
 
-Shifted = Iterable[tuple[Shift, Consumer]]
+BiasPairs = Iterable[tuple[NormBias, Consumer]]
 
 
 def add_biases(case: Case, edits: Edits) -> None:
@@ -32,18 +32,18 @@ def add_biases(case: Case, edits: Edits) -> None:
             edits.by_key[part.entry.name].steps.append(partial(algebra.fold_bias_, product=total))
         if not held:
             _add_to_factors(case, edits, name, pairs)
-    for shift in case.plan.shifts():
-        for part in case.copies(shift.parameter):
-            edits.by_key[part.entry.name].steps.append(_moved(case, shift))
+    for norm_bias in case.plan.norm_biases():
+        for part in case.copies(norm_bias.parameter):
+            edits.by_key[part.entry.name].steps.append(_moved(case, norm_bias))
     if edits.biases:
         _complete(case, edits)
 
 
-def _total(case: Case, pairs: Shifted, size: int) -> Tensor:
+def _total(case: Case, pairs: BiasPairs, size: int) -> Tensor:
     """`W β + scaling · B A β` over the norms that a bias takes from: [out]."""
     total = torch.zeros(size, dtype=torch.float64)
-    for shift, consumer in pairs:
-        beta = _value(case, shift.parameter)
+    for norm_bias, consumer in pairs:
+        beta = _value(case, norm_bias.parameter)
         weight = _value(case, consumer.parameter)
         total += algebra.bias_product(weight, beta, consumer.axis, consumer.spans)
         targets = case.targets(consumer.parameter)
@@ -74,15 +74,15 @@ def _delta_product(case: Case, lora: Lora, consumer: Consumer, beta: Tensor) -> 
     return algebra.matrix_vector(case.read(lora.b), inner)
 
 
-def _add_to_factors(case: Case, edits: Edits, name: str, pairs: Shifted) -> None:
+def _add_to_factors(case: Case, edits: Edits, name: str, pairs: BiasPairs) -> None:
     """The base's own bias holds W β; what is left goes into the bias of B."""
-    for shift, consumer in pairs:
-        for part in (*case.copies(consumer.parameter), *case.copies(shift.parameter)):
+    for norm_bias, consumer in pairs:
+        for part in (*case.copies(consumer.parameter), *case.copies(norm_bias.parameter)):
             raise CheckpointError(
                 f"the adapter holds {part.parameter}, but not {name}, into which the fold of the "
                 f"base puts the product of a norm's bias with it; {MERGE}"
             )
-        beta = case.base.value(shift.parameter)
+        beta = case.base.value(norm_bias.parameter)
         for lora in case.targets(consumer.parameter):
             product = _delta_product(case, lora, consumer, beta)
             edit = (
@@ -96,7 +96,7 @@ def _add_to_factors(case: Case, edits: Edits, name: str, pairs: Shifted) -> None
 def _complete(case: Case, edits: Edits) -> None:
     """PEFT gives all targets a bias or none."""
     needs = next(iter(edits.biases))
-    for lora in case.parts.loras:
+    for lora in case.tensors.loras:
         if lora.kind != "module":
             raise CheckpointError(
                 f"{module_path(needs)}: the bias of its norm is folded, so B needs a bias "
@@ -106,17 +106,17 @@ def _complete(case: Case, edits: Edits) -> None:
             edits.biases.setdefault(lora.target, Edit())
 
 
-def _moved(case: Case, shift: Shift) -> Step:
+def _moved(case: Case, norm_bias: NormBias) -> Step:
     """What becomes of a norm's bias that the adapter holds: nothing is left of it, or β/g (E13)."""
-    if shift.folded:
+    if norm_bias.folded:
         return Tensor.zero_
-    gain = case.gain(shift.gain)
+    gain = case.gain(norm_bias.gain)
 
     def carry(bias: Tensor) -> None:
         if not algebra.can_carry(bias, gain):
             raise FoldError(
-                f"{shift.parameter} of the adapter cannot be kept as β/g, because the gain "
-                f"{shift.gain.parameter} is zero, or next to it, where the bias is not (E13)"
+                f"{norm_bias.parameter} of the adapter cannot be kept as β/g, because the gain "
+                f"{norm_bias.gain.parameter} is zero, or next to it, where the bias is not (E13)"
             )
         algebra.carry_bias_(bias, gain)
 

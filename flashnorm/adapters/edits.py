@@ -1,7 +1,7 @@
 """What becomes of the tensors of an adapter when its base is folded: E14, and E1 and E3 for copies.
 
 The delta of a target is `scaling · B A` on top of W. The fold of the base maps W to
-`centre(W diag(g))`, which is linear, so the delta becomes `scaling · centre(B) A diag(g)`: every
+`center(W diag(g))`, which is linear, so the delta becomes `scaling · center(B) A diag(g)`: every
 axis of W runs along one of the factors, and what happens to the axis happens to that factor.
 """
 
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from flashnorm import algebra
 from flashnorm.adapters.base import Base
-from flashnorm.adapters.parts import TOKENS, Lora, Part, Parts, misfit, module_path
+from flashnorm.adapters.tensors import (
+    TOKENS,
+    AdapterTensor,
+    AdapterTensors,
+    Lora,
+    misfit,
+    module_path,
+)
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Consumer, Gain, Plan
 
@@ -67,11 +74,11 @@ class Case:
     """
 
     config: dict[str, Any]
-    parts: Parts
+    tensors: AdapterTensors
     plan: Plan
     base: Base
     canonical: Mapping[str, str]
-    read: Callable[[Part], Tensor]
+    read: Callable[[AdapterTensor], Tensor]
 
     def gain(self, gain: Gain) -> Tensor:
         """The gain of the original base: [n]."""
@@ -79,13 +86,13 @@ class Case:
 
     def targets(self, name: str) -> list[Lora]:
         """The pairs of factors that act on a parameter."""
-        return [lora for lora in self.parts.loras if lora.parameter == name]
+        return [lora for lora in self.tensors.loras if lora.parameter == name]
 
-    def copies(self, name: str) -> list[Part]:
+    def copies(self, name: str) -> list[AdapterTensor]:
         """The tensors that take the place of a parameter."""
-        return [part for part in self.parts.copies if part.parameter == name]
+        return [part for part in self.tensors.copies if part.parameter == name]
 
-    def along(self, name: str, axis: int) -> Iterator[Part]:
+    def along(self, name: str, axis: int) -> Iterator[AdapterTensor]:
         """The tensors that act on a parameter along one of its axes: of a target just one."""
         for lora in self.targets(name):
             found = [part for part in (lora.a, lora.b) if axis in part.axes]
@@ -119,11 +126,11 @@ def refuse_copies(case: Case) -> None:
     """Raise CheckpointError for tensors that stand beside what the fold does, not under it.
 
     Those are gains of the adapter's own, rows of an embedding whose tied head gets weights of its
-    own, and whatever goes around a module whose values are centred as they pass.
+    own, and whatever goes around a module whose values are centered as they pass.
     """
     gains = {gain.parameter for gain in case.plan.gains()}
     tied = {old for _, old in case.plan.untied}
-    for part in case.parts.copies:
+    for part in case.tensors.copies:
         if part.parameter in gains:
             raise CheckpointError(
                 f"the adapter holds a gain of its own, {part.parameter}, but the plan folds the "
@@ -135,12 +142,12 @@ def refuse_copies(case: Case) -> None:
                 f"head; {MERGE}"
             )
     passes = {entry.path for entry in case.plan.entries}
-    around = [lora.target for lora in case.parts.loras if lora.kind != "parameter"]
-    around += [p.entry.name for p in case.parts.copies if len(p.axes) < len(p.entry.shape)]
+    around = [lora.target for lora in case.tensors.loras if lora.kind != "parameter"]
+    around += [p.entry.name for p in case.tensors.copies if len(p.axes) < len(p.entry.shape)]
     for name in around:
         if module_path(name).removesuffix(TOKENS) in passes:
             raise CheckpointError(
-                f"{name} acts beside a module whose values are centred as they pass; {MERGE}"
+                f"{name} acts beside a module whose values are centered as they pass; {MERGE}"
             )
 
 
@@ -154,7 +161,7 @@ def fold_gains(case: Case, edits: Edits) -> None:
                 _fold_gain(case, edits.by_key[part.entry.name], part, gain, consumer)
 
 
-def _fold_gain(case: Case, edit: Edit, part: Part, gain: Gain, consumer: Consumer) -> None:
+def _fold_gain(case: Case, edit: Edit, part: AdapterTensor, gain: Gain, consumer: Consumer) -> None:
     vector, axis, spans = case.gain(gain), part.axes[consumer.axis], consumer.spans
     size = part.entry.shape[axis]
     if any(s.start + s.length > size or s.gain_start + s.length > vector.numel() for s in spans):
@@ -164,20 +171,20 @@ def _fold_gain(case: Case, edit: Edit, part: Part, gain: Gain, consumer: Consume
     edit.checks.append((gain.parameter, vector, axis, spans))
 
 
-def centre(case: Case, edits: Edits) -> None:
-    """E3: `B* = B − mean over out`, as the base's writers are centred, and so for B's bias."""
-    for centring in case.plan.centrings:
-        name, axis = centring.parameter, centring.axis
+def center(case: Case, edits: Edits) -> None:
+    """E3: `B* = B − mean over out`, as the base's writers are centered, and so for B's bias."""
+    for centering in case.plan.centerings:
+        name, axis = centering.parameter, centering.axis
         for part in case.along(name, axis):
-            step = partial(algebra.centre_, axis=part.axes[axis])
+            step = partial(algebra.center_, axis=part.axes[axis])
             edits.by_key[part.entry.name].steps.append(step)
         for lora in case.targets(name):
             if axis in lora.b.axes:
-                _centre_bias(edits, lora)
+                _center_bias(edits, lora)
 
 
-def _centre_bias(edits: Edits, lora: Lora) -> None:
-    step = partial(algebra.centre_, axis=0)
+def _center_bias(edits: Edits, lora: Lora) -> None:
+    step = partial(algebra.center_, axis=0)
     if lora.bias:
         edits.by_key[lora.bias.entry.name].steps.append(step)
     elif lora.target in edits.biases:

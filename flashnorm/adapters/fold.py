@@ -20,8 +20,8 @@ from flashnorm.adapters.config import (
     folded_adapter_config,
     read_adapter_config,
 )
-from flashnorm.adapters.edits import Case, Edits, centre, fold_gains, refuse_copies
-from flashnorm.adapters.parts import Parts, read_parts
+from flashnorm.adapters.edits import Case, Edits, center, fold_gains, refuse_copies
+from flashnorm.adapters.tensors import AdapterTensors, read_tensors
 from flashnorm.adapters.weights import entries, load, new_entries, open_weights, write_weights
 from flashnorm.algebra import subnormal_warning
 from flashnorm.checkpoint.files import copy_file, other_files
@@ -62,7 +62,7 @@ def fold_adapter(
     """Write to `out` the LoRA adapter for the folded base: E14, `A* = A diag(g)`, B as it is.
 
     `delta = scaling · B A`, A: [r, in], B: [out, r]. Where the plan folds the bias β of a norm into
-    the target's (E2), B gets the bias `B A β` (PEFT's lora_bias); where it centres the target (E3),
+    the target's (E2), B gets the bias `B A β` (PEFT's lora_bias); where it centers the target (E3),
     `B* = B − mean over out`. Parameters that the adapter holds whole (modules_to_save, trained
     biases) become what the fold makes of the base's. Dtypes stay; a tensor is rounded once.
 
@@ -93,10 +93,10 @@ def fold_adapter(
     if folded is not None:
         check_folded(Path(folded), plan)
     canonical = original.canonical(plan)
-    parts = read_parts(entries(weights), config, original, canonical)
-    case = Case(config, parts, plan, original, canonical, lambda part: load(weights, part.entry))
+    tensors = read_tensors(entries(weights), config, original, canonical)
+    case = Case(config, tensors, plan, original, canonical, lambda part: load(weights, part.entry))
     edits = _edits(case)
-    done = _summary(weights, parts, edits)
+    done = _summary(weights, tensors, edits)
     if done.changed or done.added:
         config = folded_adapter_config(
             config, plan, base=original.name, folded=folded, lora_bias=bool(edits.biases)
@@ -110,18 +110,18 @@ def fold_adapter(
 
 
 def _edits(case: Case) -> Edits:
-    """What every tensor goes through: biases, gains, then centring."""
+    """What every tensor goes through: biases, gains, then centering."""
     refuse_copies(case)
     edits = Edits()
     add_biases(case, edits)
     fold_gains(case, edits)
-    centre(case, edits)
+    center(case, edits)
     return edits
 
 
-def _summary(weights: Source, parts: Parts, edits: Edits) -> AdapterFold:
+def _summary(weights: Source, tensors: AdapterTensors, edits: Edits) -> AdapterFold:
     return AdapterFold(
-        targets=len(parts.loras),
+        targets=len(tensors.loras),
         changed=tuple(e.name for e in entries(weights) if e.name in edits.by_key),
         added=tuple(entry.name for entry in new_entries(weights, edits)),
     )

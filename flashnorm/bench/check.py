@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashnorm.bench.nouns import Check
+from flashnorm.bench.records import Check
 from flashnorm.bench.variants import Variant
 from flashnorm.verification.inputs import run
 from flashnorm.verification.measure import deviation, first_difference

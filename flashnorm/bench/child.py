@@ -15,7 +15,7 @@ import torch
 
 from flashnorm.bench.memory import forget_peak, peak_resident, resident
 from flashnorm.bench.models import accelerate, open_model, token_ids
-from flashnorm.bench.nouns import OURS, OURS_COMPILED
+from flashnorm.bench.records import OURS, OURS_COMPILED
 from flashnorm.bench.variants import Variant
 
 

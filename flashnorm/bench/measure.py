@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from flashnorm.bench.machine import memory_reader, weights_reader
-from flashnorm.bench.nouns import (
+from flashnorm.bench.records import (
     EAGER,
     FORWARD,
     GENERATE,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.bench.machine import line
-from flashnorm.bench.nouns import EAGER, FORWARD, GENERATE, PREFILL, Measured, Result
+from flashnorm.bench.records import EAGER, FORWARD, GENERATE, PREFILL, Measured, Result
 from flashnorm.bench.tables import label
 
 MISSING = "there is no plot: it needs matplotlib, pip install 'flashnorm[bench]'"

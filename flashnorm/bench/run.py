@@ -21,7 +21,7 @@ from flashnorm.bench.models import (
     token_bytes,
     token_ids,
 )
-from flashnorm.bench.nouns import (
+from flashnorm.bench.records import (
     EAGER,
     OURS,
     VARIANTS,

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from flashnorm.bench.nouns import Result
+from flashnorm.bench.records import Result
 from flashnorm.bench.tables import Table, heading, label, tables
 
 

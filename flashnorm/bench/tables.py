@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashnorm.bench.machine import line
-from flashnorm.bench.nouns import (
+from flashnorm.bench.records import (
     EAGER,
     FORWARD,
     GENERATE,

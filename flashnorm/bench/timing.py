@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
-from flashnorm.bench.nouns import Timing
+from flashnorm.bench.records import Timing
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.bench.models import accelerated_copy, sharing_copy
-from flashnorm.bench.nouns import COMPILE, EAGER, OURS, OURS_COMPILED
+from flashnorm.bench.records import COMPILE, EAGER, OURS, OURS_COMPILED
 from flashnorm.compat.torch_names import dynamo
 from flashnorm.compat.transformers_names import compile_everywhere_
 

@@ -24,7 +24,7 @@ FOLD_BYTES = 2 << 20  # measured best: smaller ones pay per call, larger ones le
 class Block:
     """`nbytes` bytes from `start` of the source file, to be written from `target` on.
 
-    `shape` is that of the rows in this block, `absorbs` what they absorb, `centre` the axis of the
+    `shape` is that of the rows in this block, `absorbs` what they absorb, `center` the axis of the
     mean that they lose. Where `pitch` is not zero they do not lie together: each of the first axis
     begins `pitch` bytes after the one before.
     """
@@ -35,7 +35,7 @@ class Block:
     nbytes: int
     shape: tuple[int, ...] = ()
     absorbs: Absorptions = ()
-    centre: int | None = None
+    center: int | None = None
     pitch: int = 0
 
     @property
@@ -76,8 +76,8 @@ class Block:
             g, axis, spans = values.gains[gain], consumer.axis, consumer.spans
             lost += algebra.check_fold(entry.name, rows, gain.parameter, g, axis, spans)
             algebra.fold_gain_(rows, g, axis, spans)
-        if self.centre is not None:
-            algebra.centre_(rows, self.centre)
+        if self.center is not None:
+            algebra.center_(rows, self.center)
         return lost
 
 
@@ -134,10 +134,10 @@ def _row_blocks(piece: Piece) -> Iterator[Block]:
     if not entry.nbytes:
         return
     shape, axes = entry.shape or (1,), [consumer.axis for _, consumer in piece.absorbs]
-    split = min(axes if piece.centre is None else [*axes, piece.centre])
+    split = min(axes if piece.center is None else [*axes, piece.center])
     lead, inner = math.prod(shape[:split]), shape[split:]
     size = entry.nbytes // lead
-    if size <= FOLD_BYTES or (piece.centre == split and len(inner) == 1):
+    if size <= FOLD_BYTES or (piece.center == split and len(inner) == 1):
         whole = Block(piece, 0, 0, size, inner, *_moved(piece, 1 - split))
         step = max(1, FOLD_BYTES // size)
         for first in range(0, lead, step):
@@ -145,7 +145,7 @@ def _row_blocks(piece: Piece) -> Iterator[Block]:
             start = entry.start + first * size
             yield replace(whole, start=start, nbytes=count * size, shape=(count, *inner))
         return
-    cut = _cut_columns if piece.centre == split else _cut_rows
+    cut = _cut_columns if piece.center == split else _cut_rows
     for index in range(lead):
         start = entry.start + index * size
         yield from cut(Block(piece, start, 0, size, inner, *_moved(piece, -split)))
@@ -187,7 +187,7 @@ def _moved(piece: Piece, by: int) -> tuple[Absorptions, int | None]:
     absorbs = tuple(
         (gain, replace(consumer, axis=consumer.axis + by)) for gain, consumer in piece.absorbs
     )
-    return absorbs, None if piece.centre is None else piece.centre + by
+    return absorbs, None if piece.center is None else piece.center + by
 
 
 def _rows_of(absorbs: Absorptions, axis: int, first: int, stop: int) -> Absorptions:

@@ -50,7 +50,7 @@ def fold_checkpoint(
     plan: Plan | None = None,
     strict: bool = False,
     untie: bool = False,
-    centre: bool = False,
+    center: bool = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -61,7 +61,7 @@ def fold_checkpoint(
     copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
     the value where they are one (compat), which every engine reads, or removed with `strict=True`,
     which only transformers reads: a warning says so, and the marker in config.json. `untie=True`
-    gives a tied head a copy of its own, so that the final gain folds too; `centre=True` centres
+    gives a tied head a copy of its own, so that the final gain folds too; `center=True` centers
     what LayerNorms read (E3), so that an engine may run them as RMSNorms. Both are asked of
     `flashnorm.inspect`, with the `example_inputs`; where a `plan` is given, it decides, but for
     its cancellings, which take a model in memory. A norm's bias goes into its readers' (E2) or
@@ -82,7 +82,7 @@ def fold_checkpoint(
     def planned(path: Path) -> Plan:
         if plan is not None:
             return plan
-        return inspect_stored(path, example_inputs, untie=untie, centre=centre)
+        return inspect_stored(path, example_inputs, untie=untie, center=center)
 
     if file := gguf_file(source):
         with dequantized(file, target) as directory:
@@ -109,7 +109,7 @@ def _fold(
     wide = any(gain.dtype == torch.float64 for gain in values.gains.values())
     dtype = "float64" if wide else "float32"
     files: dict[str, Any] = {}
-    if plan.folded or plan.centrings:
+    if plan.folded or plan.centerings:
         files[CONFIG] = folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)
     if layout.index is not None:
         files[INDEX] = layout.index
@@ -207,7 +207,7 @@ def _size(count: int) -> str:
 
 
 def _warn(plan: Plan, values: Values, lost: int) -> None:
-    if not (plan.folded or plan.centrings):
+    if not (plan.folded or plan.centerings):
         warnings.warn(
             "no gain of this checkpoint folds, so the target is a copy of it; flashnorm inspect "
             "says why",
@@ -221,7 +221,7 @@ def _warn(plan: Plan, values: Values, lost: int) -> None:
         )
     if plan.entries:
         warnings.warn(
-            f"what leaves or enters {plan.entries[0].path} is not centred, because that takes an "
+            f"what leaves or enters {plan.entries[0].path} is not centered, because that takes an "
             "operation, which a checkpoint cannot hold: the norms behind it still need their mean",
             stacklevel=5,
         )

@@ -19,12 +19,12 @@ QUANTIZED = (
 
 @on_cpu()
 def inspect_stored(
-    source: PathName, example_inputs: Any = None, *, untie: bool = False, centre: bool = False
+    source: PathName, example_inputs: Any = None, *, untie: bool = False, center: bool = False
 ) -> Plan:
     """The plan of what `source` names: a directory, a config.json, a GGUF file or a hub id."""
     origin = open_origin(source)
     plan = plan_model(
-        origin.fake_model(), example_inputs, untie=untie, centre=centre, allow_real=False
+        origin.fake_model(), example_inputs, untie=untie, center=center, allow_real=False
     )
     plan = replace(plan, notes=(*origin.notes, *plan.notes))
     if origin.quantized:

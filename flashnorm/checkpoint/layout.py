@@ -21,18 +21,18 @@ from flashnorm.plan import Plan
 class Piece:
     """One tensor to write, from `entry` of the source.
 
-    It absorbs gains and is then centred along the axis `centre`; or it is `small` and written anew;
-    with neither it is copied as it is.
+    It absorbs gains and is then centered along the axis `center`; or it is `small` and written
+    anew; with neither it is copied as it is.
     """
 
     entry: Entry
     absorbs: Absorptions = ()
-    centre: int | None = None
+    center: int | None = None
     small: bool = False
 
     @property
     def is_copy(self) -> bool:
-        return not self.absorbs and self.centre is None and not self.small
+        return not self.absorbs and self.center is None and not self.small
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
 
 def _left_values(plan: Plan) -> dict[str, float]:
     """What a fold leaves in the parameters that strict mode removes."""
-    found = {shift.parameter: 0.0 for shift in plan.shifts() if shift.folded}
+    found = {norm_bias.parameter: 0.0 for norm_bias in plan.norm_biases() if norm_bias.folded}
     return found | {gain.parameter: gain.identity for gain in plan.gains()}
 
 
 def plan_parameters(plan: Plan) -> set[str]:
     """Every parameter that a plan reads or writes."""
     names = {gain.parameter for gain in plan.gains()} | plan.absorptions().keys()
-    names |= {shift.parameter for shift in plan.shifts()} | plan.bias_absorptions().keys()
-    names |= {centring.parameter for centring in plan.centrings}
+    names |= {b.parameter for b in plan.norm_biases()} | plan.bias_absorptions().keys()
+    names |= {centering.parameter for centering in plan.centerings}
     return names | {name for pair in plan.untied for name in pair}
 
 
@@ -95,15 +95,15 @@ def _check_names(source: Source, shards: tuple[Shard, ...], changes: Changes, un
     shapes = {e.name: e.shape for shard in shards for e in shard.header.entries}
     added = {copy.tensor for copy in changes.copies}
     before, after = changes.mapped, map_parameters(source, added, shapes, untied=untied)
-    for name, whole in before.wholes.items():
-        if name in added or not changes.removed.isdisjoint(whole.tensors):
+    for name, provenance in before.provenances.items():
+        if name in added or not changes.removed.isdisjoint(provenance.tensors):
             continue
-        if untied and name not in after.wholes:
+        if untied and name not in after.provenances:
             raise CheckpointError(
-                f"untying the head also parts {name} from {whole.tensors[0]}, of which the "
+                f"untying the head also parts {name} from {provenance.tensors[0]}, of which the "
                 "checkpoint holds only one: fold without untie"
             )
-        if name not in after.wholes or not whole.same(after.wholes[name]):
+        if name not in after.provenances or not provenance.same(after.provenances[name]):
             raise CheckpointError(
                 f"without the tensors that strict mode removes, transformers would load {name} "
                 "from other tensors: fold without strict"
@@ -121,8 +121,8 @@ def _pieces(header: Header, changes: Changes) -> Iterator[Piece]:
     for entry in entries:
         name = entry.name
         if name not in changes.removed:
-            absorbs, centre = changes.absorbs.get(name, ()), changes.centres.get(name)
-            yield Piece(entry, absorbs, centre, name in changes.small)
+            absorbs, center = changes.absorbs.get(name, ()), changes.centers.get(name)
+            yield Piece(entry, absorbs, center, name in changes.small)
     for entry in entries:
         for copy in changes.copies:
             if copy.source == entry.name:

@@ -2,7 +2,7 @@
 
 The two differ in names, in prefixes, and in what one tensor holds: experts that are stored one by
 one, fused and split projections, other layouts. transformers' own loader is asked: it is given a
-`Located` tensor for every key of the checkpoint, and what arrives in the model says where each
+`ProvenanceTensor` for every key of the checkpoint, and what arrives in the model says where each
 parameter comes from. So a checkpoint means here what it means to `from_pretrained`.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flashnorm.checkpoint.parts import Located, Shape, Whole, whole_tensor
+from flashnorm.checkpoint.provenance import Provenance, ProvenanceTensor, Shape, whole_tensor
 from flashnorm.checkpoint.source import Source
 from flashnorm.compat.transformers_names import conversion_rules, knows, load_state, namer
 from flashnorm.errors import CheckpointError
@@ -37,20 +37,20 @@ class Mapped:
     weight in full.
     """
 
-    wholes: dict[str, Whole]
+    provenances: dict[str, Provenance]
     twins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, parameter: str) -> Whole:
+    def __getitem__(self, parameter: str) -> Provenance:
         """Raises CheckpointError where the parameter cannot be found exactly."""
         if problem := self.problems.get(parameter):
             raise CheckpointError(f"{problem}; {REMEDY}")
-        if parameter not in self.wholes:
+        if parameter not in self.provenances:
             raise CheckpointError(
                 f"the parameter {parameter} is not in the checkpoint under a name from which "
                 f"transformers loads it; {REMEDY}"
             )
-        return self.wholes[parameter]
+        return self.provenances[parameter]
 
 
 def map_parameters(
@@ -156,11 +156,11 @@ def ask_loader(model: nn.Module, shapes: Shapes) -> Mapped:
     groups: dict[int, list[str]] = defaultdict(list)
     for name, value in _named(model):
         groups[id(value)].append(name)
-    state = {name: Located.of(name, shape) for name, shape in shapes.items()}
+    state = {name: ProvenanceTensor.of(name, shape) for name, shape in shapes.items()}
     with quiet_transformers():
         rules = conversion_rules(given)
         info = load_state(given, state, rules)
-    found = {name: v.whole() for name, v in _named(model) if isinstance(v, Located)}
+    found = {name: v.provenance() for name, v in _named(model) if isinstance(v, ProvenanceTensor)}
     problems = {**_unconverted(info), **_taken_twice(given, rules, shapes, found)}
     for names in groups.values():
         told = [problems[name] for name in names if name in problems]
@@ -174,18 +174,20 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shared(
-    found: dict[str, Whole], groups: Iterable[list[str]]
-) -> tuple[dict[str, Whole], dict[str, tuple[str, ...]]]:
+    found: dict[str, Provenance], groups: Iterable[list[str]]
+) -> tuple[dict[str, Provenance], dict[str, tuple[str, ...]]]:
     """Names of one and the same parameter have what is stored under any of them."""
-    wholes, twins = dict(found), {}
+    provenances, twins = dict(found), {}
     for names in groups:
         stored = {found[name].tensors: name for name in names if name in found}
         for name in names if stored else ():
-            wholes.setdefault(name, found[next(iter(stored.values()))])
-            others = tuple(other for key, other in stored.items() if key != wholes[name].tensors)
+            provenances.setdefault(name, found[next(iter(stored.values()))])
+            others = tuple(
+                other for key, other in stored.items() if key != provenances[name].tensors
+            )
             if others:
                 twins[name] = others
-    return wholes, twins
+    return provenances, twins
 
 
 def _unconverted(info: Any) -> dict[str, str]:
@@ -203,10 +205,10 @@ def _unconverted(info: Any) -> dict[str, str]:
 
 
 def _taken_twice(
-    model: Any, rules: list[Any], shapes: Shapes, found: dict[str, Whole]
+    model: Any, rules: list[Any], shapes: Shapes, found: dict[str, Provenance]
 ) -> dict[str, str]:
     """Parameters for which the checkpoint holds more tensors than the loader uses."""
-    used = {tensor for whole in found.values() for tensor in whole.tensors}
+    used = {tensor for provenance in found.values() for tensor in provenance.tensors}
     name_of, problems = namer(model, rules), {}
     for key in sorted(shapes.keys() - used):
         name = name_of(key)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from flashnorm.checkpoint.mapping import REMEDY
-from flashnorm.checkpoint.parts import Box, Part, Whole, runs_along
+from flashnorm.checkpoint.provenance import Box, Provenance, TensorSlice, runs_along
 from flashnorm.errors import CheckpointError
-from flashnorm.plan import Centring, Consumer, Gain, Span
+from flashnorm.plan import Centering, Consumer, Gain, Span
 
 Absorptions = tuple[tuple[Gain, Consumer], ...]
-# In a vector of labels: the position takes no gain, or lies outside of the part.
+# In a vector of gain indices: the position takes no gain, or lies outside of the part.
 _PLAIN, _OUTSIDE = -1, -2
 
 
@@ -34,22 +34,22 @@ class _Claim:
 
 
 def tensor_absorptions(
-    wanted: Iterable[tuple[str, Whole, Absorptions]],
+    wanted: Iterable[tuple[str, Provenance, Absorptions]],
 ) -> dict[str, Absorptions]:
     """For every tensor what it absorbs, from (parameter, where it lies, what that absorbs).
 
     Raises CheckpointError where a gain does not run along one axis of a whole tensor.
     """
     claims: dict[str, list[_Claim]] = defaultdict(list)
-    for name, whole, pairs in wanted:
+    for name, provenance, pairs in wanted:
         for gain, consumer in pairs:
-            for part in whole.parts:
+            for part in provenance.slices:
                 if claim := _claim(name, part, gain, consumer):
                     claims[part.tensor].append(claim)
     return {tensor: tuple(_settled(tensor, found)) for tensor, found in claims.items()}
 
 
-def _claim(name: str, part: Part, gain: Gain, consumer: Consumer) -> _Claim | None:
+def _claim(name: str, part: TensorSlice, gain: Gain, consumer: Consumer) -> _Claim | None:
     axis, sizes = consumer.axis, part.box.sizes
     found = _along(part.box, axis, consumer.spans, part.start[axis])
     if found is None:
@@ -73,50 +73,50 @@ def _along(
     Returns that axis, the spans, and how many elements of the box they take in; no spans where
     the box has no part in them, None where they run along no single axis of the tensor.
     """
-    labels = _labels(start + box.shape[axis], spans)[start:]
-    if bool((labels == _PLAIN).all()):
+    gain_indices = _gain_indices(start + box.shape[axis], spans)[start:]
+    if bool((gain_indices == _PLAIN).all()):
         return 0, (), 0
     for own, coordinate in enumerate(box.index):
-        found = _scattered(coordinate, axis, labels, box.sizes[own])
+        found = _scattered(coordinate, axis, gain_indices, box.sizes[own])
         if found is not None:
             taking, inside = int((found >= 0).sum()), int((found != _OUTSIDE).sum())
             return own, tuple(_spans(found)), taking * (box.numel // inside)
     return None
 
 
-def _labels(size: int, spans: Iterable[Span]) -> Tensor:
+def _gain_indices(size: int, spans: Iterable[Span]) -> Tensor:
     """For each of the first `size` positions of an axis the gain element that it takes."""
-    labels = torch.full((size,), _PLAIN)
+    gain_indices = torch.full((size,), _PLAIN)
     for span in spans:
         length = min(span.length, size - span.start)
         if length > 0:
             elements = torch.arange(span.gain_start, span.gain_start + length)
-            labels[span.start : span.start + length] = elements
-    return labels
+            gain_indices[span.start : span.start + length] = elements
+    return gain_indices
 
 
-def _scattered(coordinate: Tensor, axis: int, labels: Tensor, size: int) -> Tensor | None:
-    """The labels along an axis of the tensor; None where one position would have several.
+def _scattered(coordinate: Tensor, axis: int, gain_indices: Tensor, size: int) -> Tensor | None:
+    """The gain indices along an axis of the tensor; None where one position would have several.
 
     coordinate: for each element of a box (size 1 where it does not vary) its position on the
-    tensor's axis; labels: [n] along `axis` of the box.
+    tensor's axis; gain_indices: [n] along `axis` of the box.
     """
     if coordinate.shape[axis] == 1:
-        if bool((labels != labels[0]).any()):
+        if bool((gain_indices != gain_indices[0]).any()):
             return None
-        labels = labels[:1]
+        gain_indices = gain_indices[:1]
     lead = [1] * coordinate.ndim
-    lead[axis] = len(labels)
-    first, second = torch.broadcast_tensors(coordinate, labels.view(lead))
+    lead[axis] = len(gain_indices)
+    first, second = torch.broadcast_tensors(coordinate, gain_indices.view(lead))
     found = torch.full((size,), _OUTSIDE)
     found[first.reshape(-1)] = second.reshape(-1)
     return found if bool((found[first] == second).all()) else None
 
 
-def _spans(labels: Tensor) -> Iterator[Span]:
+def _spans(gain_indices: Tensor) -> Iterator[Span]:
     """Runs of neighbouring positions with neighbouring gain elements."""
-    taking = (labels >= 0).nonzero().flatten()
-    elements = labels[taking]
+    taking = (gain_indices >= 0).nonzero().flatten()
+    elements = gain_indices[taking]
     breaks = ((taking.diff() != 1) | (elements.diff() != 1)).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(taking)]
     for low, high in pairwise(bounds):
@@ -129,8 +129,8 @@ def _settled(tensor: str, claims: list[_Claim]) -> Iterator[tuple[Gain, Consumer
     for claim in claims:
         together[claim.gain, claim.consumer].append(claim)
     for (gain, consumer), found in together.items():
-        whole = sum(span.length for span in consumer.spans) * found[0].rest
-        if sum(claim.numel for claim in found) != whole:
+        total = sum(span.length for span in consumer.spans) * found[0].rest
+        if sum(claim.numel for claim in found) != total:
             raise CheckpointError(
                 f"only a part of the tensor {tensor} absorbs the gain {gain.parameter}: "
                 f"transformers makes {found[0].parameter} and others of it; {REMEDY}"
@@ -138,30 +138,30 @@ def _settled(tensor: str, claims: list[_Claim]) -> Iterator[tuple[Gain, Consumer
         yield gain, consumer
 
 
-def tensor_centrings(wanted: Iterable[tuple[Centring, Whole]]) -> dict[str, int]:
-    """For every tensor of a centred weight the axis of the mean.
+def tensor_centerings(wanted: Iterable[tuple[Centering, Provenance]]) -> dict[str, int]:
+    """For every tensor of a centered weight the axis of the mean.
 
     Raises CheckpointError where the mean runs over several tensors, or over a part of one.
     """
     axes: dict[str, int] = {}
     left: dict[str, int] = {}
-    for centring, whole in wanted:
-        for part in whole.parts:
-            axes[part.tensor] = _centred_axis(centring, whole, part)
+    for centering, provenance in wanted:
+        for part in provenance.slices:
+            axes[part.tensor] = _centered_axis(centering, provenance, part)
             left[part.tensor] = left.get(part.tensor, math.prod(part.box.sizes)) - part.box.numel
     for tensor, count in left.items():
         if count:
-            raise CheckpointError(f"only a part of the tensor {tensor} is centred; {REMEDY}")
+            raise CheckpointError(f"only a part of the tensor {tensor} is centered; {REMEDY}")
     return axes
 
 
-def _centred_axis(centring: Centring, whole: Whole, part: Part) -> int:
-    size = whole.shape[centring.axis]
-    if part.box.shape[centring.axis] == size:
+def _centered_axis(centering: Centering, provenance: Provenance, part: TensorSlice) -> int:
+    size = provenance.shape[centering.axis]
+    if part.box.shape[centering.axis] == size:
         for own, coordinate in enumerate(part.box.index):
-            if part.box.sizes[own] == size and runs_along(coordinate, centring.axis):
+            if part.box.sizes[own] == size and runs_along(coordinate, centering.axis):
                 return own
     raise CheckpointError(
-        f"{centring.parameter} is centred over features that the checkpoint does not hold along "
+        f"{centering.parameter} is centered over features that the checkpoint does not hold along "
         f"one axis of {part.tensor}; {REMEDY}"
     )

@@ -23,7 +23,9 @@ def unequal_twins(source: Source, mapped: Mapped) -> str:
     """Which tied weight is stored twice with different values, and the mend; empty if none is."""
     for name, others in mapped.twins.items():
         for other in others:
-            pairs = zip(mapped.wholes[name].tensors, mapped.wholes[other].tensors, strict=False)
+            pairs = zip(
+                mapped.provenances[name].tensors, mapped.provenances[other].tensors, strict=False
+            )
             for first, second in pairs:
                 if not same_bytes(source, first, second):
                     return UNEQUAL.format(first, second)

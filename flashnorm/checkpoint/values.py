@@ -14,10 +14,10 @@ from torch import Tensor
 from flashnorm import algebra
 from flashnorm.checkpoint.changes import Changes
 from flashnorm.checkpoint.header import FLOAT_DTYPES
-from flashnorm.checkpoint.parts import Whole
+from flashnorm.checkpoint.provenance import Provenance
 from flashnorm.checkpoint.source import Place, Source
 from flashnorm.errors import CheckpointError, FoldError
-from flashnorm.plan import Consumer, Plan, Shift
+from flashnorm.plan import Consumer, NormBias, Plan
 
 
 def load_tensor(source: Source, place: Place) -> Tensor:
@@ -32,19 +32,19 @@ def load_tensor(source: Source, place: Place) -> Tensor:
     return flat.view(place.entry.shape)
 
 
-def read_parameter(source: Source, whole: Whole) -> Tensor:
+def read_parameter(source: Source, provenance: Provenance) -> Tensor:
     """The value of a parameter as the model has it; a mapping where one tensor is all of it."""
-    if len(whole.parts) == 1 and whole.parts[0].box.is_plain:
-        return load_tensor(source, source.where[whole.parts[0].tensor])
-    tensors = {name: load_tensor(source, source.where[name]) for name in whole.tensors}
+    if len(provenance.slices) == 1 and provenance.slices[0].box.is_plain:
+        return load_tensor(source, source.where[provenance.slices[0].tensor])
+    tensors = {name: load_tensor(source, source.where[name]) for name in provenance.tensors}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
         raise CheckpointError(
-            f"{' and '.join(whole.tensors[:2])} make one parameter, but are stored as "
+            f"{' and '.join(provenance.tensors[:2])} make one parameter, but are stored as "
             f"{' and '.join(sorted(map(str, dtypes)))}: convert the checkpoint to one dtype first"
         )
-    value = torch.empty(whole.shape, dtype=dtypes.pop())
-    for part in whole.parts:
+    value = torch.empty(provenance.shape, dtype=dtypes.pop())
+    for part in provenance.slices:
         value[part.place] = tensors[part.tensor][part.box.index]
     return value
 
@@ -56,9 +56,9 @@ class Values:
         self._source, self._changes = source, changes
         self._absorptions = plan.absorptions()
         self._biases = plan.bias_absorptions()
-        self._shifts = {shift.parameter: shift for shift in plan.shifts()}
+        self._norm_biases = {norm_bias.parameter: norm_bias for norm_bias in plan.norm_biases()}
         self._identities = {gain.parameter: gain for gain in plan.gains()}
-        self._axes = {centring.parameter: centring.axis for centring in plan.centrings}
+        self._axes = {centering.parameter: centering.axis for centering in plan.centerings}
         self._done: dict[str, Tensor] = {}
         self.gains = {
             gain: algebra.effective_gain(self._read(gain.parameter), gain) for gain in plan.gains()
@@ -70,7 +70,7 @@ class Values:
         for parameter in self._changes.small[name]:
             if parameter not in self._done:
                 self._done[parameter] = self._rewritten(parameter)
-            for part in self._changes.mapped[parameter].parts:
+            for part in self._changes.mapped[parameter].slices:
                 if part.tensor == name:
                     value[part.box.index] = self._done[parameter][part.place]
         return value
@@ -83,30 +83,31 @@ class Values:
         value = self._read(name).clone()
         if pairs := self._biases.get(name):
             _add_(name, value, [self._product(*pair) for pair in pairs])
-        if shift := self._shifts.get(name):
-            self._shift_(value, shift)
+        if norm_bias := self._norm_biases.get(name):
+            self._move_norm_bias_(value, norm_bias)
         if gain := self._identities.get(name):
             algebra.identity_gain_(value, gain)
         for gain, consumer in self._absorptions.get(name, ()):
             algebra.fold_gain_(value, self.gains[gain], consumer.axis, consumer.spans)
         if (axis := self._axes.get(name)) is not None:
-            algebra.centre_(value, axis)
+            algebra.center_(value, axis)
         return value
 
-    def _product(self, shift: Shift, consumer: Consumer) -> Tensor:
-        weight, beta = self._read(consumer.parameter), self._read(shift.parameter)
+    def _product(self, norm_bias: NormBias, consumer: Consumer) -> Tensor:
+        weight, beta = self._read(consumer.parameter), self._read(norm_bias.parameter)
         return algebra.bias_product(weight, beta, consumer.axis, consumer.spans)
 
-    def _shift_(self, value: Tensor, shift: Shift) -> None:
-        if shift.folded:
+    def _move_norm_bias_(self, value: Tensor, norm_bias: NormBias) -> None:
+        if norm_bias.folded:
             value.zero_()
             return
-        if not algebra.can_carry(value, self.gains[shift.gain]):
+        if not algebra.can_carry(value, self.gains[norm_bias.gain]):
             raise FoldError(
-                f"{shift.parameter}: β/g is not finite, because the gain {shift.gain.parameter} is "
-                "zero, or next to it, where the bias is not; make the plan from these very weights"
+                f"{norm_bias.parameter}: β/g is not finite, because the gain "
+                f"{norm_bias.gain.parameter} is zero, or next to it, where the bias is not; make "
+                "the plan from these very weights"
             )
-        algebra.carry_bias_(value, self.gains[shift.gain])
+        algebra.carry_bias_(value, self.gains[norm_bias.gain])
 
 
 def _add_(name: str, bias: Tensor, products: list[Tensor]) -> None:

@@ -30,9 +30,9 @@ Traceback = Annotated[
 Untie = Annotated[
     bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
 ]
-Centre = Annotated[
+Center = Annotated[
     bool,
-    typer.Option("--centre", help="Centre what LayerNorms read, so that they need no mean."),
+    typer.Option("--center", help="Center what LayerNorms read, so that they need no mean."),
 ]
 Inputs = Annotated[
     list[Path] | None,
@@ -64,7 +64,7 @@ def _root(
 def inspect_command(
     model: Model,
     untie: Untie = False,
-    centre: Centre = False,
+    center: Center = False,
     inputs: Inputs = None,
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
     as_json: AsJson = False,
@@ -83,7 +83,7 @@ def inspect_command(
 
         given = read_inputs(inputs)
         with waiting(f"recording {model}"):
-            plan = flashnorm.inspect(model, given, untie=untie, centre=centre)
+            plan = flashnorm.inspect(model, given, untie=untie, center=center)
         return Result(plan.to_json(), show(plan, every=every))
 
     run(command, Options(as_json, debug))
@@ -97,7 +97,7 @@ def fold_command(
         bool, typer.Option("--strict", help="Leave folded gains out: for transformers only.")
     ] = False,
     untie: Untie = False,
-    centre: Centre = False,
+    center: Center = False,
     inputs: Inputs = None,
     as_json: AsJson = False,
     debug: Traceback = False,
@@ -126,7 +126,7 @@ def fold_command(
                 Path(target).expanduser(),
                 strict=strict,
                 untie=untie,
-                centre=centre,
+                center=center,
                 example_inputs=given,
                 progress=progress,
             )

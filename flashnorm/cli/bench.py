@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flashnorm.cli.boundary import Result
 
 if TYPE_CHECKING:
-    from flashnorm.bench.nouns import Settings
+    from flashnorm.bench.records import Settings
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _settings(asked: Asked, cache: int | None) -> Settings:
     import torch
 
     from flashnorm.bench.machine import cache_bytes
-    from flashnorm.bench.nouns import Settings
+    from flashnorm.bench.records import Settings
 
     return Settings(
         source=asked.model,

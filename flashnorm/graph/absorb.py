@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.flow import Flow, Use
-from flashnorm.graph.labels import NONE
+from flashnorm.graph.gain_index import NONE
 from flashnorm.graph.ties import can_be_untied, copies, names_of, owned
 from flashnorm.plan import Consumer, Span
 
@@ -24,7 +24,7 @@ class Column:
     """What every position of one axis of a parameter must absorb, and the reading that said so."""
 
     axis: int
-    labels: Tensor
+    indices: Tensor
     node: str
 
 
@@ -41,8 +41,8 @@ def absorb(
             columns[name] = column
     consumers: dict[str, list[Consumer]] = defaultdict(list)
     for name, column in columns.items():
-        for gain in flow.gains_in(column.labels):
-            consumers[gain].append(Consumer(name, column.axis, _spans(flow, gain, column.labels)))
+        for gain in flow.gains_in(column.indices):
+            consumers[gain].append(Consumer(name, column.axis, _spans(flow, gain, column.indices)))
     used = {c.parameter for g, found in consumers.items() if g not in flow.refused for c in found}
     parted = [n for n in used if untie and can_be_untied(flow, names_of(flow.graph, n)[0])]
     return consumers, copies(flow.graph, parted)
@@ -53,7 +53,7 @@ def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
     that is known of all."""
     as_gains = defaultdict(list)
     for gain in flow.gains:
-        as_gains[gain.parameter].append(Use(gain.visit.node, other=True))
+        as_gains[gain.parameter].append(Use(gain.norm_call.node, other=True))
     uses = {name: found + as_gains[name] for name, found in flow.uses.items()}
     if not untie:
         return uses
@@ -68,7 +68,7 @@ def _by_alias(flow: Flow, untie: bool) -> dict[str, list[Use]]:
 def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
     """Put all readings of one parameter together; None if no gain reaches it."""
     uses = list(uses)
-    absorbing = [use for use in uses if use.labels is not None]
+    absorbing = [use for use in uses if use.indices is not None]
     if not absorbing:
         return None
     axis = absorbing[0].axis
@@ -77,11 +77,11 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
     size, dtype = held.shape[axis], held.dtype
     column = Column(axis, torch.full((size,), _UNTOUCHED), absorbing[0].node.where)
     # What absorbs comes first, so that every other reading is held against all of it.
-    for use in sorted(uses, key=lambda use: use.labels is None):
+    for use in sorted(uses, key=lambda use: use.indices is None):
         _read(flow, name, column, use)
     if dtype not in _FOLDABLE:
         flow.refuse(
-            column.labels,
+            column.indices,
             f"its reader {name} is quantized ({dtype}): a gain per input "
             "channel does not fit its scales; fold before quantizing",
         )
@@ -90,19 +90,20 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
 
 def _read(flow: Flow, name: str, column: Column, use: Use) -> None:
     """Enter one reading; refuse the gains of this and of earlier readings where they differ."""
-    if use.other or (use.labels is not None and use.axis != column.axis):
-        _refuse_all(flow, column.labels, use.labels, _other_reason(flow, name, use))
+    if use.other or (use.indices is not None and use.axis != column.axis):
+        _refuse_all(flow, column.indices, use.indices, _other_reason(flow, name, use))
         return
-    if use.labels is None:
-        labels, positions = torch.full_like(column.labels, NONE), torch.arange(len(column.labels))
+    if use.indices is None:
+        indices = torch.full_like(column.indices, NONE)
+        positions = torch.arange(len(column.indices))
     else:
         assert use.positions is not None
-        labels, positions = use.labels.clamp(min=NONE), use.positions
-    before = column.labels[positions]
-    clash = (before != _UNTOUCHED) & (before != labels)
+        indices, positions = use.indices.clamp(min=NONE), use.positions
+    before = column.indices[positions]
+    clash = (before != _UNTOUCHED) & (before != indices)
     if bool(clash.any()):
-        _refuse_all(flow, before[clash], labels[clash], _clash_reason(flow, name, column, use))
-    column.labels[positions] = torch.where(clash, before, labels)
+        _refuse_all(flow, before[clash], indices[clash], _clash_reason(flow, name, column, use))
+    column.indices[positions] = torch.where(clash, before, indices)
 
 
 def _refuse_all(flow: Flow, first: Tensor, second: Tensor | None, reason: str) -> None:
@@ -122,20 +123,20 @@ def _other_reason(flow: Flow, name: str, use: Use) -> str:
 
 
 def _clash_reason(flow: Flow, name: str, column: Column, use: Use) -> str:
-    if use.labels is None or not flow.gains_in(column.labels):
+    if use.indices is None or not flow.gains_in(column.indices):
         return (
             f"its reader {name} also multiplies a value that is not this norm's output "
-            f"({use.node.where if use.labels is None else column.node})"
+            f"({use.node.where if use.indices is None else column.node})"
         )
-    gains = sorted({*flow.gains_in(column.labels), *flow.gains_in(use.labels)})
+    gains = sorted({*flow.gains_in(column.indices), *flow.gains_in(use.indices)})
     return f"its reader {name} is read by several norms: {', '.join(gains)} ({use.node.where})"
 
 
-def _spans(flow: Flow, gain: str, labels: Tensor) -> tuple[Span, ...]:
+def _spans(flow: Flow, gain: str, indices: Tensor) -> tuple[Span, ...]:
     """Runs of positions that carry consecutive elements of one gain."""
     base = flow.base(gain)
     size = flow.numel(gain)
-    elements = torch.where((labels >= base) & (labels < base + size), labels - base, -2)
+    elements = torch.where((indices >= base) & (indices < base + size), indices - base, -2)
     spans: list[Span] = []
     breaks = (elements[1:] != elements[:-1] + 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(elements)]

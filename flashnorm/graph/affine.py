@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.gains import NotAffine, convention
-from flashnorm.graph.nouns import Call, Graph, Node, Ref
+from flashnorm.graph.ir import Call, Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, RESHAPES
 from flashnorm.graph.params import ParamView
-from flashnorm.graph.sites import Visit, same_as
+from flashnorm.graph.sites import NormCall, same_as
 from flashnorm.graph.within import Within
 from flashnorm.kernels import norms
 from flashnorm.plan import Gain
@@ -44,43 +44,45 @@ class Unfit(Exception):
     """A module is not such a norm; the text says why."""
 
 
-def normed(graph: Graph, number: int, visits: Mapping[int, Visit], within: Within) -> Normed:
+def normed(graph: Graph, number: int, norm_calls: Mapping[int, NormCall], within: Within) -> Normed:
     """The norm that a call is. Raises Unfit."""
     call = graph.calls[number]
-    own = [visits[index] for index in within.nodes(number) if index in visits]
+    own = [norm_calls[index] for index in within.nodes(number) if index in norm_calls]
     if len(own) != 1 or not _is_alone(graph, call, own[0]) or not within.is_pure(number):
         raise Unfit(NOT_ALONE)
-    visit = own[0]
-    if not norms.described(visit.kind).scales:
-        raise Unfit(NOT_KIND.format(visit.kind))
-    if not visit.standard or visit.eps is None:
+    norm_call = own[0]
+    if not norms.described(norm_call.kind).scales:
+        raise Unfit(NOT_KIND.format(norm_call.kind))
+    if not norm_call.standard or norm_call.eps is None:
         raise Unfit(NOT_ALONE)
-    gain, bias = _factors(graph, visit, call.returned[0])
+    gain, bias = _factors(graph, norm_call, call.returned[0])
     # As a number times a gain that is a parameter; a norm without one has neither.
-    found = Gain("") if gain is None else _affine(graph, visit, gain, NOT_AFFINE)
-    added = Gain("") if bias is None else _affine(graph, visit, bias, NOT_BIAS)
+    found = Gain("") if gain is None else _affine(graph, norm_call, gain, NOT_AFFINE)
+    added = Gain("") if bias is None else _affine(graph, norm_call, bias, NOT_BIAS)
     if found.scale != 1.0:
-        raise Unfit(NOT_AFFINE.format(visit.width))
+        raise Unfit(NOT_AFFINE.format(norm_call.width))
     if (added.offset, added.scale) != (0.0, 1.0):
-        raise Unfit(NOT_BIAS.format(visit.width))
-    eps, width = float(visit.eps), visit.width
-    return Normed(call.path, visit.kind, width, eps, found.parameter, found.offset, added.parameter)
+        raise Unfit(NOT_BIAS.format(norm_call.width))
+    eps, width = float(norm_call.eps), norm_call.width
+    return Normed(
+        call.path, norm_call.kind, width, eps, found.parameter, found.offset, added.parameter
+    )
 
 
-def _is_alone(graph: Graph, call: Call, visit: Visit) -> bool:
+def _is_alone(graph: Graph, call: Call, norm_call: NormCall) -> bool:
     """Whether the call has one argument, of which the last axis is normalized, and one result."""
     if not len(call.received) == len(call.returned) == call.arguments == 1:
         return False
     given, made = (graph.values[v] for v in (call.received[0], call.returned[0]))
-    same = same_as(graph, call.received[0]) == same_as(graph, visit.source)
-    return same and given.shape == made.shape and given.shape[-1:] == (visit.width,)
+    same = same_as(graph, call.received[0]) == same_as(graph, norm_call.source)
+    return same and given.shape == made.shape and given.shape[-1:] == (norm_call.width,)
 
 
-def _factors(graph: Graph, visit: Visit, value: int) -> tuple[int | None, int | None]:
+def _factors(graph: Graph, norm_call: NormCall, value: int) -> tuple[int | None, int | None]:
     """(what the norm's output is multiplied by, what is added to that), each if there is one."""
-    gain, bias = visit.gain, visit.bias
+    gain, bias = norm_call.gain, norm_call.bias
     fused = gain is not None or bias is not None
-    while value != visit.output:
+    while value != norm_call.output:
         node = graph.producer(value)
         if node is None:
             raise Unfit(NOT_ALONE)
@@ -89,7 +91,7 @@ def _factors(graph: Graph, visit: Visit, value: int) -> tuple[int | None, int | 
             continue
         if fused or node.op not in ("mul", "add") or node.bound.get("alpha", 1) != 1:
             raise Unfit(NOT_ALONE)
-        value, other = _operands(graph, node, visit)
+        value, other = _operands(graph, node, norm_call)
         if gain is not None or (node.op == "add" and bias is not None):
             raise Unfit(NOT_ALONE)
         gain, bias = (other, bias) if node.op == "mul" else (gain, other)
@@ -101,14 +103,16 @@ def _keeps_features(graph: Graph, node: Node) -> bool:
     return before.shape[-1:] == after.shape[-1:]
 
 
-def _operands(graph: Graph, node: Node, visit: Visit) -> tuple[int, int]:
+def _operands(graph: Graph, node: Node, norm_call: NormCall) -> tuple[int, int]:
     """(what comes from the norm, the factor or summand) of a product or sum of two tensors."""
     sides = node.args[:2]
     if len(sides) != 2 or not all(isinstance(side, Ref) for side in sides):
         raise Unfit(NOT_ALONE)
     first, second = (side.value for side in sides)
     for value, other in ((first, second), (second, first)):
-        if _comes_from(graph, value, visit.output) and not _comes_from(graph, other, visit.source):
+        if _comes_from(graph, value, norm_call.output) and not _comes_from(
+            graph, other, norm_call.source
+        ):
             return value, other
     raise Unfit(NOT_ALONE)
 
@@ -126,19 +130,19 @@ def _comes_from(graph: Graph, value: int, source: int) -> bool:
     return False
 
 
-def _affine(graph: Graph, visit: Visit, value: int, reason: str) -> Gain:
+def _affine(graph: Graph, norm_call: NormCall, value: int, reason: str) -> Gain:
     """A value as `offset + scale · p`, element i by element i of a parameter p of the width."""
     name = _parameter(graph, value)
     shown = graph.values[value].shape
-    if not name or graph.values[graph.parameters[name]].shape != (visit.width,):
-        raise Unfit(reason.format(visit.width))
-    if shown[-1:] != (visit.width,) or any(size != 1 for size in shown[:-1]):
-        raise Unfit(reason.format(visit.width))
-    views = {value: ParamView.of(name, (visit.width,))}
+    if not name or graph.values[graph.parameters[name]].shape != (norm_call.width,):
+        raise Unfit(reason.format(norm_call.width))
+    if shown[-1:] != (norm_call.width,) or any(size != 1 for size in shown[:-1]):
+        raise Unfit(reason.format(norm_call.width))
+    views = {value: ParamView.of(name, (norm_call.width,))}
     try:
-        return convention(Flow(graph, views=views), GainUse(visit, name, value))
+        return convention(Flow(graph, views=views), GainUse(norm_call, name, value))
     except NotAffine as error:
-        raise Unfit(reason.format(visit.width)) from error
+        raise Unfit(reason.format(norm_call.width)) from error
 
 
 def _parameter(graph: Graph, value: int) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flashnorm.graph.failures import Blocked
 from flashnorm.graph.flow import Flow, Use
-from flashnorm.graph.labels import Conflict, along, varies, without
-from flashnorm.graph.nouns import Node, Ref
+from flashnorm.graph.gain_index import Conflict, along, varies, without
+from flashnorm.graph.ir import Node, Ref
 from flashnorm.graph.params import POINTWISE, ParamView
 
 
@@ -78,30 +78,30 @@ CONTRACTIONS: dict[str, Callable[[Node], Operands]] = {
 def contract(flow: Flow, node: Node) -> list[Tensor | None]:
     """The rule of every contraction: absorb along the summed axis, carry along the others."""
     first, second, added = CONTRACTIONS[node.op](node)
-    if added is not None and added in flow.labels:
+    if added is not None and added in flow.indices:
         raise Blocked(f"its output is added to another value ({node.where})")
     carried: list[Tensor] = []
     for side, other in ((first, second), (second, first)):
-        label = flow.labels.get(side.value)
-        if label is None:
+        gain_index = flow.indices.get(side.value)
+        if gain_index is None:
             continue
-        if varies(label, side.axis):
-            if other.value in flow.labels:
+        if varies(gain_index, side.axis):
+            if other.value in flow.indices:
                 raise Blocked(f"it is multiplied by another norm's output ({node.where})")
             _absorbed(flow, node, side, other)
         else:
-            carried.append(carry(flow, node, side, label))
+            carried.append(carry(flow, node, side, gain_index))
     if len(carried) == 2 or (carried and added is not None):
         raise Blocked(f"its output is added to another value ({node.where})")
     return [*carried, None][:1]
 
 
-def carry(flow: Flow, node: Node, side: Side, label: Tensor) -> Tensor:
-    """A label along an axis that is not summed stays on it: values in an attention's sum."""
+def carry(flow: Flow, node: Node, side: Side, gain_index: Tensor) -> Tensor:
+    """A gain index along an axis that is not summed stays on it: values in an attention's sum."""
     shape = flow.graph.values[node.outputs[0]].shape
-    if side.free is None or len(shape) != label.ndim:
+    if side.free is None or len(shape) != gain_index.ndim:
         raise Blocked(f"its output is read by {node.where} along an axis that is not summed")
-    rest = without(label, [side.axis])
+    rest = without(gain_index, [side.axis])
     return rest.unsqueeze(-1 if side.free == -2 else -2).expand(shape)
 
 
@@ -111,13 +111,13 @@ def _absorbed(flow: Flow, node: Node, side: Side, other: Side) -> tuple[str, Use
     if view is None or view.relation == POINTWISE:
         raise Blocked(f"its output is multiplied with {_what(flow, other.value)} ({node.where})")
     try:
-        labels = along(flow.labels[side.value], side.axis)
+        indices = along(flow.indices[side.value], side.axis)
         axis, positions = column(view, other.axis)
     except Conflict:
         raise Blocked(
             f"the columns of {view.name} do not each meet one gain element ({node.where})"
         ) from None
-    return view.name, Use(node, axis=axis, positions=positions, labels=labels)
+    return view.name, Use(node, axis=axis, positions=positions, indices=indices)
 
 
 def _what(flow: Flow, value: int) -> str:
@@ -169,8 +169,8 @@ def _use(flow: Flow, node: Node, value: int, other: Side | None, added: int | No
     """How `node` uses the parameter shown by `value`, contracted with `other`."""
     if other is None or value == added:
         return Use(node, other=True)
-    label = flow.labels.get(other.value)
-    if label is None or not varies(label, other.axis):
+    gain_index = flow.indices.get(other.value)
+    if gain_index is None or not varies(gain_index, other.axis):
         return Use(node)
     mine = Side(value, _axis_of(node, value), None)
     try:

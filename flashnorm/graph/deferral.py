@@ -11,31 +11,31 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.flow import Flow
+from flashnorm.graph.ir import Graph
 from flashnorm.graph.modules import is_replaceable
-from flashnorm.graph.nouns import Graph
 from flashnorm.graph.scales import BIASED, ReaderUse, Renormed, Scales, find_scales
 from flashnorm.graph.unreached import Unreached
 from flashnorm.kernels import norms
-from flashnorm.plan import Place, Plan, Reader, Renorm, ScaleState, Site
+from flashnorm.plan import Place, Plan, Renorm, ScaledReader, ScaleState, Site
 
 NOT_A_MODULE = "the norm is not a module of its own"
 NOT_OURS = "its module has more than a weight and a bias, so that none of ours can replace it"
 BIAS = "the norm adds a bias after its scale"
-MEAN = "its mean has to be subtracted first; centring (--centre) would take it out"
+MEAN = "its mean has to be subtracted first; centering (--center) would take it out"
 # What a matrix, and what a vector, that was not reached may do.
 _DOUBTS = ("read what has no scale", "be added to what has no scale")
 UNREAD = "nothing that was recorded reads it linearly"
 
 
-def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
-    """The plan with the place of every norm's scale; `visits` are those of each site.
+def deferred(plan: Plan, flow: Flow, norm_calls: Sequence[Sequence[int]]) -> Plan:
+    """The plan with the place of every norm's scale; `norm_calls` are those of each site.
 
-    A LayerNorm's is deferred with its mean, `s ⊙ (x W*ᵀ − μ u)` (E5), unless it is centred.
+    A LayerNorm's is deferred with its mean, `s ⊙ (x W*ᵀ − μ u)` (E5), unless it is centered.
     """
     outputs = {
-        flow.graph.calls[visit.node.call].returned[0]: index
-        for index, visit in flow.visits.items()
-        if norms.described(visit.kind).scales and is_replaceable(flow, visit)
+        flow.graph.calls[norm_call.node.call].returned[0]: index
+        for index, norm_call in flow.norm_calls.items()
+        if norms.described(norm_call.kind).scales and is_replaceable(flow, norm_call)
     }
     if not outputs:
         return plan
@@ -46,16 +46,16 @@ def deferred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]]) -> Plan:
     undone = _undone(scales)
     sites = tuple(
         _site(scales, site, nodes, undone, linked) if norms.described(site.kind).scales else site
-        for site, nodes in zip(plan.sites, visits, strict=True)
+        for site, nodes in zip(plan.sites, norm_calls, strict=True)
     )
     return replace(plan, sites=sites)
 
 
 def _can_be_linked(graph: Graph, site: Site) -> bool:
     """Whether a norm of ours, which has a `weight` and a `bias`, can take the module's place."""
-    if not site.replaceable or site.eps is None or (site.weight and site.weight.scale != 1.0):
+    if not site.replaceable or site.eps is None or (site.gain and site.gain.scale != 1.0):
         return False
-    used = [site.weight.parameter if site.weight else "", site.shift]
+    used = [site.gain.parameter if site.gain else "", site.norm_bias]
     own = f"{site.path}." if site.path else ""
     names = [
         own + leaf if name else "" for name, leaf in zip(used, ("weight", "bias"), strict=True)
@@ -68,29 +68,29 @@ def _can_be_linked(graph: Graph, site: Site) -> bool:
 
 def _refuse_shared_renorms(scales: Scales, linked: set[str]) -> None:
     """A norm undoes the scale of one other norm whenever it runs; else it reads it scaled."""
-    graph, visits = scales.graph, scales.flow.visits
+    graph, norm_calls = scales.graph, scales.flow.norm_calls
     by_path: dict[str, list[int]] = defaultdict(list)
-    for index, visit in visits.items():
-        by_path[visit.node.path].append(index)
+    for index, norm_call in norm_calls.items():
+        by_path[norm_call.node.path].append(index)
     owners = {renormed.index: _owners(scales, renormed) for renormed in scales.renormed}
     for renormed in scales.renormed:
-        visit = visits[renormed.index]
-        indices = by_path[visit.node.path]
-        paths = {graph.calls[visits[i].node.call].path for i in indices}
+        norm_call = norm_calls[renormed.index]
+        indices = by_path[norm_call.node.path]
+        paths = {graph.calls[norm_calls[i].node.call].path for i in indices}
         same = {owners.get(i, frozenset()) for i in indices}
         one_owner = len(same) == 1 and len(next(iter(same))) == 1
-        if not (visit.node.path in linked and one_owner and len(paths) == 1):
+        if not (norm_call.node.path in linked and one_owner and len(paths) == 1):
             _need_all(scales, renormed)
 
 
 def _owners(scales: Scales, renormed: Renormed) -> frozenset[str]:
     """The modules of the norms whose scale this one undoes."""
-    numbers = [number for number, _ in scales.by_reader(renormed.labels)]
-    return frozenset(scales.flow.visits[scales.readers[n].norm].node.path for n in numbers)
+    numbers = [number for number, _ in scales.by_reader(renormed.indices)]
+    return frozenset(scales.flow.norm_calls[scales.readers[n].norm].node.path for n in numbers)
 
 
 def _need_all(scales: Scales, renormed: Renormed) -> None:
-    for number, features in scales.by_reader(renormed.labels):
+    for number, features in scales.by_reader(renormed.indices):
         reader = scales.readers[number]
         reader.needed[features] = True
         reader.reason = reader.reason or "the norm that reads it is not a module of its own"
@@ -102,7 +102,7 @@ def _refuse_unreached(scales: Scales, flow: Flow) -> None:
         return
     unreached, paths = Unreached.of(flow), _extents(scales)
     for use in scales.readers:
-        own = flow.visits[use.norm]
+        own = flow.norm_calls[use.norm]
         norms = {_path(scales, r) for r in scales.renormed if _reads(scales, r, use)}
         reasons = [
             unreached.doubt(own.width, paths[use.norm], *_DOUBTS),
@@ -114,7 +114,7 @@ def _refuse_unreached(scales: Scales, flow: Flow) -> None:
 
 
 def _reads(scales: Scales, renormed: Renormed, use: ReaderUse) -> bool:
-    return any(scales.readers[n] is use for n, _ in scales.by_reader(renormed.labels))
+    return any(scales.readers[n] is use for n, _ in scales.by_reader(renormed.indices))
 
 
 def _extents(scales: Scales) -> dict[int, set[str]]:
@@ -124,7 +124,7 @@ def _extents(scales: Scales) -> dict[int, set[str]]:
         for value in node.inputs:
             if value in scales.direct:
                 found[scales.direct[value]].add(node.path)
-            elif value in scales.flow.labels:
+            elif value in scales.flow.indices:
                 for number, _ in scales.by_reader(scales.involved(value)):
                     found[scales.readers[number].norm].add(node.path)
     return found
@@ -152,7 +152,7 @@ def _site(
         for path in dict.fromkeys(_path(scales, r) for r in undone)
     )
     state, why = _state(scales, readers, undone, uses)
-    centers = norms.described(site.kind).centers and site.centring != "folded"
+    centers = norms.described(site.kind).centers and site.centering != "folded"
     if centers and state in ("partial", "cancelled"):
         state, why = "deferred", MEAN
     if site.path not in linked and state in ("partial", "cancelled"):
@@ -167,18 +167,18 @@ def _reason(scales: Scales, site: Site, nodes: Sequence[int]) -> str:
             return scales.refused[index]
     if not site.replaceable:
         return NOT_A_MODULE
-    return BIAS if site.shift and site.bias != "folded" else ""
+    return BIAS if site.norm_bias and site.bias != "folded" else ""
 
 
 def _path(scales: Scales, renormed: Renormed) -> str:
-    return scales.flow.visits[renormed.index].node.path
+    return scales.flow.norm_calls[renormed.index].node.path
 
 
 def _undone(scales: Scales) -> dict[int, list[Renormed]]:
     """For every norm the norms that undo its scale."""
     found: dict[int, list[Renormed]] = defaultdict(list)
     for renormed in scales.renormed:
-        parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.labels)]
+        parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.indices)]
         for norm in {use.norm for use, f in parts if not bool(use.needed[f].any())}:
             found[norm].append(renormed)
     return found
@@ -186,7 +186,7 @@ def _undone(scales: Scales) -> dict[int, list[Renormed]]:
 
 def _state(
     scales: Scales,
-    readers: Sequence[Reader],
+    readers: Sequence[ScaledReader],
     undone: Sequence[Renormed],
     uses: Sequence[ReaderUse],
 ) -> tuple[ScaleState, str]:
@@ -205,16 +205,16 @@ def _state(
     return "deferred", reason
 
 
-def _reader(parameter: str, path: str, uses: Sequence[ReaderUse]) -> Reader:
+def _reader(parameter: str, path: str, uses: Sequence[ReaderUse]) -> ScaledReader:
     needed = torch.stack([use.needed for use in uses]).any(0)
     later = torch.stack([use.later for use in uses]).any(0)
     after = next((use.after for use in uses if use.after), "")
     if bool(later.any()) and not bool(needed.any()):
         cost = max(use.after_features for use in uses)
-        return Reader(parameter, path, "later", _runs(later), after, cost)
+        return ScaledReader(parameter, path, "later", _runs(later), after, cost)
     scaled = needed | later
     place: Place = "output" if bool(scaled.any()) else "nowhere"
-    return Reader(parameter, path, place, _runs(scaled), "", int(scaled.sum()))
+    return ScaledReader(parameter, path, place, _runs(scaled), "", int(scaled.sum()))
 
 
 def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:

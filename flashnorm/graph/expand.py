@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flashnorm.graph.nouns import Graph, Node, Ref, Value
+from flashnorm.graph.ir import Graph, Node, Ref, Value
 
 _ATEN = torch.ops.aten
 

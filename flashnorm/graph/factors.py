@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import gcd, prod
 from typing import Any
 
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.ir import Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, RESHAPES
 
 # Operations through which a value stays itself: its elements keep their values and order.

@@ -1,8 +1,9 @@
 """Following gains: from where a norm multiplies by one to every contraction that can absorb it.
 
-An abstract interpretation over the recorded graph in execution order. Every value may carry labels
-(`labels.py`), show a parameter (`params.py`), or be a norm's output that waits for its gain. An
-operation with no rule refuses the gains that reach it, so that what is not understood is kept.
+An abstract interpretation over the recorded graph in execution order. Every value may carry gain
+indices (`gain_index.py`), show a parameter (`params.py`), or be a norm's output that waits for its
+gain. An operation with no rule refuses the gains that reach it, so that what is not understood is
+kept.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from flashnorm.graph.expand import expanded
 from flashnorm.graph.factors import SAME, operation
 from flashnorm.graph.failures import Blocked, bug
 from flashnorm.graph.flow import EarlyGain, Flow, GainUse, Use
-from flashnorm.graph.labels import FREE, NONE, without_repeats
-from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.gain_index import FREE, NONE, without_repeats
+from flashnorm.graph.ir import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 from flashnorm.graph.params import ParamView
 from flashnorm.graph.rules import RULES
-from flashnorm.graph.sites import Visit, find_visits
+from flashnorm.graph.sites import NormCall, find_norm_calls
 
 # More elements than any norm's gain has: what multiplies by more is not a gain.
 _LARGEST_GAIN = 1 << 22
@@ -37,24 +38,26 @@ _FILLS = frozenset({"full", "full_like", "new_full", "fill"})
 def follow(graph: Graph) -> Flow:
     """Find the norms of a graph and follow every gain to all of its readers."""
     graph = expanded(graph)
-    flow = Flow(graph, visits=find_visits(graph))
+    flow = Flow(graph, norm_calls=find_norm_calls(graph))
     _seed(flow)
     for index, node in enumerate(graph.nodes):
         _follow_constants(flow, node)
-        _drop_labels(flow, index, node)
-        _follow_labels(flow, node)
+        _drop_indices(flow, index, node)
+        _follow_indices(flow, node)
         _follow_parameters(flow, index, node)
-        _follow_norm(flow, node, flow.visits.get(index))
+        _follow_norm(flow, node, flow.norm_calls.get(index))
     for value in graph.outputs:
-        if value in flow.labels:
+        if value in flow.indices:
             made = graph.producer(value)
-            flow.refuse(flow.labels[value], f"the model returns its output ({made and made.where})")
+            flow.refuse(
+                flow.indices[value], f"the model returns its output ({made and made.where})"
+            )
     return flow
 
 
 def _seed(flow: Flow) -> None:
-    for visit in flow.visits.values():
-        _expect(flow, visit)
+    for norm_call in flow.norm_calls.values():
+        _expect(flow, norm_call)
     for number, value in enumerate(flow.graph.values):
         known = {"input": None, "parameter": frozenset({value.parameter})}
         flow.roots.append(known.get(value.origin, frozenset()))
@@ -62,25 +65,26 @@ def _seed(flow: Flow) -> None:
             flow.views[number] = ParamView.of(value.parameter, value.shape)
 
 
-def _expect(flow: Flow, visit: Visit) -> None:
+def _expect(flow: Flow, norm_call: NormCall) -> None:
     """Where to start the gain that is part of a norm's product, if there is just one."""
-    if len(large := [(at, value) for at, value in visit.early if not _is_number(flow, value)]) == 1:
+    large = [(at, value) for at, value in norm_call.early if not _is_number(flow, value)]
+    if len(large) == 1:
         at, value = large[0]
-        flow.early[at].append(EarlyGain(visit, value))
-        for index in visit.passing:
-            flow.passing[index].append(visit)
+        flow.early[at].append(EarlyGain(norm_call, value))
+        for index in norm_call.passing:
+            flow.passing[index].append(norm_call)
 
 
-def _drop_labels(flow: Flow, index: int, node: Node) -> None:
+def _drop_indices(flow: Flow, index: int, node: Node) -> None:
     """Within a norm only the gain that is part of it goes on; what x carries ends here."""
-    if not (visits := flow.passing.get(index)):
+    if not (norm_calls := flow.passing.get(index)):
         return
-    own = {use.parameter for visit in visits for use in flow.uses_of(visit)}
+    own = {use.parameter for norm_call in norm_calls for use in flow.uses_of(norm_call)}
     for value in node.inputs:
-        label = flow.labels.get(value)
-        if label is not None and not own & set(flow.gains_in(label)):
-            flow.refuse(label, f"its output is normalized again ({node.where})")
-            del flow.labels[value]
+        gain_index = flow.indices.get(value)
+        if gain_index is not None and not own & set(flow.gains_in(gain_index)):
+            flow.refuse(gain_index, f"its output is normalized again ({node.where})")
+            del flow.indices[value]
 
 
 def _follow_constants(flow: Flow, node: Node) -> None:
@@ -104,12 +108,12 @@ def _is_zero(flow: Flow, node: Node) -> bool:
     return node.op in SAME | MOVES and node.inputs[0] in flow.zeros
 
 
-def _follow_labels(flow: Flow, node: Node) -> None:
-    labelled = [v for v in node.inputs if v in flow.labels]
-    if not labelled:
+def _follow_indices(flow: Flow, node: Node) -> None:
+    indexed = [v for v in node.inputs if v in flow.indices]
+    if not indexed:
         return
-    for value in labelled:
-        for name in flow.gains_in(flow.labels[value]):
+    for value in indexed:
+        for name in flow.gains_in(flow.indices[value]):
             flow.touched[name].add(node.path)
     rule = RULES.get(node.op)
     try:
@@ -118,34 +122,34 @@ def _follow_labels(flow: Flow, node: Node) -> None:
         results = rule(flow, node)
         _check_not_rounded(flow, node, results)
     except Blocked as blocked:
-        _refuse_all(flow, labelled, str(blocked))
+        _refuse_all(flow, indexed, str(blocked))
         return
     except Exception as error:
         reason = f"it could not be followed past {node.where} ({bug(error)})"
-        _refuse_all(flow, labelled, reason)
+        _refuse_all(flow, indexed, reason)
         return
-    for out, label in zip(node.outputs, results, strict=False):
-        if label is not None and bool((without_repeats(label) == FREE).all()):
+    for out, gain_index in zip(node.outputs, results, strict=False):
+        if gain_index is not None and bool((without_repeats(gain_index) == FREE).all()):
             flow.zeros.add(out)
-        elif label is not None and bool((without_repeats(label) > NONE).any()):
-            flow.labels[out] = label
-            if any(value in flow.biased for value in labelled):
+        elif gain_index is not None and bool((without_repeats(gain_index) > NONE).any()):
+            flow.indices[out] = gain_index
+            if any(value in flow.biased for value in indexed):
                 flow.biased.add(out)
-            if node.op in _MOVING and all(value in flow.sums for value in labelled):
+            if node.op in _MOVING and all(value in flow.sums for value in indexed):
                 flow.sums.add(out)
 
 
 def _check_not_rounded(flow: Flow, node: Node, results: list[Tensor | None]) -> None:
     """A cast to integers, or a copy into them, does not commute with a gain."""
-    for out, label in zip(node.outputs, results, strict=False):
+    for out, gain_index in zip(node.outputs, results, strict=False):
         dtype = flow.graph.values[out].dtype
-        if label is not None and not (dtype.is_floating_point or dtype.is_complex):
+        if gain_index is not None and not (dtype.is_floating_point or dtype.is_complex):
             raise Blocked(f"it is rounded to {dtype} ({node.where})")
 
 
 def _refuse_all(flow: Flow, values: list[int], reason: str) -> None:
     for value in values:
-        flow.refuse(flow.labels[value], reason)
+        flow.refuse(flow.indices[value], reason)
 
 
 def _follow_parameters(flow: Flow, index: int, node: Node) -> None:
@@ -168,89 +172,94 @@ def _follow_parameters(flow: Flow, index: int, node: Node) -> None:
 
 
 def _is_early_gain(flow: Flow, index: int, node: Node) -> bool:
-    """Whether this multiplies a part of a norm by its gain; if so, its labels start there."""
+    """Whether this multiplies a part of a norm by its gain; if so, its gain indices start there."""
     for early in flow.early.get(index, ()):
         view = flow.views.get(early.value)
         multiplies = operation(node) == "mul" or node.inputs[0] == early.value
         if view is not None and multiplies:
-            return _start(flow, node, [early.visit], view, early.value)
+            return _start(flow, node, [early.norm_call], view, early.value)
     return False
 
 
 def _is_gain_use(flow: Flow, node: Node) -> bool:
-    """Whether this multiplies a norm's output by a gain; if so, start the gain's labels there."""
+    """Whether this multiplies a norm's output by a gain; if so, start the gain's gain indices
+    there."""
     if operation(node) != "mul" or len(node.inputs) != 2:
         return False
     for x, factor in (node.inputs, node.inputs[::-1]):
         view = flow.views.get(factor)
         if x in flow.pending and view is not None and 1 < view.numel <= _LARGEST_GAIN:
-            visits = [v for v in flow.pending[x] if _may_have(flow, v, factor)]
-            return bool(visits) and _start(flow, node, visits, view, factor)
+            norm_calls = [v for v in flow.pending[x] if _may_have(flow, v, factor)]
+            return bool(norm_calls) and _start(flow, node, norm_calls, view, factor)
     return False
 
 
-def _may_have(flow: Flow, visit: Visit, gain: int) -> bool:
+def _may_have(flow: Flow, norm_call: NormCall, gain: int) -> bool:
     """Shares of a whole, such as the weights of experts, are often scaled by what an index picked;
     a norm's gain has an element of its own for each feature."""
     view = flow.views.get(gain)
     elements = view.elements() if view is not None else None
-    return visit.kind != "other" or elements is None or bool((elements != elements[..., :1]).any())
+    return (
+        norm_call.kind != "other" or elements is None or bool((elements != elements[..., :1]).any())
+    )
 
 
-def _start(flow: Flow, node: Node, visits: list[Visit], view: ParamView, factor: int) -> bool:
+def _start(
+    flow: Flow, node: Node, norm_calls: list[NormCall], view: ParamView, factor: int
+) -> bool:
     elements = view.elements()
     if elements is None:
         return False
     out = node.outputs[0]
-    if out in flow.labels:
-        flow.refuse(flow.labels[out], f"its output is normalized again ({node.where})")
+    if out in flow.indices:
+        flow.refuse(flow.indices[out], f"its output is normalized again ({node.where})")
     base = flow.base(view.name)
-    flow.labels[out] = (elements + base).expand(flow.graph.values[out].shape)
+    flow.indices[out] = (elements + base).expand(flow.graph.values[out].shape)
     flow.touched[view.name].add(node.path)
-    for visit in visits:
-        flow.gains.append(GainUse(visit, view.name, factor))
+    for norm_call in norm_calls:
+        flow.gains.append(GainUse(norm_call, view.name, factor))
     flow.pending.pop(out, None)
     return True
 
 
-def _follow_norm(flow: Flow, node: Node, visit: Visit | None) -> None:
+def _follow_norm(flow: Flow, node: Node, norm_call: NormCall | None) -> None:
     """Start norms, and carry a norm's output to its gain through casts, views and other factors."""
-    if visit is not None:
-        _begin(flow, node, visit)
+    if norm_call is not None:
+        _begin(flow, node, norm_call)
         return
     out = node.outputs[0] if node.outputs else None
-    if out is None or out in flow.labels:
+    if out is None or out in flow.indices:
         return
     waiting = [v for v in node.inputs if v in flow.pending]
     if len(waiting) != 1:
         return
-    visits = flow.pending[waiting[0]]
+    norm_calls = flow.pending[waiting[0]]
     if operation(node) in ("mul", "div"):
-        _note_odd(flow, node, visits, waiting[0])
+        _note_odd(flow, node, norm_calls, waiting[0])
     if node.op in CARRYING or _is_other_term(flow, node, waiting[0]):
-        flow.pending[out] = visits
+        flow.pending[out] = norm_calls
 
 
-def _begin(flow: Flow, node: Node, visit: Visit) -> None:
+def _begin(flow: Flow, node: Node, norm_call: NormCall) -> None:
     """A norm's output: with its gain where that is part of it, else waiting for one."""
-    if visit.gain is not None:
-        flow.labels.pop(visit.output, None)
-        _start_fused(flow, node, visit)
+    if norm_call.gain is not None:
+        flow.indices.pop(norm_call.output, None)
+        _start_fused(flow, node, norm_call)
         return
-    if flow.uses_of(visit) and visit.output in flow.labels:
+    if flow.uses_of(norm_call) and norm_call.output in flow.indices:
         return
-    flow.labels.pop(visit.output, None)
-    if any(not _is_number(flow, value) for _, value in visit.early):
-        names = _names(flow, [value for _, value in visit.early])
-        flow.odd[id(visit)] = f"its gain is made of {names} in a way that cannot be followed"
+    flow.indices.pop(norm_call.output, None)
+    if any(not _is_number(flow, value) for _, value in norm_call.early):
+        names = _names(flow, [value for _, value in norm_call.early])
+        flow.odd[id(norm_call)] = f"its gain is made of {names} in a way that cannot be followed"
         return
-    if visit.early:
-        names = _names(flow, [value for _, value in visit.early])
-        flow.odd[id(visit)] = ONE_NUMBER.format(names)
-    flow.pending[visit.output] = [visit]
+    if norm_call.early:
+        names = _names(flow, [value for _, value in norm_call.early])
+        flow.odd[id(norm_call)] = ONE_NUMBER.format(names)
+    flow.pending[norm_call.output] = [norm_call]
 
 
-def _note_odd(flow: Flow, node: Node, visits: list[Visit], x: int) -> None:
+def _note_odd(flow: Flow, node: Node, norm_calls: list[NormCall], x: int) -> None:
     """A norm's output is multiplied by what is made of parameters and is no gain that moves."""
     others = [v for v in node.inputs if v != x and flow.parameters_in(v)]
     if not others:
@@ -262,9 +271,9 @@ def _note_odd(flow: Flow, node: Node, visits: list[Visit], x: int) -> None:
         reason = f"it is divided by its gain {names}, or divides it ({node.where})"
     else:
         reason = f"its gain is made of {names} in a way that cannot be followed ({node.where})"
-    for visit in visits:
-        if _may_have(flow, visit, others[0]):
-            flow.odd.setdefault(id(visit), reason)
+    for norm_call in norm_calls:
+        if _may_have(flow, norm_call, others[0]):
+            flow.odd.setdefault(id(norm_call), reason)
 
 
 def _names(flow: Flow, values: list[int]) -> str:
@@ -288,15 +297,17 @@ def _is_other_term(flow: Flow, node: Node, x: int) -> bool:
     return all(flow.parameters_in(value) is not None for value in others)
 
 
-def _start_fused(flow: Flow, node: Node, visit: Visit) -> None:
-    assert visit.gain is not None
-    view = flow.views.get(visit.gain)
-    if view is None or not _start(flow, node, [visit], view, visit.gain):
-        names = _names(flow, [visit.gain])
+def _start_fused(flow: Flow, node: Node, norm_call: NormCall) -> None:
+    assert norm_call.gain is not None
+    view = flow.views.get(norm_call.gain)
+    if view is None or not _start(flow, node, [norm_call], view, norm_call.gain):
+        names = _names(flow, [norm_call.gain])
         if names:
-            flow.odd[id(visit)] = f"its gain is made of {names} in a way that cannot be followed"
+            flow.odd[id(norm_call)] = (
+                f"its gain is made of {names} in a way that cannot be followed"
+            )
         return
     uses = flow.uses[view.name]
     uses[:] = [use for use in uses if use.node is not node]
-    if visit.bias is not None:
-        flow.add_shift(flow.labels[visit.output], visit.bias, node)
+    if norm_call.bias is not None:
+        flow.add_norm_bias(flow.indices[norm_call.output], norm_call.bias, node)

@@ -14,8 +14,8 @@ import torch
 
 from flashnorm.graph.affine import NOT_ALONE, Normed, Unfit, normed
 from flashnorm.graph.ambient import on_cpu
-from flashnorm.graph.nouns import Call, Graph, Node
-from flashnorm.graph.sites import find_visits, same_as
+from flashnorm.graph.ir import Call, Graph, Node
+from flashnorm.graph.sites import find_norm_calls, same_as
 from flashnorm.graph.within import Within
 
 SPLITS = frozenset({"split", "split_with_sizes"})
@@ -109,10 +109,10 @@ def _kept(graph: Graph, calls: Sequence[Call]) -> frozenset[torch.dtype]:
 
 
 def _find_norms(found: Fusible, graph: Graph, calls: dict[str, list[int]], within: Within) -> None:
-    visits = find_visits(graph)
-    for path in dict.fromkeys(visit.node.path for visit in visits.values()):
+    norm_calls = find_norm_calls(graph)
+    for path in dict.fromkeys(norm_call.node.path for norm_call in norm_calls.values()):
         try:
-            norms = {normed(graph, number, visits, within) for number in calls[path]}
+            norms = {normed(graph, number, norm_calls, within) for number in calls[path]}
         except Unfit as error:
             found.unfit[path] = str(error)
             continue

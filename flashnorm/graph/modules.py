@@ -5,48 +5,48 @@ from __future__ import annotations
 import torch
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Call, Node
+from flashnorm.graph.ir import Call, Node
 from flashnorm.graph.operations import CASTS, RESHAPES
 from flashnorm.graph.params import SAME
-from flashnorm.graph.sites import Visit, same_as
+from flashnorm.graph.sites import NormCall, same_as
 from flashnorm.kernels import norms
 
 
-def is_replaceable(flow: Flow, visit: Visit) -> bool:
-    """Whether the call that made this visit computes `x / sqrt(mean square + ε)` of its argument,
-    then a gain and a bias where it has them, each a whole parameter [width] in its order, and
-    returns that."""
-    call = flow.graph.calls.get(visit.node.call)
-    if call is None or not visit.standard or not _is_function(flow, call, visit):
+def is_replaceable(flow: Flow, norm_call: NormCall) -> bool:
+    """Whether the module call that made this norm call computes `x / sqrt(mean square + ε)` of its
+    argument, then a gain and a bias where it has them, each a whole parameter [width] in its order,
+    and returns that."""
+    call = flow.graph.calls.get(norm_call.node.call)
+    if call is None or not norm_call.standard or not _is_function(flow, call, norm_call):
         return False
-    found = _affine(flow, visit, call.returned[0], visit.node.call)
+    found = _affine(flow, norm_call, call.returned[0], norm_call.node.call)
     if found is None:
         return False
     gain, bias = found
-    names = [use.parameter for use in flow.uses_of(visit)]
+    names = [use.parameter for use in flow.uses_of(norm_call)]
     if names != ([gain] if gain else []):
         return False
-    return not bias or any(shift.parameter == bias for shift in flow.shifts.get(gain, ()))
+    return not bias or any(b.parameter == bias for b in flow.norm_biases.get(gain, ()))
 
 
-def _is_function(flow: Flow, call: Call, visit: Visit) -> bool:
+def _is_function(flow: Flow, call: Call, norm_call: NormCall) -> bool:
     """Whether the call gets the norm's source as its one argument, and returns as much."""
     if call.arguments != 1 or len(call.returned) != 1 or len(call.received) != 1:
         return False
     given, returned = (flow.graph.values[v[0]].shape for v in (call.received, call.returned))
-    whole = norms.described(visit.kind).learns_alpha or given[-1:] == (visit.width,)
+    whole = norms.described(norm_call.kind).learns_alpha or given[-1:] == (norm_call.width,)
     if given != returned or not whole:
         return False
-    return same_as(flow.graph, call.received[0]) == same_as(flow.graph, visit.source)
+    return same_as(flow.graph, call.received[0]) == same_as(flow.graph, norm_call.source)
 
 
-def _affine(flow: Flow, visit: Visit, value: int, call: int) -> tuple[str, str] | None:
+def _affine(flow: Flow, norm_call: NormCall, value: int, call: int) -> tuple[str, str] | None:
     """(gain, bias) where `value` is the norm's output times the gain plus the bias."""
-    gain, bias = _whole(flow, visit, visit.gain), _whole(flow, visit, visit.bias)
+    gain, bias = _whole(flow, norm_call, norm_call.gain), _whole(flow, norm_call, norm_call.bias)
     if gain is None or bias is None:
         return None
     after = ["", ""]  # what is applied after the norm's own operation
-    while value != visit.output:
+    while value != norm_call.output:
         node = flow.graph.producer(value)
         if node is None or node.call != call:
             return None
@@ -59,7 +59,7 @@ def _affine(flow: Flow, visit: Visit, value: int, call: int) -> tuple[str, str] 
         if step is None or operands is None or after[step] or (step == 1 and after[0]):
             return None
         value, other = operands
-        after[step] = _whole(flow, visit, other, exact=step == 1) or ""
+        after[step] = _whole(flow, norm_call, other, exact=step == 1) or ""
         if not after[step]:
             return None
     if (gain or bias) and any(after):
@@ -77,7 +77,7 @@ def _operands(flow: Flow, node: Node) -> tuple[int, int] | None:
     return (found[0], own[0]) if len(found) == len(own) == 1 else None
 
 
-def _whole(flow: Flow, visit: Visit, value: int | None, exact: bool = False) -> str | None:
+def _whole(flow: Flow, norm_call: NormCall, value: int | None, exact: bool = False) -> str | None:
     """The parameter [width] that a value shows from its first to its last element; "" of nothing.
 
     Where `exact` it is the parameter itself; a gain may also be a function of each element.
@@ -89,6 +89,10 @@ def _whole(flow: Flow, visit: Visit, value: int | None, exact: bool = False) -> 
     if view is None or elements is None or (exact and view.relation != SAME):
         return None
     shape = flow.graph.values[value].shape
-    if view.sizes != (visit.width,) or shape[-1:] != view.sizes or elements.numel() != visit.width:
+    if (
+        view.sizes != (norm_call.width,)
+        or shape[-1:] != view.sizes
+        or elements.numel() != norm_call.width
+    ):
         return None
-    return view.name if torch.equal(elements.flatten(), torch.arange(visit.width)) else None
+    return view.name if torch.equal(elements.flatten(), torch.arange(norm_call.width)) else None

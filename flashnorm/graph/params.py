@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.graph.labels import Conflict, taken, varies
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.gain_index import Conflict, taken, varies
+from flashnorm.graph.ir import Graph, Node, Ref
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
 
 # The view holds the parameter's own elements, or these times one constant, or any function of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashnorm.graph.factors import is_same
 from flashnorm.graph.failures import UnknownSpelling, bug
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.ir import Graph, Node, Ref
 from flashnorm.graph.replay import run
 from flashnorm.kernels import norms
 
@@ -65,7 +65,7 @@ class Proofs:
             return False, False
         if 0 in shape:
             return not claim.others and claim.eps is not None, norms.described(claim.kind).centers
-        return self._is_standard(claim, shape), self._is_centred(claim, shape)
+        return self._is_standard(claim, shape), self._is_centered(claim, shape)
 
     def _is_standard(self, claim: Claim, shape: tuple[int, ...]) -> bool:
         if claim.others or claim.eps is None:
@@ -79,7 +79,7 @@ class Proofs:
                 return False
         return True
 
-    def _is_centred(self, claim: Claim, shape: tuple[int, ...]) -> bool:
+    def _is_centered(self, claim: Claim, shape: tuple[int, ...]) -> bool:
         """Whether a number added to all features of a row changes nothing, row by row."""
         if not norms.described(claim.kind).centers:
             return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flashnorm.graph.labels import without_repeats
+from flashnorm.graph.gain_index import without_repeats
 from flashnorm.graph.params import ParamView
 
 

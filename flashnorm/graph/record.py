@@ -27,7 +27,7 @@ from flashnorm.compat.torch_names import (
     tree_flatten,
 )
 from flashnorm.errors import TraceError
-from flashnorm.graph.nouns import SHARED_MEMORY, Call, Graph, Node, Origin, Ref, Value
+from flashnorm.graph.ir import SHARED_MEMORY, Call, Graph, Node, Origin, Ref, Value
 
 ALIAS_WRITE = "alias_write"
 ALIAS_READ = "alias_read"

@@ -9,7 +9,7 @@ from torch import nn
 
 from flashnorm.errors import TraceError
 from flashnorm.graph import inputs
-from flashnorm.graph.nouns import Graph
+from flashnorm.graph.ir import Graph
 from flashnorm.graph.trace import trace
 from flashnorm.graph.unite import united
 

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Literal
 
 from flashnorm.graph.factors import Factors, Powers, opened, root, times
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.ir import Graph, Node, Ref
 
 Form = Literal["square", "mean", "variance", "other"]
 

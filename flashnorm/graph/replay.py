@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.graph.failures import UnknownSpelling
-from flashnorm.graph.nouns import Node, substitute
+from flashnorm.graph.ir import Node, substitute
 
 
 def run(node: Node, value: Callable[[int], Tensor]) -> list[Tensor]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from flashnorm.graph.contractions import CONTRACTIONS
 from flashnorm.graph.failures import Blocked, bug
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.labels import NONE, Conflict, unify, varies, without_repeats
-from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.gain_index import NONE, Conflict, unify, varies, without_repeats
+from flashnorm.graph.ir import Graph, Node
 from flashnorm.graph.operations import CASTS, MOVES, RESHAPES
-from flashnorm.graph.rules import RULES, Labels
-from flashnorm.graph.sites import Visit, same_as
+from flashnorm.graph.rules import RULES, Indices
+from flashnorm.graph.sites import NormCall, same_as
 from flashnorm.kernels import norms
 
 BIASED = "its bias is added after the scale"
@@ -30,7 +30,7 @@ BIASED = "its bias is added after the scale"
 
 @dataclass
 class ReaderUse:
-    """One product of a norm's output with a parameter; feature j has the label `base + j`.
+    """One product of a norm's output with a parameter; feature j has the index `base + j`.
 
     `path` is the module that is this product and nothing else, if there is one, and `call` the call
     of it. `needed` marks the
@@ -56,7 +56,7 @@ class Renormed:
     """A norm that reads scaled features; axis `rows[i]` of its input is the i-th row axis of x."""
 
     index: int
-    labels: Tensor
+    indices: Tensor
     rows: tuple[int, ...]
 
 
@@ -65,14 +65,14 @@ class Scales:
     """What is known after following every scale through a graph.
 
     `direct` maps values that are a norm's output to the norm, `partners` a product of scaled values
-    to the labels of all factors, `refused` a norm to what else reads it than linear layers.
+    to the indices of all factors, `refused` a norm to what else reads it than linear layers.
     """
 
     flow: Flow
     rows: Flow
     direct: dict[int, int] = field(default_factory=dict)
     readers: list[ReaderUse] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)  # the first label of each
+    starts: list[int] = field(default_factory=list)  # the first index of each
     partners: dict[int, Tensor] = field(default_factory=dict)
     renormed: list[Renormed] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
@@ -82,24 +82,24 @@ class Scales:
         return self.flow.graph
 
     def features(self, value: int) -> Tensor:
-        """The labels that a value carries, some of them perhaps more than once."""
-        found = without_repeats(self.flow.labels[value]).flatten()
+        """The indices that a value carries, some of them perhaps more than once."""
+        found = without_repeats(self.flow.indices[value]).flatten()
         return found[found > NONE]
 
-    def by_reader(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The number of every reader that these labels name, and which of its features."""
-        if not len(labels):
+    def by_reader(self, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The number of every reader that these indices name, and which of its features."""
+        if not len(indices):
             return
-        first = bisect_right(self.starts, int(labels.min())) - 1
-        last = bisect_right(self.starts, int(labels.max())) - 1
+        first = bisect_right(self.starts, int(indices.min())) - 1
+        last = bisect_right(self.starts, int(indices.max())) - 1
         for number in range(first, last + 1):
-            mine = labels - self.starts[number]
+            mine = indices - self.starts[number]
             mine = mine[(mine >= 0) & (mine < self.readers[number].features)]
             if len(mine):
                 yield number, mine
 
     def involved(self, value: int) -> Tensor:
-        """All labels whose scale is on a value."""
+        """All indices whose scale is on a value."""
         found, others = self.features(value), self.partners.get(value)
         return found if others is None else torch.cat([found, others])
 
@@ -107,11 +107,11 @@ class Scales:
 def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
     """Follow the scale of every norm; `outputs` maps its returned value to its node's index."""
     scales = Scales(_like(flow), _like(flow), direct=dict(outputs))
-    inside = _insides(flow.visits)
+    inside = _insides(flow.norm_calls)
     for index, node in enumerate(flow.graph.nodes):
-        visit = flow.visits.get(index)
-        if visit is not None and norms.described(visit.kind).undone:
-            _renorm(scales, index, visit)
+        norm_call = flow.norm_calls.get(index)
+        if norm_call is not None and norms.described(norm_call.kind).undone:
+            _renorm(scales, index, norm_call)
         if index in inside:
             continue
         if any(value in scales.direct for value in node.inputs):
@@ -119,7 +119,7 @@ def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
         else:
             _follow(scales, node)
     for value in flow.graph.outputs:
-        if value in scales.flow.labels:
+        if value in scales.flow.indices:
             _need(scales, [value], "the model returns it")
         if value in scales.direct:
             scales.refused.setdefault(scales.direct[value], "the model returns it")
@@ -128,22 +128,27 @@ def find_scales(flow: Flow, outputs: Mapping[int, int]) -> Scales:
 
 
 def _like(flow: Flow) -> Flow:
-    shared = {"visits": flow.visits, "views": flow.views, "zeros": flow.zeros, "roots": flow.roots}
+    shared = {
+        "norm_calls": flow.norm_calls,
+        "views": flow.views,
+        "zeros": flow.zeros,
+        "roots": flow.roots,
+    }
     return Flow(flow.graph, **shared)  # type: ignore[arg-type]
 
 
-def _insides(visits: Mapping[int, Visit]) -> set[int]:
+def _insides(norm_calls: Mapping[int, NormCall]) -> set[int]:
     found: set[int] = set()
-    for visit in visits.values():
-        if norms.described(visit.kind).undone:
-            found |= visit.inside
+    for norm_call in norm_calls.values():
+        if norms.described(norm_call.kind).undone:
+            found |= norm_call.inside
     return found
 
 
 def _read(scales: Scales, node: Node) -> None:
     """A reader of a norm's own output: a product with a parameter, or a reason against deferral."""
     graph, direct = scales.graph, [v for v in node.inputs if v in scales.direct]
-    if len(direct) > 1 or any(value in scales.flow.labels for value in node.inputs):
+    if len(direct) > 1 or any(value in scales.flow.indices for value in node.inputs):
         _refuse_all(scales, node)
         return
     norm, out = scales.direct[direct[0]], node.outputs[0]
@@ -168,8 +173,8 @@ def _read(scales: Scales, node: Node) -> None:
     if biased:
         return
     lead = torch.arange(1, 1 + torch.Size(rows).numel()).view(*rows, 1)
-    scales.flow.labels[out] = torch.arange(base, base + features).expand(*rows, features)
-    scales.rows.labels[out] = lead.expand(*rows, features)
+    scales.flow.indices[out] = torch.arange(base, base + features).expand(*rows, features)
+    scales.rows.indices[out] = lead.expand(*rows, features)
 
 
 def _refuse_all(scales: Scales, node: Node) -> None:
@@ -177,7 +182,7 @@ def _refuse_all(scales: Scales, node: Node) -> None:
     for value in node.inputs:
         if value in scales.direct:
             scales.refused.setdefault(scales.direct[value], f"it is also read by {node.where}")
-        if value in scales.flow.labels:
+        if value in scales.flow.indices:
             _need(scales, [value], f"it is read by {node.where}")
 
 
@@ -202,23 +207,23 @@ def _linear_path(graph: Graph, node: Node, value: int) -> str:
     return call.path if same_as(graph, call.returned[0]) == node.outputs[0] else ""
 
 
-def _renorm(scales: Scales, index: int, visit: Visit) -> None:
+def _renorm(scales: Scales, index: int, norm_call: NormCall) -> None:
     """A norm over features that all carry the scale of one row undoes it (E7)."""
-    label, rows = (f.labels.get(visit.source) for f in (scales.flow, scales.rows))
-    if label is None or rows is None:
+    feature_index, rows = (f.indices.get(norm_call.source) for f in (scales.flow, scales.rows))
+    if feature_index is None or rows is None:
         return
-    where, mixed = visit.node.where, visit.source in scales.partners
+    where, mixed = norm_call.node.where, norm_call.source in scales.partners
     if (
         mixed
-        or not visit.standard
-        or bool((without_repeats(label) <= NONE).any())
+        or not norm_call.standard
+        or bool((without_repeats(feature_index) <= NONE).any())
         or varies(rows, -1)
     ):
-        _need(scales, [visit.source], f"a norm reads it beside other values ({where})")
+        _need(scales, [norm_call.source], f"a norm reads it beside other values ({where})")
     elif (axes := _row_axes(rows)) is None:
-        _need(scales, [visit.source], f"its rows are in another order there ({where})")
+        _need(scales, [norm_call.source], f"its rows are in another order there ({where})")
     else:
-        scales.renormed.append(Renormed(index, scales.features(visit.source), axes))
+        scales.renormed.append(Renormed(index, scales.features(norm_call.source), axes))
 
 
 def _row_axes(rows: Tensor) -> tuple[int, ...] | None:
@@ -230,11 +235,11 @@ def _row_axes(rows: Tensor) -> tuple[int, ...] | None:
 
 
 def _follow(scales: Scales, node: Node) -> None:
-    labelled = [v for v in node.inputs if v in scales.flow.labels]
-    if not labelled:
+    indexed = [v for v in node.inputs if v in scales.flow.indices]
+    if not indexed:
         return
-    if node.op in CONTRACTIONS and (parameter := _later(scales, node, labelled)):
-        for number, features in scales.by_reader(scales.involved(labelled[0])):
+    if node.op in CONTRACTIONS and (parameter := _later(scales, node, indexed)):
+        for number, features in scales.by_reader(scales.involved(indexed[0])):
             scales.readers[number].later[features] = True
             scales.readers[number].after = parameter
             scales.readers[number].after_features = scales.graph.values[node.outputs[0]].shape[-1]
@@ -243,41 +248,43 @@ def _follow(scales: Scales, node: Node) -> None:
     try:
         if rule is None:
             raise Blocked(f"it is read by {node.where}")
-        labels, rows = rule(scales.flow, node), _ROW_RULES[node.op](scales.rows, node)
+        indices, rows = rule(scales.flow, node), _ROW_RULES[node.op](scales.rows, node)
     except (Blocked, Conflict):
-        _need(scales, labelled, f"it is read by {node.where}")
+        _need(scales, indexed, f"it is read by {node.where}")
         return
     except Exception as error:
-        _need(scales, labelled, f"it is read by {node.where} ({bug(error)})")
+        _need(scales, indexed, f"it is read by {node.where} ({bug(error)})")
         return
-    partners = _partners(scales, node, labelled)
-    for out, label, row in zip(node.outputs, labels, rows, strict=False):
-        if label is not None and row is not None:
-            scales.flow.labels[out], scales.rows.labels[out] = label, row
+    partners = _partners(scales, node, indexed)
+    for out, feature_index, row in zip(node.outputs, indices, rows, strict=False):
+        if feature_index is not None and row is not None:
+            scales.flow.indices[out], scales.rows.indices[out] = feature_index, row
             if partners is not None:
                 scales.partners[out] = partners
 
 
-def _partners(scales: Scales, node: Node, labelled: list[int]) -> Tensor | None:
-    """The labels of all factors of a product of scaled values, and of what is made of one."""
-    is_product = node.op == "mul" and len(labelled) > 1
-    if not is_product and not any(value in scales.partners for value in labelled):
+def _partners(scales: Scales, node: Node, indexed: list[int]) -> Tensor | None:
+    """The indices of all factors of a product of scaled values, and of what is made of one."""
+    is_product = node.op == "mul" and len(indexed) > 1
+    if not is_product and not any(value in scales.partners for value in indexed):
         return None
-    return torch.unique(torch.cat([scales.involved(value) for value in labelled]))
+    return torch.unique(torch.cat([scales.involved(value) for value in indexed]))
 
 
-def _later(scales: Scales, node: Node, labelled: list[int]) -> str:
+def _later(scales: Scales, node: Node, indexed: list[int]) -> str:
     """The parameter of a second product, if the scale of all that it sums can wait for it."""
     try:
         first, second, added = CONTRACTIONS[node.op](node)
     except Blocked:
         return ""
     view = scales.flow.views.get(second.value)
-    if view is None or labelled != [first.value] or added is not None:
+    if view is None or indexed != [first.value] or added is not None:
         return ""
-    label = scales.flow.labels[first.value]
-    whole = varies(label, first.axis) and not bool((without_repeats(label) <= NONE).any())
-    return view.name if whole and not varies(scales.rows.labels[first.value], first.axis) else ""
+    feature_index = scales.flow.indices[first.value]
+    whole = varies(feature_index, first.axis) and not bool(
+        (without_repeats(feature_index) <= NONE).any()
+    )
+    return view.name if whole and not varies(scales.rows.indices[first.value], first.axis) else ""
 
 
 def _need(scales: Scales, values: list[int], reason: str) -> None:
@@ -294,7 +301,7 @@ def _settle(scales: Scales) -> None:
     while changed:
         changed = False
         for renormed in scales.renormed:
-            parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.labels)]
+            parts = [(scales.readers[n], f) for n, f in scales.by_reader(renormed.indices)]
             marks = [bool((reader.needed | reader.later)[f].any()) for reader, f in parts]
             if any(marks) and not all(bool(reader.needed[f].all()) for reader, f in parts):
                 changed = True
@@ -302,34 +309,34 @@ def _settle(scales: Scales) -> None:
                     reader.needed[features] = True
 
 
-def _sum(flow: Flow, node: Node) -> Labels:
+def _sum(flow: Flow, node: Node) -> Indices:
     """Sums of values that carry the scale of the same row."""
     if len(node.inputs) < 2:
         raise Blocked("a number is added")
-    first, second = (flow.label_of(v) for v in node.inputs[:2])
+    first, second = (flow.index_of(v) for v in node.inputs[:2])
     return [unify(first, second).expand(flow.graph.values[node.outputs[0]].shape)]
 
 
-def _product(flow: Flow, node: Node) -> Labels:
+def _product(flow: Flow, node: Node) -> Indices:
     """A factor without the scale leaves its degree; two with it add theirs (E8)."""
-    labelled = [v for v in node.inputs if v in flow.labels]
-    return [flow.labels[labelled[0]].expand(flow.graph.values[node.outputs[0]].shape)]
+    indexed = [v for v in node.inputs if v in flow.indices]
+    return [flow.indices[indexed[0]].expand(flow.graph.values[node.outputs[0]].shape)]
 
 
-def _quotient(flow: Flow, node: Node) -> Labels:
-    if len(node.inputs) > 1 and node.inputs[1] in flow.labels:
+def _quotient(flow: Flow, node: Node) -> Indices:
+    if len(node.inputs) > 1 and node.inputs[1] in flow.indices:
         raise Blocked("it is divided by")
     return _product(flow, node)
 
 
-def _row_product(flow: Flow, node: Node) -> Labels:
+def _row_product(flow: Flow, node: Node) -> Indices:
     """Both factors must carry the scale of the same row."""
-    if len([v for v in node.inputs if v in flow.labels]) > 1:
+    if len([v for v in node.inputs if v in flow.indices]) > 1:
         return _sum(flow, node)
     return _product(flow, node)
 
 
-_RULES: dict[str, Callable[[Flow, Node], Labels]] = {
+_RULES: dict[str, Callable[[Flow, Node], Indices]] = {
     **{op: RULES[op] for op in (*CASTS, *MOVES, *RESHAPES, "cat", "stack")},
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(("mul", "neg", "relu", "abs"), _product),

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from flashnorm.graph.factors import SAME, Factors, Powers, operation, times, without
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.ir import Graph, Node, Ref
 from flashnorm.graph.proof import Claim, Proofs
 from flashnorm.graph.statistics import Statistic, Statistics
 from flashnorm.kernels import norms
@@ -24,11 +24,11 @@ DYNAMIC = frozenset({"tanh", "erf", "sigmoid", "atan", "asinh", "hardtanh", "cla
 
 
 @dataclass(frozen=True)
-class Visit:
+class NormCall:
     """One execution of a norm of `source`, the value as it is scaled.
 
     `output` is normalized; fused operations apply the gain as well. `standard` where it is
-    `x / sqrt(mean square + eps)` of the last axis to the letter, `centres` where a number added to
+    `x / sqrt(mean square + eps)` of the last axis to the letter, `centers` where a number added to
     all features of a row changes nothing. `inside` are the nodes from the source to the output.
     `early` are the gains that the output has already: (the node that multiplies by it, the gain);
     `passing` are the nodes from there to the output.
@@ -43,13 +43,13 @@ class Visit:
     gain: int | None = None
     bias: int | None = None
     standard: bool = True
-    centres: bool = False
+    centers: bool = False
     inside: frozenset[int] = frozenset()
     early: tuple[tuple[int, int], ...] = ()
     passing: frozenset[int] = frozenset()
 
 
-def find_visits(graph: Graph) -> dict[int, Visit]:
+def find_norm_calls(graph: Graph) -> dict[int, NormCall]:
     """Every normalization in the graph, by the index of the node that produces its output."""
     reading = Reading(graph)
     for index, node in enumerate(graph.nodes):
@@ -70,7 +70,7 @@ class _Match:
 
     powers: Powers
     statistics: tuple[tuple[Statistic, str], ...]
-    centred: int | None
+    centered: int | None
     rest: Powers
 
 
@@ -79,7 +79,7 @@ class Reading:
     """The norms found so far, and what is known of the values that were read."""
 
     graph: Graph
-    found: dict[int, Visit] = field(default_factory=dict)
+    found: dict[int, NormCall] = field(default_factory=dict)
     matches: dict[int, _Match] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,9 +101,9 @@ class Reading:
         elif operation(node) in ("add", "sub"):
             self._difference(index, node)
 
-    def _add(self, index: int, visit: Visit | None) -> None:
-        if visit is not None:
-            self.found[index] = visit
+    def _add(self, index: int, norm_call: NormCall | None) -> None:
+        if norm_call is not None:
+            self.found[index] = norm_call
 
     def _product(self, index: int, node: Node) -> None:
         out, sides = node.outputs[0], node.args[:2]
@@ -115,8 +115,8 @@ class Reading:
         powers = times(first, second, -1.0 if operation(node) == "div" else 1.0)
         if not powers:
             return
-        if (match := self._match(powers)) and (visit := self._visit(index, node, match)):
-            self.found[index] = visit  # and from here on a factor of its own
+        if (match := self._match(powers)) and (norm_call := self._norm_call(index, node, match)):
+            self.found[index] = norm_call  # and from here on a factor of its own
             self.matches[out] = match
         else:
             self.factors.powers[out] = powers
@@ -126,14 +126,14 @@ class Reading:
         sides = [s.value for s in node.args[:2] if isinstance(s, Ref)]
         for one, other in (sides, sides[::-1]) if len(sides) == 2 else ():
             match, rest = self.matches.get(self.factors.same_of(one)), self.factors.factors(other)
-            if match is None or match.rest or match.centred is not None:
+            if match is None or match.rest or match.centered is not None:
                 continue
             if self._degree(rest, match.powers) != 0:
                 continue
             kind = norms.recognized(match.statistics[0][1], centered=True)
-            if visit := self._visit(index, node, match, kind):
+            if norm_call := self._norm_call(index, node, match, kind):
                 self.found.pop(self.graph.values[self.factors.same_of(one)].node, None)
-                self.found[index] = visit
+                self.found[index] = norm_call
                 self.matches[node.outputs[0]] = match
             return
 
@@ -173,33 +173,33 @@ class Reading:
             return None
         left = powers - used
         for factor, e in left:
-            centre = self.statistics.centres.get(factor)
-            if centre is not None and e == 1 and centre.powers == family:
+            center = self.statistics.centers.get(factor)
+            if center is not None and e == 1 and center.powers == family:
                 return _Match(family, tuple(members), factor, left - {(factor, e)})
         rest = without(left, family)
         return None if rest is None else _Match(family, tuple(members), None, rest)
 
-    def _visit(
+    def _norm_call(
         self, index: int, node: Node, match: _Match, kind: Kind = norms.OTHER
-    ) -> Visit | None:
+    ) -> NormCall | None:
         statistic, form = match.statistics[0]
-        if match.centred is not None:
-            source = self.statistics.centres[match.centred].value
+        if match.centered is not None:
+            source = self.statistics.centers[match.centered].value
         else:
             source = statistic.value
         if len(match.statistics) == 1 and kind == norms.OTHER:
-            kind = norms.recognized(form, match.centred is not None)
+            kind = norms.recognized(form, match.centered is not None)
         others = frozenset(factor for factor, _ in match.rest)
         if any(self.factors.size(node.outputs[0]) < self.factors.size(f) for f in others):
             return None
         inside = self._inside(node.outputs[0], source, match.powers, others)
         eps = statistic.epsilon
         claim = Claim(kind, statistic.width, eps, source, node.outputs[0], inside, others)
-        standard, centres = self.proofs.prove(claim)
-        if norms.described(kind).centers and match.centred is None and not centres:
+        standard, centers = self.proofs.prove(claim)
+        if norms.described(kind).centers and match.centered is None and not centers:
             kind = norms.OTHER
         early = tuple(self._early(inside, match.rest))
-        return Visit(
+        return NormCall(
             kind,
             statistic.width,
             eps,
@@ -207,7 +207,7 @@ class Reading:
             source,
             node.outputs[0],
             standard=standard and statistic.plain,
-            centres=centres,
+            centers=centers,
             inside=inside,
             early=early,
             passing=self._passing(inside, {at for at, _ in early}),
@@ -247,7 +247,7 @@ class Reading:
                 found.add(index)
         return frozenset(found)
 
-    def _dynamic(self, index: int, node: Node) -> Visit | None:
+    def _dynamic(self, index: int, node: Node) -> NormCall | None:
         """`f(α·x + b)`, element by element; α and b come from parameters of one element."""
         value, exact, scaled, inside = node.inputs[0], node.op == "tanh", False, {index}
         while (made := self.graph.producer(value)) is not None:
@@ -269,7 +269,7 @@ class Reading:
         if not scaled or not shape:
             return None
         facts = {"standard": exact, "inside": frozenset(inside)}
-        return Visit(norms.DYT.name, shape[-1], None, node, value, out, **facts)  # type: ignore[arg-type]
+        return NormCall(norms.DYT.name, shape[-1], None, node, value, out, **facts)  # type: ignore[arg-type]
 
     def _by_numbers(self, node: Node) -> tuple[int, list[int]] | None:
         """(x, others) where a node is x times, over, plus or less values of one element."""
@@ -285,12 +285,12 @@ class Reading:
         return rest[0], others
 
 
-def _fused(kind: Kind) -> Callable[[Graph, int, Node], Visit | None]:
-    def visit(graph: Graph, index: int, node: Node) -> Visit | None:
+def _fused(kind: Kind) -> Callable[[Graph, int, Node], NormCall | None]:
+    def norm_call(graph: Graph, index: int, node: Node) -> NormCall | None:
         named = node.bound
         shape = named["normalized_shape"]
         simple = len(shape) == 1
-        return Visit(
+        return NormCall(
             kind,
             prod(shape),
             named["eps"],
@@ -300,14 +300,14 @@ def _fused(kind: Kind) -> Callable[[Graph, int, Node], Visit | None]:
             _ref(named.get("weight")),
             _ref(named.get("bias")),
             standard=simple,
-            centres=simple and norms.described(kind).centers,
+            centers=simple and norms.described(kind).centers,
             inside=frozenset({index}),
         )
 
-    return visit
+    return norm_call
 
 
-def _grouped(graph: Graph, index: int, node: Node) -> Visit | None:
+def _grouped(graph: Graph, index: int, node: Node) -> NormCall | None:
     """A norm over groups of channels and all positions; its gain was made a node of its own."""
     named = node.bound
     if named.get("training", named.get("use_input_stats", True)) is not True:
@@ -317,14 +317,16 @@ def _grouped(graph: Graph, index: int, node: Node) -> Visit | None:
     groups = named.get("num_groups", named.get("group", shape[1]))
     width = prod(shape[1:]) // max(1, groups)
     inside = frozenset({index})
-    return Visit(norms.GROUP, width, named["eps"], node, source, out, standard=False, inside=inside)
+    return NormCall(
+        norms.GROUP, width, named["eps"], node, source, out, standard=False, inside=inside
+    )
 
 
 def _ref(item: Any) -> int | None:
     return item.value if isinstance(item, Ref) else None
 
 
-_FUSED: dict[str, Callable[[Graph, int, Node], Visit | None]] = {
+_FUSED: dict[str, Callable[[Graph, int, Node], NormCall | None]] = {
     **dict.fromkeys(("native_layer_norm", "layer_norm"), _fused(norms.LAYER.name)),
     **dict.fromkeys(("_fused_rms_norm", "rms_norm"), _fused(norms.RMS.name)),
     **dict.fromkeys(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from flashnorm.graph.factors import Factors, Powers, opened, operation, raised
-from flashnorm.graph.nouns import Graph, Node, Ref
+from flashnorm.graph.ir import Graph, Node, Ref
 from flashnorm.graph.reductions import (
     REDUCTIONS,
     Form,
@@ -24,7 +24,7 @@ from flashnorm.graph.reductions import (
 
 
 @dataclass(frozen=True)
-class Centre:
+class Center:
     """`x − mean(x)`: the factors of x, x itself, and the axes of the mean."""
 
     powers: Powers
@@ -38,7 +38,7 @@ class Statistics:
 
     factors: Factors
     known: dict[int, Statistic] = field(default_factory=dict)
-    centres: dict[int, Centre] = field(default_factory=dict)
+    centers: dict[int, Center] = field(default_factory=dict)
     logarithms: dict[int, Statistic] = field(default_factory=dict)
 
     @property
@@ -146,16 +146,16 @@ class Statistics:
         if made:
             self.known[node.outputs[0]] = made
         else:
-            self._centre(node, values, sign)
+            self._center(node, values, sign)
 
-    def _centre(self, node: Node, values: list[int], sign: float) -> None:
+    def _center(self, node: Node, values: list[int], sign: float) -> None:
         """`x − mean(x)`, `x + (−mean(x))`, `mean(x) − x`."""
         for x, mean, factor in ((values[0], values[1], sign), (values[1], values[0], sign)):
             statistic = self.of(mean)
             if statistic is None or not statistic.is_mean or factor * statistic.inner > 0:
                 continue
             if statistic.source == self.factors.factors(x):
-                self.centres[node.outputs[0]] = Centre(statistic.source, x, statistic.axes)
+                self.centers[node.outputs[0]] = Center(statistic.source, x, statistic.axes)
                 return
 
     def _bound(self, node: Node, op: str) -> None:
@@ -204,13 +204,13 @@ class Statistics:
         """
         degree, factor = statistic.degree, next(iter(statistic.source))
         single = len(statistic.source) == 1 and factor[1] == 1
-        centre = self.centres.get(factor[0]) if single else None
-        exact = statistic.form == "square" and centre and centre.axes == statistic.axes
-        if centre is not None and exact:
-            yield centre.powers, "variance", degree
+        center = self.centers.get(factor[0]) if single else None
+        exact = statistic.form == "square" and center and center.axes == statistic.axes
+        if center is not None and exact:
+            yield center.powers, "variance", degree
         yield statistic.source, statistic.form, degree
-        if centre is not None and not exact:
-            yield centre.powers, "other", degree
+        if center is not None and not exact:
+            yield center.powers, "other", degree
         whole = opened(statistic.source, self.factors.parts)
         if whole is not None and whole != statistic.source:
             yield whole, "other", degree

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.ir import Graph, Node
 
 
 def names_of(graph: Graph, name: str) -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def owned(graph: Graph, name: str, node: Node) -> str:
 def can_be_untied(flow: Flow, name: str) -> bool:
     """Whether it is known of every reading of a parameter by which of its names it is read."""
     nodes = [use.node for use in flow.uses.get(name, ())]
-    nodes += [gain.visit.node for gain in flow.gains if gain.parameter == name]
+    nodes += [gain.norm_call.node for gain in flow.gains if gain.parameter == name]
     return all(owned(flow.graph, name, node) for node in nodes)
 
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from flashnorm.compat.torch_names import FakeTensor, FakeTensorMode
 from flashnorm.errors import TraceError
 from flashnorm.graph.ambient import undisturbed
-from flashnorm.graph.nouns import Graph
+from flashnorm.graph.ir import Graph
 from flashnorm.graph.record import ForeignWrite, Recorder
 from flashnorm.graph.standin import Copies, evaluating
 from flashnorm.graph.tensors import Tensors, overlaps, place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flashnorm.graph.nouns import Call, Graph, Node, Ref, substitute
+from flashnorm.graph.ir import Call, Graph, Node, Ref, substitute
 
 
 def united(graphs: Sequence[Graph]) -> Graph:

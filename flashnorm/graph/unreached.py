@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Graph, Node
+from flashnorm.graph.ir import Graph, Node
 from flashnorm.graph.reads import is_whole, row_of_bank
 from flashnorm.graph.ties import can_be_untied, names_of
 
@@ -133,7 +133,7 @@ def refuse_unreached(flow: Flow, unreached: Unreached) -> None:
     _refuse_parts(flow)
     for gain in dict.fromkeys(use.parameter for use in flow.gains):
         held = [("the gain", gain)]
-        held += [("its bias", shift.parameter) for shift in flow.shifts.get(gain, ())]
+        held += [("its bias", norm_bias.parameter) for norm_bias in flow.norm_biases.get(gain, ())]
         for what, name in held:
             if doubt := unreached.elsewhere(what, name, untie=False):
                 flow.refused.setdefault(gain, doubt)
@@ -143,11 +143,11 @@ def refuse_unreached_readers(flow: Flow, unreached: Unreached, untie: bool) -> N
     """Refuse the gains of readers that are also a part of a module that did not run, where no
     reading that was recorded does: what is known of a tie says more than a doubt."""
     for name, uses in flow.uses.items():
-        absorbing = [use.labels for use in uses if use.labels is not None]
+        absorbing = [use.indices for use in uses if use.indices is not None]
         parts = untie and can_be_untied(flow, name)
         if absorbing and (doubt := unreached.elsewhere("its reader", name, parts)):
-            for labels in absorbing:
-                flow.refuse(labels, doubt)
+            for indices in absorbing:
+                flow.refuse(indices, doubt)
 
 
 def _refuse_parts(flow: Flow) -> None:
@@ -155,15 +155,15 @@ def _refuse_parts(flow: Flow) -> None:
     for name in dict.fromkeys(use.parameter for use in flow.gains):
         if not is_whole(flow.reads[name]):
             flow.refused.setdefault(name, IN_PART.format(f"the gain {name}"))
-    for gain, shifts in flow.shifts.items():
-        for name in dict.fromkeys(shift.parameter for shift in shifts):
+    for gain, norm_biases in flow.norm_biases.items():
+        for name in dict.fromkeys(norm_bias.parameter for norm_bias in norm_biases):
             if not is_whole(flow.reads[name]):
                 flow.refused.setdefault(gain, IN_PART.format(f"its bias {name}"))
     for name, uses in flow.uses.items():
-        absorbing = [use.labels for use in uses if use.labels is not None]
+        absorbing = [use.indices for use in uses if use.indices is not None]
         if absorbing and not is_whole(flow.reads[name]):
-            for labels in absorbing:
-                flow.refuse(labels, IN_PART.format(f"its reader {name}"))
+            for indices in absorbing:
+                flow.refuse(indices, IN_PART.format(f"its reader {name}"))
 
 
 def _fits(size: int, width: int) -> bool:
@@ -181,7 +181,7 @@ def _with_ancestors(paths: set[str]) -> set[str]:
 
 
 def _is_visible(touched: set[str], owner: str) -> bool:
-    """Whether labelled values enter a module from outside, or pass between its parts."""
+    """Whether indexed values enter a module from outside, or pass between its parts."""
     prefix = f"{owner}." if owner else ""
     inside = {path for path in touched if path == owner or path.startswith(prefix)}
     if not inside:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flashnorm.graph.nouns import Call, Graph, Node, refs
+from flashnorm.graph.ir import Call, Graph, Node, refs
 from flashnorm.graph.operations import MOVES
 from flashnorm.graph.sites import SAME
 

@@ -47,11 +47,11 @@ def _own_parameters(
 
 def _new_bias(held: dict[str, Tensor | None], weight_name: str, name: str) -> Tensor | None:
     """`c + W β` where the norm has a bias β, else c."""
-    weight, bias, shift = held[weight_name], held[name], held["norm_bias"]
-    if shift is None or weight is None:
+    weight, bias, norm_bias = held[weight_name], held[name], held["norm_bias"]
+    if norm_bias is None or weight is None:
         return bias
     made = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
-    algebra.fold_bias_(made, algebra.bias_product(weight, shift, 1, _all(shift)))
+    algebra.fold_bias_(made, algebra.bias_product(weight, norm_bias, 1, _all(norm_bias)))
     if not bool(torch.isfinite(made).all()):
         raise FoldError(f"{name}: adding W β to it gives no finite {made.dtype}; use a wider dtype")
     return made

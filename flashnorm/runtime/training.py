@@ -84,11 +84,11 @@ class Trainer:
 
     def _dynamic(self, site: Site, module: nn.Module) -> Step:
         """DyT's third parameter, one number, is its α; the first call shows whether that is so."""
-        gain = self.builder.held(module, site.weight.parameter) if site.weight else ""
-        bias = self.builder.held(module, site.shift) if site.shift else ""
+        gain = self.builder.held(module, site.gain.parameter) if site.gain else ""
+        bias = self.builder.held(module, site.norm_bias) if site.norm_bias else ""
         others = {name: p for name, p in module.named_parameters() if name not in (gain, bias)}
         numbers = [name for name, p in others.items() if p.numel() == 1 and "." not in name]
         if len(others) != 1 or len(numbers) != 1:
             raise Refused(NOT_OWN)
-        offset = site.weight.offset if site.weight else 0.0
+        offset = site.gain.offset if site.gain else 0.0
         return NormStep(module, Norm(site.kind, 0.0, gain, offset, bias), numbers[0])

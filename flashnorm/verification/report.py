@@ -1,4 +1,4 @@
-"""The nouns of a verification: what was measured, against which bound, and the verdict."""
+"""The records of a verification: what was measured, against which bound, and the verdict."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pair:
         return self.candidate.typical / self.reference.typical
 
     @property
-    def surely(self) -> float:
+    def ratio_lower_bound(self) -> float:
         """The ratio less two standard errors: what is left when chance is taken off."""
         return self.ratio * exp(-2 * self.spread)
 
@@ -150,7 +150,9 @@ class Report:
         if self.half is not None:
             words = f"{self.half.ratio:.3f} times the original's"
             words += f" (± {2 * self.half.spread:.0%}), bound {HALF_RATIO}"
-            found.append(Check(f"{self.half_dtype} error", self.half.surely <= HALF_RATIO, words))
+            found.append(
+                Check(f"{self.half_dtype} error", self.half.ratio_lower_bound <= HALF_RATIO, words)
+            )
         if self.greedy is not None:
             found.append(Check("greedy tokens", self.greedy.ok, _greedy_words(self.greedy)))
         return tuple(found)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import timing, worker
-from benchmarks.gpu.nouns import Settings
+from benchmarks.gpu.records import Settings
 
 DEVICE = "cpu:0"
 CARD = SimpleNamespace(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import flashnorm
-from flashnorm.bench.nouns import EAGER, FORWARD, GENERATE, OURS, PREFILL
+from flashnorm.bench.records import EAGER, FORWARD, GENERATE, OURS, PREFILL
 from flashnorm.cli import app
 
 from .tiny import accelerates, config

@@ -25,11 +25,11 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.budget import Budget, OutOfTime, Simulated
 from benchmarks.gpu.handoff import MOST_FILES, deliver
-from benchmarks.gpu.nouns import Run, Settings, Shape
+from benchmarks.gpu.records import Run, Settings, Shape
 from benchmarks.gpu.store import Store
 from benchmarks.gpu.variants import GROUPS, REDUCED, TUNED
 from benchmarks.gpu.variants import ours as with_us
-from flashnorm.bench.nouns import EAGER, OURS, Timing
+from flashnorm.bench.records import EAGER, OURS, Timing
 from tests.kernels.cases import make
 
 CEILING = {"bytes": 4e12, "operations": 8e14}

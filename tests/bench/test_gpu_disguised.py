@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import operations
-from flashnorm.bench.nouns import EAGER, OURS
+from flashnorm.bench.records import EAGER, OURS
 
 
 def test_on_a_card_that_is_a_cpu_in_disguise(tmp_path):

@@ -69,7 +69,7 @@ from torch.nn import functional as F
 from benchmarks.gpu import correctness, ours, tune
 from benchmarks.gpu.baseline_kernels import rms_norm, silu_mul
 from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.nouns import Run, Settings
+from benchmarks.gpu.records import Run, Settings
 from benchmarks.gpu.store import Store
 from flashnorm.kernels.gpu import cached, launch
 from tests.kernels.cases import make

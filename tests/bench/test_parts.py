@@ -10,7 +10,7 @@ from flashnorm.bench.machine import describe, line
 from flashnorm.bench.measure import decode
 from flashnorm.bench.memory import forget_peak, in_child, peak_allocated, peak_resident, resident
 from flashnorm.bench.models import open_model, parameter_bytes, sharing_copy, token_bytes
-from flashnorm.bench.nouns import (
+from flashnorm.bench.records import (
     EAGER,
     FORWARD,
     GENERATE,

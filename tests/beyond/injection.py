@@ -31,7 +31,7 @@ RECORDED = "recorded"
 PACKAGE = str(Path(flashnorm.__file__).parent)
 ACTIONS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "inspect": lambda model, inputs: flashnorm.inspect(model, inputs),
-    "fold_": lambda model, inputs: flashnorm.fold_(model, inputs, centre=True, cancel=True),
+    "fold_": lambda model, inputs: flashnorm.fold_(model, inputs, center=True, cancel=True),
     "accelerate_": lambda model, inputs: flashnorm.accelerate_(model, inputs, fold=True),
 }
 

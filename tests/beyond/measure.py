@@ -79,8 +79,8 @@ def _fold(row: Row, model: nn.Module, inputs: Any, expected: list[Tensor]) -> No
     plan = _folded_(wide, given)
     row.error = relative(truth(wide, inputs), expected)
     row.norms = dict(Counter(site.kind for site in plan.sites))
-    row.gains = dict(Counter(site.gain for site in plan.sites))
-    row.reasons = {site.path: site.reason for site in plan.sites if site.gain == "kept"}
+    row.gains = dict(Counter(site.gain_state for site in plan.sites))
+    row.reasons = {site.path: site.reason for site in plan.sites if site.gain_state == "kept"}
 
 
 def _folded_(model: nn.Module, inputs: Any) -> Plan:

@@ -180,10 +180,10 @@ def test_sums_have_one_order_whatever_the_blocks(rows, n, dtype, seed):
 def test_a_mean_does_not_depend_on_the_blocks(axis, monkeypatch):
     weight = torch.randn(5, 37, 23, dtype=torch.float64)
     at_once = weight.clone()
-    algebra.centre_(at_once, axis)
+    algebra.center_(at_once, axis)
     assert float(at_once.mean(axis).abs().max()) < 37 * 2.0**-53
     for elements in (1, 100, 23 * 37):
         monkeypatch.setattr(algebra, "BLOCK_ELEMENTS", elements)
         parts = weight.clone()
-        algebra.centre_(parts, axis)
+        algebra.center_(parts, axis)
         assert torch.equal(parts, at_once)

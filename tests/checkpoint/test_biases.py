@@ -1,4 +1,4 @@
-"""E2, E13 and E3 while streaming: biases of norms, and centred writers, by plans made by hand."""
+"""E2, E13 and E3 while streaming: biases of norms, and centered writers, by plans made by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import flashnorm
 from flashnorm import CheckpointError, FoldError, algebra, fold_checkpoint
 from flashnorm.checkpoint import blocks
-from flashnorm.plan import Centring, Consumer, Entry, Gain, Plan, Site, Span
+from flashnorm.plan import Centering, Consumer, Entry, Gain, Plan, Site, Span
 from tests.zoo import tiny_inputs, tiny_model
 from tests.zoo.fold import outputs, relative
 
@@ -26,11 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*became subnormal")
 
 
 def site(name, readers, *, bias="none", offset=0.0):
-    weight, shift = Gain(f"{name}.weight", offset), "" if bias == "none" else f"{name}.bias"
-    return Site(name, "layer", N, 1e-6, "folded", "", readers, weight, bias=bias, shift=shift)
+    weight, norm_bias = Gain(f"{name}.weight", offset), "" if bias == "none" else f"{name}.bias"
+    return Site(
+        name, "layer", N, 1e-6, "folded", "", readers, weight, bias=bias, norm_bias=norm_bias
+    )
 
 
-def layer_plan(offset=0.0, centred=True):
+def layer_plan(offset=0.0, centered=True):
     """`norm` into a linear and a transposed one, its bias too; `post` keeps β/g; `sub` into `d`."""
     wide = Consumer("a.weight", 1, ALL, "a.bias")
     tall = Consumer("b.weight", 0, (Span(0, 16, 32), Span(32, 0, 16)), "b.bias")
@@ -41,7 +43,7 @@ def layer_plan(offset=0.0, centred=True):
             site("post", (Consumer("c.weight", 1, ALL),), bias="carried", offset=offset),
             site("sub", (Consumer("d.weight", 1, ALL), Consumer("t.weight", 2, ALL))),
         ),
-        centrings=tuple(Centring(*writer) for writer in writers) if centred else (),
+        centerings=tuple(Centering(*writer) for writer in writers) if centered else (),
     )
 
 
@@ -70,18 +72,18 @@ def expected(tensors, plan):
         ]
         algebra.fold_bias_(after[name], sum(products[1:], products[0]))
     gains = {g: algebra.effective_gain(tensors[g.parameter], g) for g in plan.gains()}
-    for shift in plan.shifts():
-        if shift.folded:
-            after[shift.parameter].zero_()
+    for norm_bias in plan.norm_biases():
+        if norm_bias.folded:
+            after[norm_bias.parameter].zero_()
         else:
-            algebra.carry_bias_(after[shift.parameter], gains[shift.gain])
+            algebra.carry_bias_(after[norm_bias.parameter], gains[norm_bias.gain])
     for name, pairs in plan.absorptions().items():
         for gain, consumer in pairs:
             algebra.fold_gain_(after[name], gains[gain], consumer.axis, consumer.spans)
     for gain in plan.gains():
         algebra.identity_gain_(after[gain.parameter], gain)
-    for centring in plan.centrings:
-        algebra.centre_(after[centring.parameter], centring.axis)
+    for centering in plan.centerings:
+        algebra.center_(after[centering.parameter], centering.axis)
     return after
 
 
@@ -112,7 +114,7 @@ def test_disk_equals_memory(tmp_path, dtype, offset, shards):
 
 def test_the_function_stays_in_float64(tmp_path):
     """z·g + β into linear layers, from the files alone; and what is written has no mean."""
-    before, plan = layer_tensors(torch.float64), layer_plan(centred=False)
+    before, plan = layer_tensors(torch.float64), layer_plan(centered=False)
     src = write_checkpoint(tmp_path / "src", before)
     fold_checkpoint(src, tmp_path / "dst", plan=plan)
     after = load(tmp_path / "dst")
@@ -125,10 +127,10 @@ def test_the_function_stays_in_float64(tmp_path):
         ]
         torch.testing.assert_close(y[1], y[0], rtol=0, atol=4 * N * 2.0**-52)
     assert not after["norm.bias"].any()
-    fold_checkpoint(src, tmp_path / "centred", plan=layer_plan())
-    centred = load(tmp_path / "centred")
+    fold_checkpoint(src, tmp_path / "centered", plan=layer_plan())
+    centered = load(tmp_path / "centered")
     for name, axis in (("d.weight", 0), ("d.bias", 0), ("e.weight", 1), ("t.weight", 1)):
-        assert float(centred[name].mean(axis).abs().max()) < N * 2.0**-52
+        assert float(centered[name].mean(axis).abs().max()) < N * 2.0**-52
         assert float(after[name].mean(axis).abs().max()) > 1e-3
 
 
@@ -142,10 +144,10 @@ def test_strict_removes_a_folded_bias_and_keeps_a_carried_one(tmp_path, shards):
     assert_same(load(tmp_path / "dst"), wanted)
 
 
-def test_centring_alone_is_a_change(tmp_path):
+def test_centering_alone_is_a_change(tmp_path):
     tensors = layer_tensors(torch.float32)
     src = write_checkpoint(tmp_path / "src", tensors)
-    plan = Plan((), centrings=layer_plan().centrings)
+    plan = Plan((), centerings=layer_plan().centerings)
     fold_checkpoint(src, tmp_path / "dst", plan=plan)
     assert_same(load(tmp_path / "dst"), expected(tensors, plan))
     assert "flashnorm" in json.loads((tmp_path / "dst" / "config.json").read_text())
@@ -195,21 +197,24 @@ def test_a_bias_beyond_fp16(tmp_path):
 def test_what_cannot_be_stored_is_said(tmp_path):
     src = write_checkpoint(tmp_path / "src", layer_tensors(torch.float32))
     plan = replace(layer_plan(), entries=(Entry("embed"),))
-    with pytest.warns(UserWarning, match="enters embed is not centred.*still need their mean"):
+    with pytest.warns(UserWarning, match="enters embed is not centered.*still need their mean"):
         fold_checkpoint(src, tmp_path / "dst", plan=plan)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom"])
-def test_a_layer_norm_model_is_centred_on_disk_as_in_memory(name, tmp_path):
+def test_a_layer_norm_model_is_centered_on_disk_as_in_memory(name, tmp_path):
     """The stock class goes on subtracting a mean, of what has none: the same function."""
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "src")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what of bloom cannot be stored
-        plan = fold_checkpoint(tmp_path / "src", tmp_path / "dst", untie=True, centre=True)
-    assert {(s.gain, s.centring) for s in plan.sites} <= {("folded", "folded"), ("kept", "folded")}
+        plan = fold_checkpoint(tmp_path / "src", tmp_path / "dst", untie=True, center=True)
+    assert {(s.gain_state, s.centering) for s in plan.sites} <= {
+        ("folded", "folded"),
+        ("kept", "folded"),
+    }
     stock, live = (AutoModelForCausalLM.from_pretrained(tmp_path / d) for d in ("dst", "src"))
-    flashnorm.fold_(live, untie=True, centre=True)
+    flashnorm.fold_(live, untie=True, center=True)
     memory, disk = live.state_dict(), stock.state_dict()
     assert all(torch.equal(disk[key], memory[key]) for key in disk)
     inputs = tiny_inputs(model)
@@ -233,13 +238,13 @@ def mixtral(tmp_path):
     return model, tmp_path / "src"
 
 
-def test_experts_that_are_stored_one_by_one_are_centred(mixtral):
+def test_experts_that_are_stored_one_by_one_are_centered(mixtral):
     """The writer [E, n, I] of the model is E tensors [n, I]."""
     model, src = mixtral
-    plan = replace(flashnorm.inspect(src), centrings=(Centring(f"{EXPERTS}.down_proj", 1),))
+    plan = replace(flashnorm.inspect(src), centerings=(Centering(f"{EXPERTS}.down_proj", 1),))
     fold_checkpoint(src, src.parent / "dst", plan=plan)
     wanted = model.state_dict()[f"{EXPERTS}.down_proj"].clone()
-    algebra.centre_(wanted, 1)
+    algebra.center_(wanted, 1)
     again = type(model).from_pretrained(src.parent / "dst", dtype="auto")
     assert torch.equal(again.state_dict()[f"{EXPERTS}.down_proj"], wanted)
     assert not torch.equal(model.state_dict()[f"{EXPERTS}.down_proj"], wanted)
@@ -248,5 +253,5 @@ def test_experts_that_are_stored_one_by_one_are_centred(mixtral):
 def test_a_mean_over_several_tensors_is_refused(mixtral):
     """Gate and up are one parameter of the model and two tensors of the checkpoint."""
     _, src = mixtral
-    plan = replace(flashnorm.inspect(src), centrings=(Centring(f"{EXPERTS}.gate_up_proj", 1),))
-    refused(src, r"gate_up_proj is centred over features that the checkpoint does not hold", plan)
+    plan = replace(flashnorm.inspect(src), centerings=(Centering(f"{EXPERTS}.gate_up_proj", 1),))
+    refused(src, r"gate_up_proj is centered over features that the checkpoint does not hold", plan)

@@ -85,7 +85,7 @@ def test_strict_loads_as_the_fold_in_memory(tmp_path, name):
     plan, memory, disk, info = fold_both(src, tmp_path / "dst", strict=True)
     assert_same_state(disk, memory)
     gone = {gain.parameter for gain in plan.gains()}
-    gone |= {shift.parameter for shift in plan.shifts() if shift.folded}
+    gone |= {b.parameter for b in plan.norm_biases() if b.folded}
     assert set(info["missing_keys"]) == gone
     assert len(load(src).keys() - load(tmp_path / "dst").keys()) == len(gone)
 

@@ -219,7 +219,7 @@ def test_the_marker_says_what_was_done(tmp_path):
             "model.layers.0.post_attention_layernorm.weight",
         ],
         "kept": ["model.norm"],
-        "centred": [],
+        "centered": [],
         "fold_dtype": "float32",
         "source": "src",
     }

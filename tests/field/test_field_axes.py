@@ -30,8 +30,8 @@ class ChannelsFirst(nn.Module):
         self.bias = nn.Parameter(0.3 * torch.randn(channels))
 
     def forward(self, x):
-        centred = x - x.mean(1, keepdim=True)
-        normal = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)
+        centered = x - x.mean(1, keepdim=True)
+        normal = centered / torch.sqrt(centered.pow(2).mean(1, keepdim=True) + 1e-6)
         shape = (-1, *[1] * (x.ndim - 2))
         return self.weight.view(shape) * normal + self.bias.view(shape)
 

@@ -151,8 +151,8 @@ def test_field_what_one_pass_does_not_see_refuses(kind):
     model = kind()
     expected = outputs(model)
     plan = flashnorm.fold_(model, (X64,))
-    assert "folded" not in {site.gain for site in plan.sites}, str(plan)
-    reasons = [site.reason for site in plan.sites if site.gain == "kept"]
+    assert "folded" not in {site.gain_state for site in plan.sites}, str(plan)
+    reasons = [site.reason for site in plan.sites if site.gain_state == "kept"]
     assert reasons
     assert all("not reach" in r or "in part" in r or "feature by" in r for r in reasons), reasons
     for found, truth in zip(outputs(model), expected, strict=True):
@@ -187,9 +187,9 @@ def test_field_united_inputs_fold_what_each_alone_leaves_in_doubt():
     model = Heads()
     expected = outputs(model)
     for one in ((X64,), (X64, 1)):
-        assert [site.gain for site in flashnorm.inspect(model, one).sites] == ["kept"]
+        assert [site.gain_state for site in flashnorm.inspect(model, one).sites] == ["kept"]
     plan = flashnorm.fold_(model, [(X64,), (X64, 1)])
-    assert [site.gain for site in plan.sites] == ["folded"]
+    assert [site.gain_state for site in plan.sites] == ["folded"]
     assert {c.parameter for c in plan.sites[0].consumers} == {"heads.0.weight", "heads.1.weight"}
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT

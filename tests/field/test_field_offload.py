@@ -93,10 +93,10 @@ def test_field_a_folded_model_that_is_offloaded_unfolds_when_it_is_back(offload)
     assert all(relative(v, original[k]) < EXACT for k, v in model.state_dict().items())
 
 
-def test_field_a_centred_model_that_is_offloaded_unfolds_when_it_is_back(tmp_path):
+def test_field_a_centered_model_that_is_offloaded_unfolds_when_it_is_back(tmp_path):
     model = gpt2()
     original = {name: value.clone() for name, value in model.state_dict().items()}
-    flashnorm.fold_(model, centre=True)
+    flashnorm.fold_(model, center=True)
     folded = logits(model)
     accelerate.cpu_offload(model, torch.device("cpu"))
     assert torch.equal(logits(model), folded)

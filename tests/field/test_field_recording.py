@@ -51,7 +51,7 @@ def is_real(tensor):
 
 
 def folds(plan):
-    assert [site.gain for site in plan.sites] == ["folded"], str(plan)
+    assert [site.gain_state for site in plan.sites] == ["folded"], str(plan)
 
 
 class FrozenDict(OrderedDict):
@@ -117,7 +117,7 @@ def test_field_train_and_eval_are_not_called(mode):
     assert model[1].merged is not mode
     assert model[1].training is mode
     # While it is merged nobody reads A and B, which will be merged out again: a doubt.
-    assert [site.gain for site in plan.sites] == ["folded" if mode else "kept"]
+    assert [site.gain_state for site in plan.sites] == ["folded" if mode else "kept"]
     y = model(X.double())
     flashnorm.fold_(model, (X.double(),))
     for flag in (mode, not mode):
@@ -354,7 +354,7 @@ def test_field_a_forward_in_inference_mode(decorate):
     with torch.inference_mode():
         again = flashnorm.inspect(model, (X.double(),))
     plan = flashnorm.fold_(model, (X.double(),))
-    assert [site.gain for site in plan.sites] == ["folded", "folded"]
+    assert [site.gain_state for site in plan.sites] == ["folded", "folded"]
     assert again == plan
     assert relative(model(X.double()).clone(), expected) <= EXACT
 

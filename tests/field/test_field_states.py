@@ -100,7 +100,7 @@ FOLDS = {
     "one_plus": (lambda: llama(config=GemmaConfig), {}),
     "untie": (lambda: llama(tied=True), {"untie": True}),
     "biases": (gpt2, {}),
-    "centre": (gpt2, {"centre": True}),
+    "center": (gpt2, {"center": True}),
     "cancel": (llama, {"cancel": True}),
 }
 
@@ -109,7 +109,7 @@ FOLDS = {
 @pytest.mark.parametrize("kind", FOLDS)
 def test_field_a_failure_while_folding_leaves_the_model_as_it_was(kind, error):
     make, options = FOLDS[kind]
-    plan = flashnorm.inspect(make(), untie="untie" in options, centre="centre" in options)
+    plan = flashnorm.inspect(make(), untie="untie" in options, center="center" in options)
     plan = cancelling(plan) if "cancel" in options else plan
     apply_plan_(make(), plan)  # what is computed once is computed now
     model = make()
@@ -195,7 +195,7 @@ def test_field_unfold_sees_one_replaced_row_and_one_replaced_column():
             flashnorm.unfold_(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"centre": True}])
+@pytest.mark.parametrize("options", [{}, {"center": True}])
 def test_field_a_model_that_was_moved_unfolds(options):
     model = gpt2()
     expected = logits(model)
@@ -210,7 +210,7 @@ def test_field_a_model_that_was_moved_unfolds(options):
 def test_field_unfold_refuses_wrapped_modules_and_can_be_called_again():
     model = gpt2()
     expected = logits(model)
-    flashnorm.fold_(model, centre=True)
+    flashnorm.fold_(model, center=True)
     block, norm = model.transformer.h[0], model.transformer.h[0].ln_1
     block.ln_1 = nn.Sequential(norm)
     with pytest.raises(flashnorm.FoldError, match=r"ln_1 that fold_ put .* replaced or wrapped"):

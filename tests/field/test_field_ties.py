@@ -70,7 +70,7 @@ class ThreeLast(Three):
     reader = 2
 
 
-class Centred(Three):
+class Centered(Three):
     """The first is the writer of a LayerNorm as well."""
 
     def parts(self):
@@ -100,7 +100,7 @@ class SharedReader(SharedModule):
         return self.again(self.norm(self.other(x)))
 
 
-EXACTLY = [HeadFirst, EmbeddingFirst, Three, ThreeSecond, ThreeLast, Centred, SharedReader]
+EXACTLY = [HeadFirst, EmbeddingFirst, Three, ThreeSecond, ThreeLast, Centered, SharedReader]
 
 
 class ReadFromOutside(Three):
@@ -110,7 +110,7 @@ class ReadFromOutside(Three):
         return F.linear(self.layers[0](self.norm(x)), self.layers[2].weight)
 
 
-class WriterFromOutside(Centred):
+class WriterFromOutside(Centered):
     def forward(self, x):
         return self.layers[2](self.norm(F.linear(x, self.layers[1].weight)) + self.layers[1](x))
 
@@ -134,12 +134,12 @@ def states(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("cls", [*EXACTLY, *REFUSED])
-def test_field_an_untied_weight_changes_by_itself(cls, centre):
+def test_field_an_untied_weight_changes_by_itself(cls, center):
     model = cls()
     expected, before = model(*model.inputs), states(model)
-    plan = flashnorm.fold_(model, model.inputs, untie=True, centre=centre)
+    plan = flashnorm.fold_(model, model.inputs, untie=True, center=center)
     assert relative(model(*model.inputs).detach(), expected.detach()) <= EXACT, str(plan)
     if "_flashnorm_undo" in model.__dict__:
         flashnorm.unfold_(model)
@@ -151,15 +151,15 @@ def test_field_an_untied_weight_changes_by_itself(cls, centre):
 @pytest.mark.parametrize("cls", EXACTLY)
 def test_field_untying_folds_what_a_tie_keeps(cls):
     model = cls()
-    assert cls is SharedReader or not flashnorm.inspect(model, model.inputs, centre=True).folded
-    plan = flashnorm.inspect(model, model.inputs, untie=True, centre=cls is Centred)
-    assert plan.folded or plan.centrings, str(plan)
+    assert cls is SharedReader or not flashnorm.inspect(model, model.inputs, center=True).folded
+    plan = flashnorm.inspect(model, model.inputs, untie=True, center=cls is Centered)
+    assert plan.folded or plan.centerings, str(plan)
     assert plan.untied or cls is SharedReader
 
 
 @pytest.mark.parametrize("cls", REFUSED)
 def test_field_a_tie_whose_names_cannot_be_told_apart_stays(cls):
-    plan = flashnorm.inspect(cls(), (X64,), untie=True, centre=True)
+    plan = flashnorm.inspect(cls(), (X64,), untie=True, center=True)
     assert not plan.folded
     assert not plan.untied
 

@@ -140,7 +140,7 @@ class SharedLayerNorm(Writers):
 
 
 class SharedEntry(Writers):
-    """Values that no linear layer writes are centred as they come out of a module that is also a
+    """Values that no linear layer writes are centered as they come out of a module that is also a
     part of a block that does not run."""
 
     def parts(self):
@@ -155,7 +155,7 @@ class SharedEntry(Writers):
         return sum(head(norm(h)) for head, norm in zip(self.heads, self.norms, strict=True))
 
 
-CENTRES = [SharedEntry, Writers, AddedVector, ReadWithoutNorm, WriterBank, SharedLayerNorm]
+CENTERS = [SharedEntry, Writers, AddedVector, ReadWithoutNorm, WriterBank, SharedLayerNorm]
 
 
 class Undone(Model):
@@ -195,7 +195,7 @@ class ScaledElsewhere(UndoneElsewhere):
 CANCELS = [Undone, UndoneElsewhere, ScaledElsewhere]
 CASES = [
     *((cls, {}) for cls in FOLDS),
-    *((cls, {"centre": True}) for cls in CENTRES),
+    *((cls, {"center": True}) for cls in CENTERS),
     *((cls, {"cancel": True}) for cls in CANCELS),
 ]
 
@@ -213,7 +213,7 @@ def test_field_what_is_used_elsewhere_is_not_edited(cls, options, untie):
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT, str(plan)
     said = " ".join(
-        f"{site.reason} {site.centring_reason} {site.scale_reason}" for site in plan.sites
+        f"{site.reason} {site.centering_reason} {site.scale_reason}" for site in plan.sites
     )
     assert any(why in said for why in ("not reach", "in part", "linear layers alone")), said
 
@@ -227,29 +227,29 @@ def test_field_inputs_that_reach_it_settle_it(cls, options):
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT, str(plan)
     for site in plan.sites:
-        assert "not reach" not in f"{site.reason}{site.centring_reason}{site.scale_reason}"
+        assert "not reach" not in f"{site.reason}{site.centering_reason}{site.scale_reason}"
 
 
 @pytest.mark.parametrize(
     ("cls", "options", "done"),
     [
         (IdleExpert, {}, lambda plan: plan.folded),
-        (Writers, {"centre": True}, lambda plan: len(plan.centrings) == 4),
-        (AddedVector, {"centre": True}, lambda plan: len(plan.centrings) == 3),
+        (Writers, {"center": True}, lambda plan: len(plan.centerings) == 4),
+        (AddedVector, {"center": True}, lambda plan: len(plan.centerings) == 3),
     ],
 )
 def test_field_what_is_settled_is_edited(cls, options, done):
     assert done(flashnorm.inspect(cls(), [(X64,), (X64, 1)], **options))
 
 
-def test_field_centring_by_entries_alone_is_done():
-    """Nothing folds and no weight is centred: the norms are replaced all the same."""
+def test_field_centering_by_entries_alone_is_done():
+    """Nothing folds and no weight is centered: the norms are replaced all the same."""
     model = SharedEntry()
     del model.block
     expected = model(X64)
-    plan = flashnorm.fold_(model, (X64,), centre=True)
+    plan = flashnorm.fold_(model, (X64,), center=True)
     assert plan.entries
-    assert not plan.centrings
+    assert not plan.centerings
     assert all(isinstance(norm, flashnorm.nn.FlashRMSNorm) for norm in model.norms)
     assert relative(model(X64).detach(), expected.detach()) <= EXACT
     flashnorm.unfold_(model)

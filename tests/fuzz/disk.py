@@ -51,7 +51,7 @@ def examine_disk(seed: int) -> Verdict:
     except Exception:  # a config that its own model does not take
         verdict.invalid = True
         return verdict
-    options = {key: rng.random() < 0.5 for key in ("strict", "untie", "centre")}
+    options = {key: rng.random() < 0.5 for key in ("strict", "untie", "center")}
     what = f"{name} {changes} {options}"
     try:
         _judge(model, inputs, truth, options, rng, verdict)
@@ -93,8 +93,8 @@ def _judge(
         found = type(model).from_pretrained(dst, dtype=torch.float64, attn_implementation="eager")
     verdict.sites = verdict.norms = len(plan.sites)
     verdict.folded = len(plan.folded)
-    verdict.weightless = sum(site.gain == "none" for site in plan.sites)
-    verdict.refused.update(worded(s.reason) for s in plan.sites if s.gain == "kept")
+    verdict.weightless = sum(site.gain_state == "none" for site in plan.sites)
+    verdict.refused.update(worded(s.reason) for s in plan.sites if s.gain_state == "kept")
     error = relative(outputs(found.eval(), inputs), truth)
     if not error <= EXACT:
         verdict.wrong, verdict.detail = "fold_checkpoint", f"off by {error:.2e}\n{plan}"

@@ -25,7 +25,7 @@ FACTORS = (
     "{m}.clamp(min={e}).rsqrt()",
     "({m} + {p}eps{s}).rsqrt()",
 )
-CENTRED = (
+CENTERED = (
     "{v} - {v}.mean(-1, keepdim=True)",
     "{v} - {v}.sum(-1, keepdim=True) / {w}",
     "{v}.sub({v}.mean(dim=-1, keepdim=True))",
@@ -203,11 +203,11 @@ def _normalized(
 ) -> str:
     if not first and (kind == "dyt" or rng.random() < 0.25):
         return names.fill(rng.choice(WHOLE[kind]), v=v)
-    centred = v
+    centered = v
     if kind == "layer":
-        centred = f"c{names.s}"
-        lines.append(f"{centred} = {names.fill(rng.choice(CENTRED), v=v)}")
-        statistic = names.fill(rng.choice(VARIANCES), v=v, c=centred)
+        centered = f"c{names.s}"
+        lines.append(f"{centered} = {names.fill(rng.choice(CENTERED), v=v)}")
+        statistic = names.fill(rng.choice(VARIANCES), v=v, c=centered)
     else:
         statistic = names.fill(rng.choice(SQUARES), v=v)
     if rng.random() < 0.04:
@@ -218,4 +218,4 @@ def _normalized(
         by = rng.choice(("({v} * {g}) * {f}", "{v} * ({g} * {f})", "{g} * {v} * {f}"))
         return names.fill(by, v=v, f=f"({factor})")
     by = rng.choice(("{v} * {f}", "{f} * {v}", "{v} / (1 / {f})"))
-    return by.format(v=centred, f=f"({factor})")
+    return by.format(v=centered, f=f"({factor})")

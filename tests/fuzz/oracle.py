@@ -41,7 +41,7 @@ class Options:
     """What is done with a model; drawn from its seed."""
 
     untie: bool = False
-    centre: bool = False
+    center: bool = False
     cancel: bool = False
     accelerate: bool = False
     force: bool = False
@@ -50,7 +50,7 @@ class Options:
     @staticmethod
     def of(seed: int) -> Options:
         rng = Random(f"options {seed}")
-        chances = {"untie": 0.4, "centre": 0.45, "cancel": 0.4}
+        chances = {"untie": 0.4, "center": 0.45, "cancel": 0.4}
         chances |= {"accelerate": 0.2, "force": 0.3, "fail": 0.05}
         return Options(**{name: rng.random() < chance for name, chance in chances.items()})
 
@@ -150,7 +150,7 @@ def _judge(case: _Case, options: Options, verdict: Verdict) -> None:
     if options.fail:
         _fails(case, model, before)
     try:
-        plan = flashnorm.inspect(model, case.example(), untie=options.untie, centre=options.centre)
+        plan = flashnorm.inspect(model, case.example(), untie=options.untie, center=options.center)
     finally:
         _same_bits(model, before, "inspect changed the model")
     _count(case.program, plan, verdict)
@@ -171,7 +171,7 @@ def _judge(case: _Case, options: Options, verdict: Verdict) -> None:
 
 
 def _said(options: Options) -> str:
-    return ", ".join(f"{k}" for k in ("untie", "centre", "cancel") if getattr(options, k))
+    return ", ".join(f"{k}" for k in ("untie", "center", "cancel") if getattr(options, k))
 
 
 def _state(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -264,19 +264,19 @@ def _forced(case: _Case, plan: Plan, verdict: Verdict) -> None:
             changed = True
         verdict.forced += 1
         if not changed:
-            reasons = [s.reason for s in plan.sites if s.weight and s.weight.parameter == gain]
+            reasons = [s.reason for s in plan.sites if s.gain and s.gain.parameter == gain]
             verdict.needless += [worded(reason) for reason in reasons[:1]]
 
 
 def _carried(site: Site) -> Site:
     """The bias stays with the norm as β/g, as it would if the gain folded."""
-    return replace(site, bias="carried") if site.shift else site
+    return replace(site, bias="carried") if site.norm_bias else site
 
 
 def _count(program: Program | Written, plan: Plan, verdict: Verdict) -> None:
     verdict.sites = len(plan.sites)
-    named = {site.weight.parameter: site for site in plan.sites if site.weight}
-    nameless = Counter(site.path for site in plan.sites if site.weight is None)
+    named = {site.gain.parameter: site for site in plan.sites if site.gain}
+    nameless = Counter(site.path for site in plan.sites if site.gain is None)
     seen = set()
     for norm in program.norms:
         if norm.gain and norm.gain in named:
@@ -285,11 +285,11 @@ def _count(program: Program | Written, plan: Plan, verdict: Verdict) -> None:
                 verdict.norms -= 1
                 continue
             seen.add(norm.gain)
-            verdict.folded += site.gain == "folded"
-            verdict.refused[worded(site.reason)] += site.gain == "kept"
+            verdict.folded += site.gain_state == "folded"
+            verdict.refused[worded(site.reason)] += site.gain_state == "kept"
         elif nameless[norm.path] > 0:
             nameless[norm.path] -= 1
-            site = next(s for s in plan.sites if s.path == norm.path and s.weight is None)
+            site = next(s for s in plan.sites if s.path == norm.path and s.gain is None)
             verdict.weightless += not norm.gain
             if norm.gain and site.reason == NO_GAIN:
                 verdict.missed.append("\n".join(norm.lines()))

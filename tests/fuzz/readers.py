@@ -297,7 +297,7 @@ BRANCHES: dict[str, Reader] = {
             e=TWINS.format("nn.RMSNorm({a})"),
         ),
     ),
-    "cold centred block": (
+    "cold centered block": (
         ("{out} = self.e{s}[{{0}}.shape[1] // 5](self.l{s}({{0}}))",),
         _made(
             l="nn.Linear({a}, {a})",

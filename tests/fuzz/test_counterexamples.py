@@ -26,7 +26,7 @@ class Model(nn.Module):
 """,
         Options(cancel=True),
     ),
-    "a centred norm lost its buffer": (
+    "a centered norm lost its buffer": (
         """
 class Norm(nn.Module):
     def __init__(self):
@@ -47,9 +47,9 @@ class Model(nn.Module):
     def forward(self, x):
         return self.norm(self.writer(x))
 """,
-        Options(centre=True),
+        Options(center=True),
     ),
-    "a centred norm lost the order of its gain": (
+    "a centered norm lost the order of its gain": (
         """
 class Norm(nn.Module):
     def __init__(self):
@@ -69,9 +69,9 @@ class Model(nn.Module):
     def forward(self, x):
         return self.norm(self.writer(x))
 """,
-        Options(centre=True),
+        Options(center=True),
     ),
-    "a centred norm lost its hook": (
+    "a centered norm lost its hook": (
         """
 class Model(nn.Module):
     def __init__(self):
@@ -84,7 +84,7 @@ class Model(nn.Module):
     def forward(self, x):
         return self.reader(self.norm(self.writer(x)))
 """,
-        Options(centre=True),
+        Options(center=True),
     ),
     "a hook of a reader came before its scale": (
         """
@@ -144,7 +144,7 @@ class Model(nn.Module):
     def forward(self, x):
         return self.b(self.second(self.a(self.first(x))))
 """,
-        Options(centre=True, accelerate=True),
+        Options(center=True, accelerate=True),
     ),
     "a bias met one row of a bank of gains": (
         """
@@ -174,7 +174,7 @@ class Model(nn.Module):
 """,
         Options(cancel=True),
     ),
-    "a norm's input was centred where it is read beside it": (
+    "a norm's input was centered where it is read beside it": (
         """
 class Model(nn.Module):
     def __init__(self):
@@ -186,7 +186,7 @@ class Model(nn.Module):
         y = self.norm(x + x)
         return self.last(y + self.writer(self.norm(y)))
 """,
-        Options(centre=True),
+        Options(center=True),
     ),
     "a write through another name had no schema": (
         """

@@ -22,8 +22,8 @@ def sums_pass(monkeypatch):
         try:
             return unified(flow, node, first, second)
         except rules.Blocked:
-            value = first if first in flow.labels else second
-            return flow.labels[value].expand(flow.graph.values[node.outputs[0]].shape)
+            value = first if first in flow.indices else second
+            return flow.indices[value].expand(flow.graph.values[node.outputs[0]].shape)
 
     monkeypatch.setattr(rules, "_unified", lax)
 
@@ -32,8 +32,8 @@ def products_pass(monkeypatch):
     """A product with a function of itself is not refused."""
 
     def lax(flow, node):
-        labelled = [v for v in node.inputs if v in flow.labels]
-        return [flow.labels[labelled[0]].expand(flow.graph.values[node.outputs[0]].shape)]
+        indexed = [v for v in node.inputs if v in flow.indices]
+        return [flow.indices[indexed[0]].expand(flow.graph.values[node.outputs[0]].shape)]
 
     monkeypatch.setitem(rules.RULES, "mul", lax)
 
@@ -53,8 +53,8 @@ def gains_begin_at_zero(monkeypatch):
     """Which element of a gain meets a column is not looked at."""
     spans = absorb._spans
 
-    def lax(flow, gain, labels):
-        return tuple(Span(s.start, 0, s.length) for s in spans(flow, gain, labels))
+    def lax(flow, gain, indices):
+        return tuple(Span(s.start, 0, s.length) for s in spans(flow, gain, indices))
 
     monkeypatch.setattr(absorb, "_spans", lax)
 
@@ -70,14 +70,14 @@ def readers_are_read_once(monkeypatch):
     read = absorb._read
 
     def lax(flow, name, column, use):
-        if use.labels is not None and not use.other:
+        if use.indices is not None and not use.other:
             read(flow, name, column, use)
 
     monkeypatch.setattr(absorb, "_read", lax)
 
 
 def streams_are_not_in_doubt(monkeypatch):
-    """Parameters that were not read do not matter to a stream (centring)."""
+    """Parameters that were not read do not matter to a stream (centering)."""
     monkeypatch.setattr(streams, "_refuse_unreached", lambda found: None)
 
 
@@ -97,7 +97,7 @@ def first_names_stay_tied(monkeypatch):
 
 
 def streams_have_one_reader(monkeypatch):
-    """What else reads a stream than LayerNorms is not looked at (centring)."""
+    """What else reads a stream than LayerNorms is not looked at (centering)."""
     monkeypatch.setattr(streams.Streams, "refuse", lambda self, value, reason: None)
 
 

@@ -44,8 +44,8 @@ class Decomposed(Base):
         self.gain, self.shift = nn.Parameter(torch.ones(N)), nn.Parameter(torch.zeros(N))
 
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        z = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        centered = x - x.mean(-1, keepdim=True)
+        z = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + 1e-5)
         return self.reader(z * self.gain + self.shift)
 
 

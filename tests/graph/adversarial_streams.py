@@ -48,7 +48,7 @@ class ReadByAnRms(Base):
 
 
 class ReadByANormAlready(Base):
-    """There is no LayerNorm at all: centring an RMSNorm model is wrong."""
+    """There is no LayerNorm at all: centering an RMSNorm model is wrong."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ class MeanReadElsewhere(Spelled):
 
 
 class Unbiased(Base):
-    """A variance with n − 1 is no mean square: centred, but no RMSNorm."""
+    """A variance with n − 1 is no mean square: centered, but no RMSNorm."""
 
     def __init__(self):
         super().__init__()

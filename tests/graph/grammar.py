@@ -58,8 +58,8 @@ def _layer(pick, x, keep):
     mean = pick(
         (f"{x}.mean({keep})", f"{x}.sum({keep}) / {D}", f"torch.mean({x}, -1).unsqueeze(-1)")
     )
-    centred = pick((f"({x} - {mean})", f"({x} + -({mean}))", f"torch.sub({x}, {mean})"))
-    again = pick((centred, f"({x} - {x}.mean({keep}))"))
+    centered = pick((f"({x} - {mean})", f"({x} + -({mean}))", f"torch.sub({x}, {mean})"))
+    again = pick((centered, f"({x} - {x}.mean({keep}))"))
     spread = pick(
         (
             f"{x}.var({keep}, correction=0)",
@@ -80,7 +80,7 @@ def _layer(pick, x, keep):
             f"({again}).norm(dim=-1, keepdim=True)",
         )
     )
-    return pick((_rooted(pick, spread), _rooted(pick, spread), _outside(pick, deviation))), centred
+    return pick((_rooted(pick, spread), _rooted(pick, spread), _outside(pick, deviation))), centered
 
 
 def _other(pick, x, keep):
@@ -148,7 +148,7 @@ def _outside(pick, length):
     return pick((f"({total}).reciprocal()", f"(1.0 / {total})", f"({total}) ** -1")), total
 
 
-def _put_together(pick, x, statistic, centred):
+def _put_together(pick, x, statistic, centered):
     inverse, root = statistic
     gain = pick(("g", "g", "g", "(1 + g)", "(g * 0.5)", "g.flip(0)", "g.view(1, -1)", "g.float()"))
     c = pick(("", "", "", " * 1.5"))
@@ -166,7 +166,7 @@ def _put_together(pick, x, statistic, centred):
             f"({normal}).to(torch.float64).mul({gain})",
         )
     )
-    return _with_bias(product, pick, centred)
+    return _with_bias(product, pick, centered)
 
 
 def _with_bias(product, pick, biased):

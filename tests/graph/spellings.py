@@ -75,7 +75,7 @@ SPELLED = {
     "(*torch.var_mean(x, -1, correction=0, keepdim=True))",
     "layer_std_mean": "(lambda v, m: (x - m) / (v + 1e-5) * g + b)"
     "(*torch.std_mean(x, -1, keepdim=True))",
-    "layer_length_of_centred": f"(lambda d: d / d.norm(dim=-1, keepdim=True) * {D}**0.5 * g + b)"
+    "layer_length_of_centered": f"(lambda d: d / d.norm(dim=-1, keepdim=True) * {D}**0.5 * g + b)"
     f"(x - {MEAN})",
     "layer_mean_of_sums": f"(x - x.sum(-1, True) / {D}) * torch.rsqrt{SPREAD} * g + b",
     "layer_negated": f"(x + -{MEAN}) * torch.rsqrt{SPREAD} * g + b",
@@ -100,8 +100,8 @@ SPELLED = {
     "one_norm": "F.normalize(x, p=1, dim=-1) * g",
     "three_norm": "x / torch.linalg.vector_norm(x, 3, dim=-1, keepdim=True) * g",
     "part": "x * torch.rsqrt(x[..., :4].pow(2).mean(-1, keepdim=True) + 1e-6) * g",
-    "not_centred": f"x * torch.rsqrt{SPREAD} * g",
-    "centred_over_square": f"(x - {MEAN}) * {RMS} * g",
+    "not_centered": f"x * torch.rsqrt{SPREAD} * g",
+    "centered_over_square": f"(x - {MEAN}) * {RMS} * g",
     "dyt": "torch.tanh(a * x) * g + b",
     "dyt_one_plus": "torch.tanh((a + 1) * x) * g + b",
     "dyt_quotient": "g * torch.tanh(x / a) + b",
@@ -196,12 +196,12 @@ class Outcome:
 
     @property
     def folded(self) -> bool:
-        return any(site.gain == "folded" for site in self.sites)
+        return any(site.gain_state == "folded" for site in self.sites)
 
     @property
     def kept(self) -> bool:
         """A row says why the gain stays; that there is none would not be true."""
-        return any(site.gain == "kept" and site.reason for site in self.sites)
+        return any(site.gain_state == "kept" and site.reason for site in self.sites)
 
     @property
     def state(self) -> str:

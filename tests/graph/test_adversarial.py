@@ -46,19 +46,19 @@ def test_is_folded_exactly_or_refused_for_the_right_reason(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
     plan = flashnorm.fold_(model, inputs)
-    found = {s.weight.parameter: s for s in plan.sites if s.weight}
+    found = {s.gain.parameter: s for s in plan.sites if s.gain}
     for name, reason in EXPECTED[cls].items():
         if name in found:
-            assert bool(found[name].gain == "folded") == (reason == ""), found[name].reason
+            assert bool(found[name].gain_state == "folded") == (reason == ""), found[name].reason
             assert re.search(reason, found[name].reason), found[name].reason
         else:
-            assert any(re.search(reason, s.reason) for s in plan.sites if s.gain == "kept")
+            assert any(re.search(reason, s.reason) for s in plan.sites if s.gain_state == "kept")
     assert set(found) <= set(EXPECTED[cls])
     assert relative(outputs(model, inputs), before) <= BOUND
     parameters = dict(model.named_parameters())
     for site in plan.folded:
-        value = parameters[site.weight.parameter]
-        assert (value == site.weight.identity).all()
+        value = parameters[site.gain.parameter]
+        assert (value == site.gain.identity).all()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_second_fold_changes_nothing():
     assert flashnorm.fold_(model, inputs).folded
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     second = flashnorm.fold_(model, inputs)
-    assert [s.gain for s in second.sites] == ["none"]
+    assert [s.gain_state for s in second.sites] == ["none"]
     assert "one everywhere already" in second.sites[0].reason
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 

@@ -57,12 +57,12 @@ def test_bias_goes_where_it_may(cls):
         assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
         return
     assert len(plan.folded) == len(plan.sites)
-    shifted = [site for site in plan.sites if site.shift]
-    assert {site.bias for site in shifted} == {state}
-    assert all(re.search(reason, site.bias_reason) for site in shifted)
+    biased = [site for site in plan.sites if site.norm_bias]
+    assert {site.bias for site in biased} == {state}
+    assert all(re.search(reason, site.bias_reason) for site in biased)
     assert relative(outputs(model, inputs), before) <= BOUND
-    for site in shifted:
-        assert bool((model.get_parameter(site.shift) == 0).all()) == (state == "folded")
+    for site in biased:
+        assert bool((model.get_parameter(site.norm_bias) == 0).all()) == (state == "folded")
     assert not flashnorm.fold_(model, inputs).folded
     flashnorm.unfold_(model)
     for name, value in model.state_dict().items():
@@ -76,8 +76,8 @@ def test_a_bias_that_is_carried_is_really_needed(cls):
     plan = flashnorm.fold_(model, inputs)
     with torch.no_grad():
         for site in plan.folded:
-            if site.shift:
-                model.get_parameter(site.shift).zero_()
+            if site.norm_bias:
+                model.get_parameter(site.norm_bias).zero_()
     assert relative(outputs(model, inputs), before) > 1e-3
 
 
@@ -98,7 +98,7 @@ def test_a_zero_gain_keeps_a_bias_that_no_reader_can_take():
         model.norm.weight[3] = 0.0
     before = outputs(model, inputs)
     (site,) = flashnorm.fold_(model, inputs).sites
-    assert (site.gain, site.bias) == ("kept", "kept")
+    assert (site.gain_state, site.bias) == ("kept", "kept")
     assert re.search(r"norm\.bias cannot be kept as β/g", site.reason)
     assert torch.equal(outputs(model, inputs), before)
 
@@ -109,7 +109,7 @@ def test_a_zero_gain_stops_no_bias_that_the_reader_takes():
         model.norm.weight[3] = 0.0
     before = outputs(model, inputs)
     (site,) = flashnorm.fold_(model, inputs).sites
-    assert (site.gain, site.bias) == ("folded", "folded")
+    assert (site.gain_state, site.bias) == ("folded", "folded")
     assert relative(outputs(model, inputs), before) <= BOUND
 
 
@@ -119,7 +119,7 @@ def test_a_gain_of_one_still_gives_its_bias_away():
         model.norm.weight.fill_(1.0)
     before = outputs(model, inputs)
     (site,) = flashnorm.fold_(model, inputs).sites
-    assert (site.gain, site.bias) == ("folded", "folded")
+    assert (site.gain_state, site.bias) == ("folded", "folded")
     assert relative(outputs(model, inputs), before) <= BOUND
 
 

@@ -98,19 +98,19 @@ def test_a_scale_left_out_in_spite_of_the_reason_is_missed(cls):
 def test_ignoring_epsilon_is_the_papers_form_and_differs(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
-    flashnorm.fold_(model, inputs, cancel=True, eps="ignore")
+    flashnorm.fold_(model, inputs, cancel=True, epsilon="ignore")
     assert isinstance(model.inner, modules.BigEps)
     assert relative(outputs(model, inputs), before) > 1e-3
 
 
-@pytest.mark.parametrize("eps", ["exact", "ignore"])
+@pytest.mark.parametrize("epsilon", ["exact", "ignore"])
 @pytest.mark.parametrize("cls", [modules.Base, modules.Partly])
-def test_a_plan_alone_says_what_is_cancelled_and_how(cls, eps):
+def test_a_plan_alone_says_what_is_cancelled_and_how(cls, epsilon):
     model, inputs = made(cls), inputs_of(cls)
     folded = copy.deepcopy(model)
-    said = flashnorm.fold_(folded, inputs, cancel=True, eps=eps)
-    assert said.cancellings[0] == Cancelling("norm", eps)
-    plan = cancelling(flashnorm.inspect(model, inputs), eps)
+    said = flashnorm.fold_(folded, inputs, cancel=True, epsilon=epsilon)
+    assert said.cancellings[0] == Cancelling("norm", epsilon)
+    plan = cancelling(flashnorm.inspect(model, inputs), epsilon)
     assert plan == said
     apply_plan_(model, Plan.from_json(plan.to_json()))
     assert isinstance(model.norm, flashnorm.nn.FlashLinkedRMSNorm)
@@ -136,11 +136,11 @@ def test_the_price_of_deferral_is_counted_once_per_feature(cls, multiplies):
     assert site.saved_multiplies == N - multiplies
 
 
-def test_a_centred_layer_norm_cancels_like_any_other():
+def test_a_centered_layer_norm_cancels_like_any_other():
     model, inputs = made(modules.LayerFirst), inputs_of(modules.LayerFirst)
     before, keys = outputs(model, inputs), set(model.state_dict())
-    plan = flashnorm.fold_(model, inputs, centre=True, cancel=True)
-    assert (first(plan).centring, first(plan).scale) == ("folded", "cancelled")
+    plan = flashnorm.fold_(model, inputs, center=True, cancel=True)
+    assert (first(plan).centering, first(plan).scale) == ("folded", "cancelled")
     assert relative(outputs(model, inputs), before) <= BOUND
     assert set(model.state_dict()) == keys
     flashnorm.unfold_(model)
@@ -184,8 +184,8 @@ def test_a_norm_with_other_parameters_keeps_the_scale(which):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match=r'eps must be "exact" or "ignore", not \'about\''):
-        flashnorm.fold_(made(modules.Base), inputs_of(modules.Base), cancel=True, eps="about")
+    with pytest.raises(ValueError, match=r'epsilon must be "exact" or "ignore", not \'about\''):
+        flashnorm.fold_(made(modules.Base), inputs_of(modules.Base), cancel=True, epsilon="about")
 
 
 FULL = ["gemma4_text", "gemma4_unified_text"]
@@ -233,5 +233,5 @@ def test_the_error_of_the_papers_form_is_that_of_epsilon(name):
     """RMS of order one and ε of 1e-6: ignoring it costs about as much, and not nothing."""
     model, inputs = specimen(name)
     before = true_outputs(model, inputs)
-    flashnorm.fold_(model, copy.deepcopy(inputs), cancel=True, eps="ignore")
+    flashnorm.fold_(model, copy.deepcopy(inputs), cancel=True, epsilon="ignore")
     assert 1e-10 < true_relative(true_outputs(model, inputs), before) < 1e-4

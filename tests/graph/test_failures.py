@@ -6,7 +6,7 @@ from torch import nn
 
 from flashnorm.graph import follow, gains, proof, scales, streams
 from flashnorm.graph.failures import RAISE_BUGS, UnknownSpelling
-from flashnorm.graph.nouns import Node
+from flashnorm.graph.ir import Node
 from flashnorm.graph.replay import run
 from flashnorm.planner import inspect_module
 
@@ -68,8 +68,8 @@ def break_proof(patch):
 
 
 BREAKS = {
-    "follow": (break_follow, lambda plan: plan.sites[2].gain == "kept"),
-    "streams": (break_streams, lambda plan: plan.sites[0].centring == "kept"),
+    "follow": (break_follow, lambda plan: plan.sites[2].gain_state == "kept"),
+    "streams": (break_streams, lambda plan: plan.sites[0].centering == "kept"),
     "scales": (break_scales, lambda plan: plan.sites[1].scale == "deferred"),
     "gains": (break_gains, lambda plan: not plan.folded),
     "proof": (break_proof, lambda plan: plan.sites[1].scale == "kept"),
@@ -80,12 +80,12 @@ BREAKS = {
 def test_a_bug_in_a_rule_is_a_refusal_for_users_and_an_error_under_test(name, monkeypatch):
     sabotage, is_refused = BREAKS[name]
     model, inputs = Net(), (torch.randn(3, N),)
-    assert not is_refused(inspect_module(model, inputs, centre=True))
+    assert not is_refused(inspect_module(model, inputs, center=True))
     sabotage(monkeypatch)
     with pytest.raises(AttributeError, match="a slip of the pen"):
-        inspect_module(model, inputs, centre=True)
+        inspect_module(model, inputs, center=True)
     monkeypatch.delenv(RAISE_BUGS)
-    assert is_refused(inspect_module(model, inputs, centre=True))
+    assert is_refused(inspect_module(model, inputs, center=True))
 
 
 class Written(nn.Module):
@@ -111,7 +111,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_what_has_no_axis_is_refused(name):
     (site,) = inspect_module(Written(SPELLINGS[name]), (torch.randn(3, N),)).sites
-    assert site.gain == "kept"
+    assert site.gain_state == "kept"
     assert "could not be followed" not in site.reason
 
 

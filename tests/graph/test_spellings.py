@@ -54,7 +54,7 @@ def test_all_spellings_fold_in_inference_mode():
     plan = flashnorm.fold_(model, (x,))
     for number, name in enumerate(SPELLED):
         sites = [site for site in plan.sites if site.path == f"norms.{number}"]
-        assert any(site.gain == "folded" for site in sites), (name, sites)
+        assert any(site.gain_state == "folded" for site in sites), (name, sites)
     for found, expected in zip(model(x), before, strict=True):
         assert relative(found, expected) <= BOUND
 
@@ -97,7 +97,7 @@ def test_a_gain_that_cannot_move_is_a_row_with_its_reason(name):
     (found,) = outcomes([code])
     assert found.error == 0
     assert not found.folded
-    assert any(re.search(words, site.reason) for site in found.sites if site.gain == "kept")
+    assert any(re.search(words, site.reason) for site in found.sites if site.gain_state == "kept")
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)
@@ -139,7 +139,7 @@ def test_a_norm_is_only_replaced_by_one_with_the_same_parameters(norm):
     model.norm = norm().double()
     model.reader = nn.Linear(D, D, bias=False).double()
     before = model(x)
-    flashnorm.fold_(model, (x,), centre=True)
+    flashnorm.fold_(model, (x,), center=True)
     assert relative(model(x), before) <= BOUND
     assert type(model.norm) is norm
 
@@ -177,7 +177,7 @@ def rms(x, eps=1e-6):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def centred(x, axis=-1):
+def centered(x, axis=-1):
     return x - x.mean(axis, keepdim=True)
 
 
@@ -192,7 +192,7 @@ def over_tokens(s, x):
 
 def first_axis(s, x):
     """A layer norm over the channels of [N, C, L], with as many positions as channels."""
-    d = centred(x, 1)
+    d = centered(x, 1)
     y = d / (d.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
     return y * s.weight[:, None] + s.bias[:, None]
 
@@ -202,7 +202,7 @@ NOT_STANDARD = {
     "misaligned": misaligned,
     "over_tokens": over_tokens,
     "first_axis": first_axis,
-    "deviation": lambda s, x: s.weight * centred(x) / (x.std(-1, keepdim=True) + 0.1) + s.bias,
+    "deviation": lambda s, x: s.weight * centered(x) / (x.std(-1, keepdim=True) + 0.1) + s.bias,
     "eps_outside": lambda s, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 0.3) * s.weight,
     "eps_clamps": lambda s, x: x / x.pow(2).mean(-1, True).sqrt().clamp(min=0.8) * s.weight,
     "eps_buffer": lambda s, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + s.eps) * s.weight,
@@ -232,7 +232,7 @@ NOT_STANDARD = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", NOT_STANDARD)
 @pytest.mark.parametrize(
-    "options", [{}, {"centre": True}, {"cancel": True, "centre": True}], ids=str
+    "options", [{}, {"center": True}, {"cancel": True, "center": True}], ids=str
 )
 def test_a_norm_that_is_not_standard_stays_what_it_is(name, options):
     model, x = made(name)
@@ -267,9 +267,9 @@ def made(name):
     "call",
     [
         lambda s, x: (
-            centred(x) * (x.pow(2).sum(-1, True) / D - x.mean(-1, True) ** 2 + 0.1).rsqrt()
+            centered(x) * (x.pow(2).sum(-1, True) / D - x.mean(-1, True) ** 2 + 0.1).rsqrt()
         ),
-        lambda s, x: centred(x) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 0.1),
+        lambda s, x: centered(x) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 0.1),
         lambda s, x: x * (x.square().sum(-1, True) * (1 / D) + 0.1) ** -0.5,
         lambda s, x: rms(x, 0.1),
     ],

@@ -21,13 +21,13 @@ NEED_INPUTS = ("musicgen", "musicgen_melody")
 def test_fold_is_exact(name, with_inputs):
     if name.split("-")[0] in NEED_INPUTS and not with_inputs:
         pytest.skip("rows of ids per codebook must be passed as example_inputs")
-    # On its own inputs with untied heads, centred streams and cancelled scales as well.
+    # On its own inputs with untied heads, centered streams and cancelled scales as well.
     outcome = fold_outcome(name, with_inputs=with_inputs, everything=with_inputs)
     # A model that rounding alone moves further would hide a wrong fold.
     assert outcome.noise < EXACT
     assert outcome.error < EXACT
     assert outcome.plan.sites
-    assert all(site.reason for site in outcome.plan.sites if site.gain != "folded")
+    assert all(site.reason for site in outcome.plan.sites if site.gain_state != "folded")
     assert all(site.consumers for site in outcome.plan.folded)
 
 

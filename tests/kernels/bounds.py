@@ -15,7 +15,7 @@ from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import policy
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 
-# Roundings of one element outside of sums (scale, gain, shift, bias, and tanh's own few).
+# Roundings of one element outside of sums (scale, gain, norm bias, bias, and tanh's own few).
 STEPS = 8
 # Largest slope of the activations: GELU's 1.13.
 SLOPE = 1.13

@@ -18,7 +18,7 @@ from tests.kernels.bounds import STEPS, wide
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, make, random
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, a few thousand roundings at most
-FULL = {"gain": True, "shift": True, "bias": True}
+FULL = {"gain": True, "norm_bias": True, "bias": True}
 
 
 def variables(call: Call) -> Call:

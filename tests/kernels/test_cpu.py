@@ -43,7 +43,7 @@ def test_sizes(isa, dtype, norm):
     with use_isa(isa):
         for i, (n, k) in enumerate(itertools.product(WIDTHS, OUTPUTS)):
             for rows in ROWS[i % 3 :: 3]:
-                options = {"gain": rows % 2 == 1, "shift": rows % 4 == 3, "bias": rows % 3 == 1}
+                options = {"gain": rows % 2 == 1, "norm_bias": rows % 4 == 3, "bias": rows % 3 == 1}
                 call = make((rows, n), (k,), dtype, norm, residual=rows % 5 == 2, **options)
                 assert cpu.why_not(call) is None
                 assert_close(call, cpu.run(call), what=(n, k, rows))
@@ -75,7 +75,7 @@ def test_readers_of_one_norm_in_one_call(isa, dtype):
 def test_a_gain_weights_and_x_of_different_dtypes(isa):
     with use_isa(isa):
         for x, w, g in itertools.product(DTYPES, DTYPES, DTYPES):
-            call = make((3, 35), (9,), x, gain=True, shift=True)
+            call = make((3, 35), (9,), x, gain=True, norm_bias=True)
             weights = [v.to(w) for v in call.weights]
             call = call._replace(weights=weights, gain=call.gain.to(g))
             assert_close(call, cpu.run(call), what=(x, w, g))
@@ -107,7 +107,7 @@ def test_many_rows_through_the_library(dtype, monkeypatch):
     monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 16))
     for norm, activation in itertools.product(EVERY_NORM, (None, "silu", "gelu")):
         widths = (24,) if activation is None else (24, 24)
-        options = {"gain": True, "shift": norm == "layer", "bias": norm == "rms"}
+        options = {"gain": True, "norm_bias": norm == "layer", "bias": norm == "rms"}
         call = make(
             (3, 7, 65), widths, dtype, norm, activation=activation, residual=True, **options
         )

@@ -21,7 +21,7 @@ from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make
 
 pytestmark = cases.compiled
 
-ALL = {"gain": True, "shift": True, "bias": True}
+ALL = {"gain": True, "norm_bias": True, "bias": True}
 
 
 def fused(call: Call) -> list[Tensor]:
@@ -72,12 +72,16 @@ def test_readers_of_every_norm(isa, dtype, norm):
 @pytest.mark.parametrize("norm", EVERY_NORM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_gain_shift_and_offset(isa, dtype, norm):
+def test_gain_norm_bias_and_offset(isa, dtype, norm):
     with use_isa(isa):
-        for gain, shift, offset in itertools.product((False, True), (False, True), (0.0, 0.5, 1.0)):
+        for gain, norm_bias, offset in itertools.product(
+            (False, True), (False, True), (0.0, 0.5, 1.0)
+        ):
             for n in (7, 67):
-                call = make((5, n), (9,), dtype, norm, gain=gain, shift=shift, gain_offset=offset)
-                assert_close(call, fused(call), what=(n, gain, shift, offset))
+                call = make(
+                    (5, n), (9,), dtype, norm, gain=gain, norm_bias=norm_bias, gain_offset=offset
+                )
+                assert_close(call, fused(call), what=(n, gain, norm_bias, offset))
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)

@@ -17,7 +17,7 @@ from tests.kernels.test_extremes import MAGNITUDES
 
 pytestmark = cases.compiled
 
-ALL = {"gain": True, "shift": True, "bias": True}
+ALL = {"gain": True, "norm_bias": True, "bias": True}
 # Of weights: products with any x whose mean square is ordinary stay within float32.
 WEIGHTS = {
     torch.float32: (1e-15, 1e15),
@@ -41,7 +41,7 @@ def test_magnitudes_of_x_with_every_option(isa, dtype, norm):
         for size in MAGNITUDES[dtype]:
             if norm == "none" and size > 1e36:
                 continue  # a part of the sum is beyond float32 although all of it is not
-            for options in ({"shift": True}, {**ALL, "residual": True}):
+            for options in ({"norm_bias": True}, {**ALL, "residual": True}):
                 call = scaled(make((3, 70), (9,), dtype, norm, **options), size)
                 assert_close(call, cpu.run(call), what=(size, options))
 

@@ -32,7 +32,7 @@ def test_results_are_those_of_the_kernels(shape, norm, dtype):
     for options in (
         {},
         {"gain": True},
-        {"shift": True, "bias": True},
+        {"norm_bias": True, "bias": True},
         {"gain": True, "bias": True},
     ):
         for widths in ((5,), (1, 33, 8)):
@@ -52,7 +52,7 @@ def test_gated(activation):
 
 
 def test_some_readers_have_a_bias():
-    call = make((2, 48), (6, 7, 8), torch.float32, gain=True, shift=True, bias=True)
+    call = make((2, 48), (6, 7, 8), torch.float32, gain=True, norm_bias=True, bias=True)
     call = call._replace(biases=[None, call.biases[1], None])
     for found, expected in zip(operators.norm_linear(call), called_from_python(call), strict=True):
         assert torch.equal(found, expected)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 CALLS = {
     "rms": make((2, 3, 16), (5,), torch.float32, gain=True, residual=True),
-    "readers": make((1, 16), (5, 7), torch.bfloat16, "layer", bias=True, shift=True),
+    "readers": make((1, 16), (5, 7), torch.bfloat16, "layer", bias=True, norm_bias=True),
     "glu": make((4, 16), (6, 6), torch.float16, "dyt", activation="silu"),
     "float64": make((4, 16), (6, 6), torch.float64, activation="gelu"),
 }

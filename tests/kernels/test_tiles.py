@@ -36,7 +36,7 @@ def _tiles(monkeypatch):
 @pytest.mark.parametrize("n", [32, 96, 576])
 def test_sizes(n, norm):
     for i, (rows, k) in enumerate(itertools.product(ROWS, OUTPUTS)):
-        options = {"gain": i % 2 == 1, "shift": i % 4 == 3, "bias": i % 3 == 1}
+        options = {"gain": i % 2 == 1, "norm_bias": i % 4 == 3, "bias": i % 3 == 1}
         call = make((rows, n), (k,), BF16, norm, residual=i % 5 == 2, **options)
         assert policy.in_tiles(call)
         assert_close(call, cpu.run(call), what=(rows, k, options))

@@ -237,7 +237,7 @@ def test_the_ratio_is_judged_beyond_chance() -> None:
     few = pair([truth[0] + error], [truth[0] + worse], truth)
     many = pair([truth[0] + error] * 100, [truth[0] + worse] * 100, truth * 100)
     assert few.ratio == pytest.approx(2**0.5) == pytest.approx(many.ratio)
-    assert few.surely <= 1.1 < many.surely
+    assert few.ratio_lower_bound <= 1.1 < many.ratio_lower_bound
 
 
 def test_a_module_without_token_ids_needs_inputs() -> None:

@@ -47,7 +47,7 @@ def specimen(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
 
 
 # Everything that fold_ can do beside folding gains and biases.
-EVERYTHING = {"untie": True, "centre": True, "cancel": True}
+EVERYTHING = {"untie": True, "center": True, "cancel": True}
 
 
 def fold_outcome(

@@ -13,7 +13,7 @@ from .rows import Row
 # The last section of the page, which `python -m tests.beyond` makes.
 BEYOND = "## Beyond transformers"
 HEAD = (
-    "| type | model | norms | gain folded | kept | none | bias | centring | scale | error | noise "
+    "| type | model | norms | gain folded | kept | none | bias | centering | scale | error | noise "
     "| needed | kept because |"
 )
 
@@ -29,7 +29,7 @@ def page(rows: list[Row]) -> str:
         "random gains and biases, folded in memory, float64 with all casts kept in float64. "
         "*error* is max |Δ| / max |·| of all outputs against the original, *noise* the same after "
         "every weight moved by one part in 2⁵². *needed* counts the refused gains that change an "
-        "output when they are folded all the same. *bias*, *centring* and *scale* count what "
+        "output when they are folded all the same. *bias*, *centering* and *scale* count what "
         "happens to each of them, but for what is not there.",
         "",
         total(rows),
@@ -128,7 +128,7 @@ def _table_row(row: Row) -> str:
         return f"| {row.name} | {row.model} " + "| " * 11 + f"{row.cause} |"
     gain = [row.count("gain", state) for state in ("folded", "kept", "none")]
     cells = [row.name, row.model, _states(row, "kind"), *gain]
-    cells += [_states(row, state) for state in ("bias", "centring", "scale")]
+    cells += [_states(row, state) for state in ("bias", "centering", "scale")]
     cells += [f"{row.error:.1e}", f"{row.noise:.1e}", f"{row.refusals_needed}/{row.refused_gains}"]
     return "| " + " | ".join(map(str, [*cells, _why(row)])) + " |"
 

@@ -20,6 +20,7 @@ from .overrides import UNBUILDABLE
 from .variants import VARIANTS
 
 EXACT = 1e-11
+FIELDS = {"gain": "gain_state"}
 MEMORY = 12 << 30
 # (on its own inputs, with everything that fold_ can do)
 RUNS = ((True, False), (True, True), (False, False))
@@ -30,7 +31,7 @@ class Row:
     """One type or variant. `error` and `noise` as in `Outcome`; `cause` where there is none.
 
     `states` counts, per field of a site, what happens to it: {"gain": {"folded": 5}, ...}; gains
-    and biases as they fold by default, centring and scales with everything else asked for.
+    and biases as they fold by default, centering and scales with everything else asked for.
     """
 
     name: str
@@ -141,11 +142,11 @@ def _fold(row: Row, full: bool) -> None:
         row.error = max(row.error or 0.0, outcome.error)
         row.noise = max(row.noise or 0.0, outcome.noise)
         if everything:
-            _count(row, outcome.plan, ("centring", "scale"))
+            _count(row, outcome.plan, ("centering", "scale"))
         elif not row.traced:
             _count(row, outcome.plan, ("kind", "gain", "bias"))
             row.sites, row.unreached = len(outcome.plan.sites), len(outcome.plan.unreached)
-            row.reasons = {s.path: s.reason for s in outcome.plan.sites if s.gain == "kept"}
+            row.reasons = {s.path: s.reason for s in outcome.plan.sites if s.gain_state == "kept"}
         row.traced = True
     if row.traced and not row.sites:
         row.category, row.cause = "has no norm at all", "nothing divides by a statistic of itself"
@@ -157,4 +158,6 @@ def _fold(row: Row, full: bool) -> None:
 
 def _count(row: Row, plan, states) -> None:
     for state in states:
-        row.states[state] = dict(Counter(getattr(site, state) for site in plan.sites))
+        row.states[state] = dict(
+            Counter(getattr(site, FIELDS.get(state, state)) for site in plan.sites)
+        )

@@ -32,7 +32,7 @@ SMOOTH = 2.0**-26
 def check(outcome):
     assert outcome.noise < SMOOTH
     assert outcome.error < EXACT
-    assert all(site.reason for site in outcome.plan.sites if site.gain != "folded")
+    assert all(site.reason for site in outcome.plan.sites if site.gain_state != "folded")
     assert all(site.consumers for site in outcome.plan.folded)
 
 

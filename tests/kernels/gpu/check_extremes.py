@@ -21,7 +21,7 @@ MAGNITUDES = {
     torch.bfloat16: (1e-30, 1e-12, 1e12, 1e30),
     torch.float16: (1e-7, 1e-4, 1e4),
 }
-ALL = {"gain": True, "shift": True, "bias": True}
+ALL = {"gain": True, "norm_bias": True, "bias": True}
 SPECIAL = [float("nan"), float("inf"), float("-inf")]
 
 

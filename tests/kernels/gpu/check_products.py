@@ -23,7 +23,7 @@ SHAPES = [
     ((3, 300), (1,)),
     ((4, 45), (9, 33, 3, 6)),
 ]
-ALL = {"gain": True, "shift": True, "bias": True}
+ALL = {"gain": True, "norm_bias": True, "bias": True}
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
@@ -36,7 +36,7 @@ def test_shapes(dtype, norm):
 @pytest.mark.parametrize("norm", EVERY_NORM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_argument_alone(dtype, norm):
-    for option in ({"gain": True}, {"shift": True}, {"bias": True}, {"residual": True}):
+    for option in ({"gain": True}, {"norm_bias": True}, {"bias": True}, {"residual": True}):
         check(make((1, 67), (9,), dtype, norm, **option), "skinny", what=option)
         check(make((3, 67), (9,), dtype, norm, **option), what=option)
     plain = make((3, 67), (9,), dtype, norm, gain=True, gain_offset=0.0)

@@ -25,16 +25,16 @@ U = unit_roundoff(torch.float32)
 def assert_statistics(x, norm, eps, s, mean):
     """Within sums in float32 of n numbers, and the rounding of the mean itself."""
     x = x.double().reshape(-1, x.shape[-1])
-    centre = x.mean(-1) if norm.centers else torch.zeros(len(x), dtype=torch.float64)
-    variance = (x - centre[:, None]).square().mean(-1)
+    center = x.mean(-1) if norm.centers else torch.zeros(len(x), dtype=torch.float64)
+    variance = (x - center[:, None]).square().mean(-1)
     expected = torch.rsqrt(variance + eps)
     relative = (2 * CONFIDENCE * x.shape[1] ** 0.5 + STEPS) * U
     assert s.dtype == torch.float32
     assert ((s.cpu().double() / expected - 1).abs() <= relative).all()
     assert (mean is None) == (not norm.centers)
     if mean is not None:
-        limit = relative * variance.sqrt() + 2 * U * centre.abs()
-        assert ((mean.cpu().double() - centre).abs() <= limit).all()
+        limit = relative * variance.sqrt() + 2 * U * center.abs()
+        assert ((mean.cpu().double() - center).abs() <= limit).all()
 
 
 @pytest.mark.parametrize("norm", [norms.RMS, norms.LAYER], ids=str)
@@ -64,7 +64,7 @@ def test_a_sum_and_its_statistics(dtype, norm):
 def test_a_norm_alone(dtype, norm):
     """norm(x) · g + β is the operation with the identity for a weight."""
     for n, options in itertools.product(
-        (1, 67), ({}, {"gain": True}, {"gain": True, "shift": True})
+        (1, 67), ({}, {"gain": True}, {"gain": True, "norm_bias": True})
     ):
         call = make((3, n), (n,), dtype, norm, **options)._replace(
             weights=[torch.eye(n, dtype=dtype)]

@@ -1,4 +1,4 @@
-"""Which LayerNorms need no mean, once the writers of what they read are centred (E3)."""
+"""Which LayerNorms need no mean, once the writers of what they read are centered (E3)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from flashnorm.graph.flow import Flow
-from flashnorm.graph.nouns import Call, Graph
+from flashnorm.graph.ir import Call, Graph
 from flashnorm.graph.sites import same_as
 from flashnorm.graph.streams import Streams, Tags, find_streams
 from flashnorm.graph.ties import can_be_untied, copies, names_of
 from flashnorm.kernels import norms
-from flashnorm.plan import Centring, Entry, Plan, Site
+from flashnorm.plan import Centering, Entry, Plan, Site
 
 NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
-WITHOUT_MEAN = "hidden states taken from a centred stream come without their mean"
-UNTIE = "; untie it (--untie) to centre"
+WITHOUT_MEAN = "hidden states taken from a centered stream come without their mean"
+UNTIE = "; untie it (--untie) to center"
 # An operation of its own at the beginning of a stream must save more than the one it costs.
 _SAVES = 2
 _MOST_TRIES = 8
 
 
-def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool) -> Plan:
-    """The plan with its LayerNorms centred where that is exact; `visits` are those of each site."""
+def centered(plan: Plan, flow: Flow, norm_calls: Sequence[Sequence[int]], untie: bool) -> Plan:
+    """The plan with its LayerNorms centered where that is exact; `norm_calls` are those of each
+    site."""
     centers = [norms.described(site.kind).centers for site in plan.sites]
-    layers = [v if own else () for own, v in zip(centers, visits, strict=True)]
+    layers = [v if own else () for own, v in zip(centers, norm_calls, strict=True)]
     if not any(layers):
         return plan
     streams, entries = _with_entries(flow, layers, untie)
@@ -34,30 +35,30 @@ def centred(plan: Plan, flow: Flow, visits: Sequence[Sequence[int]], untie: bool
         for site, found, nodes in zip(plan.sites, tags, layers, strict=True)
     )
     used = dict.fromkeys(tag for found in tags for tag in _ordered(found or ()))
-    writers = tuple(tag for tag in used if isinstance(tag, Centring))
+    writers = tuple(tag for tag in used if isinstance(tag, Centering))
     return replace(
         plan,
         sites=sites,
-        centrings=writers,
+        centerings=writers,
         entries=tuple(entry for entry in entries if entry in used),
         untied=tuple(sorted({*plan.untied, *copies(flow.graph, (w.parameter for w in writers))})),
         notes=(*plan.notes, *((WITHOUT_MEAN,) if writers else ())),
     )
 
 
-def _ordered(tags: Tags | tuple[()]) -> list[Centring | Entry]:
+def _ordered(tags: Tags | tuple[()]) -> list[Centering | Entry]:
     return sorted(tags, key=str)
 
 
 def _tags(streams: Streams, nodes: Sequence[int], untie: bool) -> Tags | None:
-    """The writers of all that a LayerNorm reads; None where one of them cannot be centred."""
+    """The writers of all that a LayerNorm reads; None where one of them cannot be centered."""
     if not nodes or any(i not in streams.read or i in streams.kept for i in nodes):
         return None
     found: Tags = frozenset().union(*(streams.read[index] for index in nodes))
     return None if any(_refusal(streams, tag, untie) for tag in found) else found
 
 
-def _refusal(streams: Streams, tag: Centring | Entry, untie: bool) -> str:
+def _refusal(streams: Streams, tag: Centering | Entry, untie: bool) -> str:
     if tag in streams.refused:
         return streams.refused[tag]
     if isinstance(tag, Entry):
@@ -75,8 +76,8 @@ def _site(
     if not nodes:
         return site
     if tags is not None:
-        return replace(site, centring="folded")
-    return replace(site, centring="kept", centring_reason=_reason(streams, nodes, untie))
+        return replace(site, centering="folded")
+    return replace(site, centering="kept", centering_reason=_reason(streams, nodes, untie))
 
 
 def _reason(streams: Streams, nodes: Sequence[int], untie: bool) -> str:
@@ -86,7 +87,7 @@ def _reason(streams: Streams, nodes: Sequence[int], untie: bool) -> str:
         for tag in _ordered(streams.read.get(index, frozenset())):
             if reason := _refusal(streams, tag, untie):
                 return reason
-    source = same_as(streams.graph, streams.flow.visits[nodes[0]].source)
+    source = same_as(streams.graph, streams.flow.norm_calls[nodes[0]].source)
     if source in streams.broken:
         return streams.broken[source]
     made = streams.graph.producer(source)
@@ -124,7 +125,7 @@ def _candidates(streams: Streams, layers: Sequence[Sequence[int]]) -> list[Entry
 
 
 def _entries(flow: Flow, index: int) -> Iterator[Entry]:
-    graph, source = flow.graph, same_as(flow.graph, flow.visits[index].source)
+    graph, source = flow.graph, same_as(flow.graph, flow.norm_calls[index].source)
     for call in graph.calls.values():
         alike = [other for other in graph.calls.values() if other.path == call.path]
         if source in call.returned[:1] and _only(graph, alike, "returned", within=False):

@@ -1,6 +1,6 @@
 """Where the values of a model's parameters lie in the tensors of its checkpoint.
 
-A `Located` tensor has a shape and no values: for each of its elements it knows the tensor of the
+A `ProvenanceTensor` has a shape and no values: for each of its elements it knows the tensor of the
 checkpoint and the place in it that the element comes from. Operations that only move values (cut,
 join, stack, transpose, reshape) move these places; any other raises NotAMove. So a loader that is
 given such tensors tells exactly what it would do with the values.
@@ -98,7 +98,7 @@ def _viewed(box: Box, shape: Shape) -> Box:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """A box of the tensor `tensor` of the checkpoint, which lies in a value from `start` on."""
 
     tensor: str
@@ -114,29 +114,29 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Provenance:
     """A value of the model and the boxes that make it up, which leave nothing of it out."""
 
     shape: Shape
-    parts: tuple[Part, ...]
+    slices: tuple[TensorSlice, ...]
 
-    def same(self, other: Whole) -> bool:
+    def same(self, other: Provenance) -> bool:
         """Whether both take the same elements to the same places."""
-        return (self.shape, len(self.parts)) == (other.shape, len(other.parts)) and all(
+        return (self.shape, len(self.slices)) == (other.shape, len(other.slices)) and all(
             (a.tensor, a.start, a.box) == (b.tensor, b.start, b.box)
-            for a, b in zip(self.parts, other.parts, strict=True)
+            for a, b in zip(self.slices, other.slices, strict=True)
         )
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The tensors that it is made of, once each."""
-        return tuple(dict.fromkeys(part.tensor for part in self.parts))
+        return tuple(dict.fromkeys(part.tensor for part in self.slices))
 
 
-def whole_tensor(tensor: str, shape: Sequence[int]) -> Whole:
+def whole_tensor(tensor: str, shape: Sequence[int]) -> Provenance:
     """A value that is one tensor of the checkpoint."""
     sizes = tuple(shape)
-    return Whole(sizes, (Part(tensor, (0,) * len(sizes), box_of(sizes)),))
+    return Provenance(sizes, (TensorSlice(tensor, (0,) * len(sizes), box_of(sizes)),))
 
 
 def compact(coordinate: Tensor) -> Tensor:
@@ -154,27 +154,27 @@ def runs_along(coordinate: Tensor, axis: int) -> bool:
     return math.prod(others) == 1 and torch.equal(flat, torch.arange(len(flat)))
 
 
-class Located(Tensor):
-    """A tensor of `Part`s in place of values."""
+class ProvenanceTensor(Tensor):
+    """A tensor of `TensorSlice`s in place of values."""
 
-    parts: tuple[Part, ...]
+    slices: tuple[TensorSlice, ...]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], parts: Sequence[Part]) -> Located:
+    def __new__(cls, shape: Sequence[int], slices: Sequence[TensorSlice]) -> ProvenanceTensor:
         made = make_wrapper_subclass(cls, tuple(shape), dtype=torch.float32)
-        made.parts = tuple(parts)
+        made.slices = tuple(slices)
         return made
 
     @staticmethod
-    def of(tensor: str, shape: Sequence[int]) -> Located:
+    def of(tensor: str, shape: Sequence[int]) -> ProvenanceTensor:
         """All of one tensor of the checkpoint."""
-        return Located(shape, whole_tensor(tensor, shape).parts)
+        return ProvenanceTensor(shape, whole_tensor(tensor, shape).slices)
 
-    def whole(self) -> Whole:
-        return Whole(tuple(self.shape), self.parts)
+    def provenance(self) -> Provenance:
+        return Provenance(tuple(self.shape), self.slices)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Located({list(self.shape)}, {len(self.parts)} parts)"
+        return f"ProvenanceTensor({list(self.shape)}, {len(self.slices)} slices)"
 
     __torch_function__ = no_torch_function  # type: ignore[assignment]
 
@@ -203,16 +203,19 @@ def _listed(values: Any) -> Sequence[Tensor]:
     return values if isinstance(values, (list, tuple)) else [values]
 
 
-def _same(value: Located, *args: Any) -> Located:
+def _same(value: ProvenanceTensor, *args: Any) -> ProvenanceTensor:
     """A copy, on whatever device and in whatever dtype."""
-    return Located(value.shape, value.parts)
+    return ProvenanceTensor(value.shape, value.slices)
 
 
-def _permute(value: Located, order: Sequence[int]) -> Located:
+def _permute(value: ProvenanceTensor, order: Sequence[int]) -> ProvenanceTensor:
     axes = tuple(axis % value.ndim for axis in order)
-    return Located(
+    return ProvenanceTensor(
         _picked(value.shape, axes),
-        [Part(p.tensor, _picked(p.start, axes), _permuted(p.box, axes)) for p in value.parts],
+        [
+            TensorSlice(p.tensor, _picked(p.start, axes), _permuted(p.box, axes))
+            for p in value.slices
+        ],
     )
 
 
@@ -220,20 +223,20 @@ def _picked(values: Sequence[int], order: Shape) -> Shape:
     return tuple(values[axis] for axis in order)
 
 
-def _transpose(value: Located, first: int = 0, second: int = 1) -> Located:
+def _transpose(value: ProvenanceTensor, first: int = 0, second: int = 1) -> ProvenanceTensor:
     order = list(range(value.ndim))
     if order:
         order[first], order[second] = order[second], order[first]
     return _permute(value, order)
 
 
-def _unsqueeze(value: Located, axis: int) -> Located:
+def _unsqueeze(value: ProvenanceTensor, axis: int) -> ProvenanceTensor:
     axis %= value.ndim + 1
-    return Located(
+    return ProvenanceTensor(
         _with(value.shape, axis, 1, drop=0),
         [
-            Part(p.tensor, _with(p.start, axis, 0, drop=0), _unsqueezed(p.box, axis))
-            for p in value.parts
+            TensorSlice(p.tensor, _with(p.start, axis, 0, drop=0), _unsqueezed(p.box, axis))
+            for p in value.slices
         ],
     )
 
@@ -243,41 +246,47 @@ def _with(values: Sequence[int], axis: int, *new: int, drop: int = 1) -> Shape:
     return (*values[:axis], *new, *values[axis + drop :])
 
 
-def _squeeze(value: Located, axis: int) -> Located:
+def _squeeze(value: ProvenanceTensor, axis: int) -> ProvenanceTensor:
     axis %= value.ndim
     return _select(value, axis, 0) if value.shape[axis] == 1 else _same(value)
 
 
-def _select(value: Located, axis: int, index: int) -> Located:
+def _select(value: ProvenanceTensor, axis: int, index: int) -> ProvenanceTensor:
     axis %= value.ndim
     cut = _narrow(value, axis, index % value.shape[axis], 1)
-    return Located(
+    return ProvenanceTensor(
         _with(value.shape, axis),
-        [Part(p.tensor, _with(p.start, axis), _selected(p.box, axis)) for p in cut.parts],
+        [TensorSlice(p.tensor, _with(p.start, axis), _selected(p.box, axis)) for p in cut.slices],
     )
 
 
 def _slice(
-    value: Located, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Located:
+    value: ProvenanceTensor,
+    axis: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> ProvenanceTensor:
     if step != 1:
         raise NotAMove("a slice with a step is not followed")
     first, stop, _ = slice(start, end).indices(value.shape[axis])
     return _narrow(value, axis % value.ndim, first, max(0, stop - first))
 
 
-def _narrow(value: Located, axis: int, first: int, length: int) -> Located:
-    parts = []
-    for p in value.parts:
+def _narrow(value: ProvenanceTensor, axis: int, first: int, length: int) -> ProvenanceTensor:
+    slices = []
+    for p in value.slices:
         low = max(p.start[axis], first)
         count = min(p.start[axis] + p.box.shape[axis], first + length) - low
         if count > 0:
             box = _narrowed(p.box, axis, low - p.start[axis], count)
-            parts.append(Part(p.tensor, _with(p.start, axis, low - first), box))
-    return Located(_with(value.shape, axis, length), parts)
+            slices.append(TensorSlice(p.tensor, _with(p.start, axis, low - first), box))
+    return ProvenanceTensor(_with(value.shape, axis, length), slices)
 
 
-def _split_sizes(value: Located, sizes: Sequence[int], axis: int = 0) -> list[Located]:
+def _split_sizes(
+    value: ProvenanceTensor, sizes: Sequence[int], axis: int = 0
+) -> list[ProvenanceTensor]:
     first, pieces = 0, []
     for size in sizes:
         pieces.append(_narrow(value, axis % value.ndim, first, size))
@@ -285,44 +294,46 @@ def _split_sizes(value: Located, sizes: Sequence[int], axis: int = 0) -> list[Lo
     return pieces
 
 
-def _split(value: Located, size: int, axis: int = 0) -> list[Located]:
+def _split(value: ProvenanceTensor, size: int, axis: int = 0) -> list[ProvenanceTensor]:
     total = value.shape[axis]
     return _split_sizes(value, [min(size, total - i) for i in range(0, total, size)], axis)
 
 
-def _unbind(value: Located, axis: int = 0) -> list[Located]:
+def _unbind(value: ProvenanceTensor, axis: int = 0) -> list[ProvenanceTensor]:
     return [_select(value, axis, i) for i in range(value.shape[axis])]
 
 
-def _cat(values: Sequence[Located], axis: int = 0) -> Located:
-    if not all(isinstance(value, Located) for value in values):
+def _cat(values: Sequence[ProvenanceTensor], axis: int = 0) -> ProvenanceTensor:
+    if not all(isinstance(value, ProvenanceTensor) for value in values):
         raise NotAMove("values of the checkpoint are joined with others")
     axis %= values[0].ndim
-    parts: list[Part] = []
+    slices: list[TensorSlice] = []
     position = 0
     for value in values:
-        for part in value.parts:
+        for part in value.slices:
             start = _with(part.start, axis, part.start[axis] + position)
-            parts.append(Part(part.tensor, start, part.box))
+            slices.append(TensorSlice(part.tensor, start, part.box))
         position += value.shape[axis]
-    return Located(_with(values[0].shape, axis, position), parts)
+    return ProvenanceTensor(_with(values[0].shape, axis, position), slices)
 
 
-def _stack(values: Sequence[Located], axis: int = 0) -> Located:
+def _stack(values: Sequence[ProvenanceTensor], axis: int = 0) -> ProvenanceTensor:
     axis %= values[0].ndim + 1
     return _cat([_unsqueeze(value, axis) for value in values], axis)
 
 
-def _view(value: Located, shape: Sequence[int]) -> Located:
+def _view(value: ProvenanceTensor, shape: Sequence[int]) -> ProvenanceTensor:
     shape = _known(shape, value.numel())
     if value.numel() == 0:
-        return Located(shape, ())
+        return ProvenanceTensor(shape, ())
     if shape == tuple(value.shape):
         return _same(value)
-    if len(value.parts) != 1 or value.parts[0].box.shape != tuple(value.shape):
+    if len(value.slices) != 1 or value.slices[0].box.shape != tuple(value.shape):
         raise NotAMove("values of several tensors are reshaped together")
-    part = value.parts[0]
-    return Located(shape, [Part(part.tensor, (0,) * len(shape), _viewed(part.box, shape))])
+    part = value.slices[0]
+    return ProvenanceTensor(
+        shape, [TensorSlice(part.tensor, (0,) * len(shape), _viewed(part.box, shape))]
+    )
 
 
 def _known(shape: Sequence[int], numel: int) -> Shape:

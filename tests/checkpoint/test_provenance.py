@@ -1,4 +1,4 @@
-"""`Located` tensors move places exactly as torch moves values."""
+"""`ProvenanceTensor`s move places exactly as torch moves values."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashnorm.checkpoint.parts import Located, NotAMove
-from flashnorm.checkpoint.translate import tensor_absorptions, tensor_centrings
+from flashnorm.checkpoint.provenance import NotAMove, ProvenanceTensor
+from flashnorm.checkpoint.translate import tensor_absorptions, tensor_centerings
 from flashnorm.errors import CheckpointError
-from flashnorm.plan import Centring, Consumer, Gain, Span
+from flashnorm.plan import Centering, Consumer, Gain, Span
 
 GAIN = Gain("g")
 
 
 def pair(name, shape, first):
-    """A tensor of distinct numbers, and its located twin."""
+    """A tensor of distinct numbers, and its twin with its provenance."""
     count = torch.Size(shape).numel()
-    return torch.arange(first, first + count).view(shape), Located.of(name, shape)
+    return torch.arange(first, first + count).view(shape), ProvenanceTensor.of(name, shape)
 
 
 def rebuilt(located, tensors):
-    """The values that the places of a located tensor point at."""
+    """The values that a tensor's provenance points at."""
     value = torch.full(located.shape, -1)
-    for part in located.parts:
+    for part in located.slices:
         value[part.place] = tensors[part.tensor][part.box.index]
     return value
 
@@ -95,7 +95,7 @@ def test_gains_reach_the_same_elements(moved, data):
     length = data.draw(st.integers(1, value.shape[axis] - start))
     consumer = Consumer("p", axis, (Span(start, 7, length),))
     try:
-        found = tensor_absorptions([("p", place.whole(), ((GAIN, consumer),))])
+        found = tensor_absorptions([("p", place.provenance(), ((GAIN, consumer),))])
     except CheckpointError:
         return  # not along one axis, or of a part
     gains = torch.zeros(value.shape[axis], dtype=torch.long)
@@ -114,26 +114,26 @@ def test_gains_reach_the_same_elements(moved, data):
 
 def absorbed(located, axis, length, start=0):
     consumer = Consumer("p", axis, (Span(start, 0, length),))
-    return tensor_absorptions([("p", located.whole(), ((GAIN, consumer),))])
+    return tensor_absorptions([("p", located.provenance(), ((GAIN, consumer),))])
 
 
 def test_a_transposed_tensor_absorbs_along_its_other_axis():
-    found = absorbed(Located.of("t", (6, 4)).t(), 0, 4)
+    found = absorbed(ProvenanceTensor.of("t", (6, 4)).t(), 0, 4)
     assert found == {"t": ((GAIN, Consumer("t", 1, (Span(0, 0, 4),))),)}
 
 
 def test_interleaved_columns_absorb_in_spans():
     """[a b a b] of the tensor is [a a b b] of the model."""
-    located = Located.of("t", (3, 4)).reshape(3, 2, 2).transpose(1, 2).reshape(3, 4)
+    located = ProvenanceTensor.of("t", (3, 4)).reshape(3, 2, 2).transpose(1, 2).reshape(3, 4)
     (found,) = absorbed(located, 1, 4)["t"]
     assert [(s.start, s.gain_start) for s in found[1].spans] == [(0, 0), (1, 2), (2, 1), (3, 3)]
 
 
 def test_split_tensors_are_put_together_again():
     """Two parameters that are halves of one tensor and absorb the same make one reader of it."""
-    halves = Located.of("t", (6, 4)).chunk(2)
+    halves = ProvenanceTensor.of("t", (6, 4)).chunk(2)
     consumer = Consumer("p", 1, (Span(0, 0, 4),))
-    wanted = [(f"p{i}", half.whole(), ((GAIN, consumer),)) for i, half in enumerate(halves)]
+    wanted = [(f"p{i}", half.provenance(), ((GAIN, consumer),)) for i, half in enumerate(halves)]
     assert tensor_absorptions(wanted) == {"t": ((GAIN, Consumer("t", 1, (Span(0, 0, 4),))),)}
     with pytest.raises(CheckpointError, match="only a part of the tensor t absorbs the gain g"):
         tensor_absorptions(wanted[:1])
@@ -141,21 +141,21 @@ def test_split_tensors_are_put_together_again():
 
 def test_a_gain_across_two_axes_is_refused():
     with pytest.raises(CheckpointError, match="gain g runs along no single axis of the tensor t"):
-        absorbed(Located.of("t", (2, 3)).reshape(6), 0, 6)
+        absorbed(ProvenanceTensor.of("t", (2, 3)).reshape(6), 0, 6)
 
 
 def test_a_mean_over_a_permuted_axis_is_refused():
     """Its sum would run in another order than in memory, so its last bit might differ."""
-    located = Located.of("t", (3, 4)).reshape(3, 2, 2).transpose(1, 2).reshape(3, 4)
-    assert tensor_centrings([(Centring("p", 0), located.whole())]) == {"t": 0}
-    with pytest.raises(CheckpointError, match="p is centred over features that the checkpoint"):
-        tensor_centrings([(Centring("p", 1), located.whole())])
+    located = ProvenanceTensor.of("t", (3, 4)).reshape(3, 2, 2).transpose(1, 2).reshape(3, 4)
+    assert tensor_centerings([(Centering("p", 0), located.provenance())]) == {"t": 0}
+    with pytest.raises(CheckpointError, match="p is centered over features that the checkpoint"):
+        tensor_centerings([(Centering("p", 1), located.provenance())])
 
 
 def test_a_mean_over_a_part_of_a_tensor_is_refused():
-    half = Located.of("t", (6, 4)).chunk(2)[0]
-    with pytest.raises(CheckpointError, match="only a part of the tensor t is centred"):
-        tensor_centrings([(Centring("p", 1), half.whole())])
+    half = ProvenanceTensor.of("t", (6, 4)).chunk(2)[0]
+    with pytest.raises(CheckpointError, match="only a part of the tensor t is centered"):
+        tensor_centerings([(Centering("p", 1), half.provenance())])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_mean_over_a_part_of_a_tensor_is_refused():
 )
 def test_new_values_are_refused(change):
     with pytest.raises(NotAMove, match=r"no pure move|not followed|joined|reshaped together"):
-        change(Located.of("t", (4, 4)))
+        change(ProvenanceTensor.of("t", (4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_new_values_are_refused(change):
 )
 def test_what_torch_refuses_is_refused(change):
     with pytest.raises(RuntimeError):
-        change(Located.of("t", (4, 3)))
+        change(ProvenanceTensor.of("t", (4, 3)))

@@ -1,4 +1,4 @@
-"""The nouns of a recorded graph: values, and the ATen operations between them."""
+"""What a recorded graph is made of: values, and the ATen operations between them."""
 
 from __future__ import annotations
 

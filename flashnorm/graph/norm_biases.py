@@ -12,14 +12,14 @@ from flashnorm.plan import Consumer
 NO_SLOT = "its reader {} has no bias of its own that could take it"
 
 
-def find_shifts(flow: Flow) -> dict[str, str]:
+def find_norm_biases(flow: Flow) -> dict[str, str]:
     """The bias of every gain that has one. Refuses gains whose bias cannot move with them."""
     owners: dict[str, set[str]] = defaultdict(set)
-    for gain, uses in flow.shifts.items():
+    for gain, uses in flow.norm_biases.items():
         for use in uses:
             owners[use.parameter].add(gain)
     found = {}
-    for gain, uses in flow.shifts.items():
+    for gain, uses in flow.norm_biases.items():
         names = list(dict.fromkeys(use.parameter for use in uses))
         nodes = {id(use.node) for use in uses}
         if reason := _reason(flow, gain, names, nodes, owners):
@@ -66,4 +66,4 @@ def find_slots(flow: Flow, gain: str, consumers: Iterable[Consumer]) -> tuple[di
 def _absorbing(flow: Flow, gain: str, parameter: str) -> list[Use]:
     """The readings of a parameter, under any of its names, that carry elements of this gain."""
     uses = flow.uses[names_of(flow.graph, parameter)[0]]
-    return [use for use in uses if use.labels is not None and gain in flow.gains_in(use.labels)]
+    return [use for use in uses if use.indices is not None and gain in flow.gains_in(use.indices)]

@@ -33,7 +33,7 @@ Factors = Mapping[str, Entry]  # by "A", "B" and "B bias"
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterTensor:
     """One tensor of an adapter: axis a of `parameter` runs along its axis `axes[a]`.
 
     A copy takes the place of the parameter, or of some of its rows.
@@ -54,9 +54,9 @@ class Lora:
 
     kind: Kind
     target: str
-    a: Part
-    b: Part
-    bias: Part | None
+    a: AdapterTensor
+    b: AdapterTensor
+    bias: AdapterTensor | None
 
     @property
     def module(self) -> str:
@@ -67,20 +67,20 @@ class Lora:
         return self.a.parameter
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def tensors(self) -> tuple[AdapterTensor, ...]:
         return (self.a, self.b, self.bias) if self.bias else (self.a, self.b)
 
 
 @dataclass(frozen=True)
-class Parts:
+class AdapterTensors:
     """All tensors of an adapter that act on parameters."""
 
     loras: tuple[Lora, ...]
-    copies: tuple[Part, ...]
+    copies: tuple[AdapterTensor, ...]
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[AdapterTensor]:
         for lora in self.loras:
-            yield from lora.parts
+            yield from lora.tensors
         yield from self.copies
 
 
@@ -89,9 +89,9 @@ def module_path(target: str) -> str:
     return target.removeprefix(PREFIX).replace(NESTED, "")
 
 
-def read_parts(
+def read_tensors(
     entries: Iterable[Entry], config: dict[str, Any], base: Base, canonical: Mapping[str, str]
-) -> Parts:
+) -> AdapterTensors:
     """Every tensor matched with the base; raises CheckpointError where one cannot be.
 
     `canonical` names the parameters as the plan does.
@@ -112,7 +112,7 @@ def read_parts(
             copies.append(part)
     reader = _Reader(config, base, canonical)
     loras = [*reader.linear(linear), *reader.embeddings(embeddings)]
-    return Parts(tuple(loras), tuple(copies))
+    return AdapterTensors(tuple(loras), tuple(copies))
 
 
 def _check_entry(entry: Entry) -> None:
@@ -122,7 +122,7 @@ def _check_entry(entry: Entry) -> None:
         raise CheckpointError(f"the tensor {entry.name} is stored as {entry.dtype}, not as floats")
 
 
-def _copy(entry: Entry, base: Base, canonical: Mapping[str, str]) -> Part | None:
+def _copy(entry: Entry, base: Base, canonical: Mapping[str, str]) -> AdapterTensor | None:
     """A parameter that the adapter holds whole, or some rows of one; None for a buffer."""
     axes: Axes = {axis: axis for axis in range(len(entry.shape))}
     name = module_path(entry.name)
@@ -133,7 +133,7 @@ def _copy(entry: Entry, base: Base, canonical: Mapping[str, str]) -> Part | None
     parameter = base.parameter(name)
     if len(entry.shape) != parameter.ndim:
         raise CheckpointError(misfit(entry, name, parameter.shape))
-    return Part(entry, canonical[name], axes)
+    return AdapterTensor(entry, canonical[name], axes)
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class _Reader:
             raise CheckpointError(f"the adapter holds only {', '.join(factors)} for {target}")
         shape = self.base.parameter(name).shape
 
-        def part(key: str, side: int, axis: int) -> Part:
+        def part(key: str, side: int, axis: int) -> AdapterTensor:
             along = {a: axis for a, s in axes.items() if s == side}
             if len(factors[key].shape) <= axis or any(
                 factors[key].shape[axis] != shape[a] for a in along
             ):
                 raise CheckpointError(misfit(factors[key], name, shape))
-            return Part(factors[key], self.canonical[name], along)
+            return AdapterTensor(factors[key], self.canonical[name], along)
 
         bias = part("B bias", 0, 0) if "B bias" in factors else None
         lora = Lora(kind, target, part("A", 1, 1), part("B", 0, 0), bias)
