@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from flashnorm.checkpoint.inspection import inspect_stored
+from flashnorm.deprecated import takes_old_options
 from flashnorm.plan import Plan
 from flashnorm.planner import inspect_module
 
 
+@takes_old_options
 def inspect(
     model: Any, example_inputs: Any = None, *, untie: bool = False, center: bool = False
 ) -> Plan:

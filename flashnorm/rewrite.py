@@ -6,7 +6,6 @@ was.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from flashnorm import algebra
 from flashnorm.compat.transformers_names import name_or_path
+from flashnorm.deprecated import takes_old_options
 from flashnorm.errors import FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import why_offloaded
@@ -26,10 +26,12 @@ from flashnorm.swap import Swaps, cancel_norms_, center_norms_, check_cancel
 from flashnorm.transaction import Transaction
 from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns
 from flashnorm.undo import unfold_ as unfold_
+from flashnorm.warning import warn
 
 CONVERT = "convert the model to bfloat16 or float32 first"
 
 
+@takes_old_options
 def fold_(
     model: nn.Module,
     example_inputs: Any = None,
@@ -171,7 +173,7 @@ def _check(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) ->
             )
     _check_biases(plan, parameters)
     if lost:
-        warnings.warn(algebra.subnormal_warning(lost), stacklevel=4)
+        warn(algebra.subnormal_warning(lost))
 
 
 def _check_biases(plan: Plan, parameters: dict[str, nn.Parameter]) -> None:

@@ -26,6 +26,8 @@ ORDER = [
     "flashnorm.patterns",
     "flashnorm.compat",
     "flashnorm.kernels",
+    "flashnorm.warning",
+    "flashnorm.deprecated",
     "flashnorm.plan",
     "flashnorm.algebra",
     "flashnorm.marker",

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +31,11 @@ from flashnorm.checkpoint.stream import check_twins, write_shard
 from flashnorm.checkpoint.values import Values
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.content import why_damaged
+from flashnorm.deprecated import takes_old_options
 from flashnorm.errors import CheckpointError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.plan import Plan
+from flashnorm.warning import warn
 
 CONFIG = "config.json"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,6 +43,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 Progress = Callable[[int, int, str], None]
 
 
+@takes_old_options
 @on_cpu()
 def fold_checkpoint(
     src: str | os.PathLike[str],
@@ -208,33 +210,29 @@ def _size(count: int) -> str:
 
 def _warn(plan: Plan, values: Values, lost: int) -> None:
     if not (plan.folded or plan.centerings):
-        warnings.warn(
+        warn(
             "no gain of this checkpoint folds, so the target is a copy of it; flashnorm inspect "
-            "says why",
-            stacklevel=5,
+            "says why"
         )
     elif plan.folded and all(bool((gain == 1).all()) for gain in values.gains.values()):
-        warnings.warn(
+        warn(
             "every gain of this checkpoint is exactly one, so the fold changed no weight; it may "
-            "have been folded before",
-            stacklevel=5,
+            "have been folded before"
         )
     if plan.entries:
-        warnings.warn(
+        warn(
             f"what leaves or enters {plan.entries[0].path} is not centered, because that takes an "
-            "operation, which a checkpoint cannot hold: the norms behind it still need their mean",
-            stacklevel=5,
+            "operation, which a checkpoint cannot hold: the norms behind it still need their mean"
         )
     if lost:
-        warnings.warn(subnormal_warning(lost), stacklevel=5)
+        warn(subnormal_warning(lost))
 
 
 def _warn_of_readers(layout: Layout, source: Path, copies: tuple[str, ...]) -> None:
     """Say who cannot read what was written, and which files were no good before."""
     if removed := sorted(layout.changes.removed):
-        warnings.warn(
-            f"{len(removed)} folded tensors are left out, the first is {removed[0]}: {STRICT_NOTE}",
-            stacklevel=5,
+        warn(
+            f"{len(removed)} folded tensors are left out, the first is {removed[0]}: {STRICT_NOTE}"
         )
     if damaged := next(filter(None, (why_damaged(source / file) for file in copies)), ""):
-        warnings.warn(f"copied as it was: {damaged}", stacklevel=5)
+        warn(f"copied as it was: {damaged}")

@@ -34,6 +34,7 @@ Center = Annotated[
     bool,
     typer.Option("--center", help="Center what LayerNorms read, so that they need no mean."),
 ]
+Centre = Annotated[bool, typer.Option("--centre", hidden=True, help="What --center was called.")]
 Inputs = Annotated[
     list[Path] | None,
     typer.Option(
@@ -65,6 +66,7 @@ def inspect_command(
     model: Model,
     untie: Untie = False,
     center: Center = False,
+    centre: Centre = False,
     inputs: Inputs = None,
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
     as_json: AsJson = False,
@@ -83,7 +85,7 @@ def inspect_command(
 
         given = read_inputs(inputs)
         with waiting(f"recording {model}"):
-            plan = flashnorm.inspect(model, given, untie=untie, center=center)
+            plan = flashnorm.inspect(model, given, untie=untie, center=_center(center, centre))
         return Result(plan.to_json(), show(plan, every=every))
 
     run(command, Options(as_json, debug))
@@ -98,6 +100,7 @@ def fold_command(
     ] = False,
     untie: Untie = False,
     center: Center = False,
+    centre: Centre = False,
     inputs: Inputs = None,
     as_json: AsJson = False,
     debug: Traceback = False,
@@ -126,7 +129,7 @@ def fold_command(
                 Path(target).expanduser(),
                 strict=strict,
                 untie=untie,
-                center=center,
+                center=_center(center, centre),
                 example_inputs=given,
                 progress=progress,
             )
@@ -264,6 +267,16 @@ def demo_command(
         return Result(report.to_json(), None, 0 if report.ok else 1)
 
     run(command, Options(as_json, debug, f"{directory} keeps what is finished"))
+
+
+def _center(center: bool, centre: bool) -> bool:
+    """Whether `--center` was given, perhaps by its old name."""
+    from flashnorm.deprecated import old_name
+    from flashnorm.warning import warn
+
+    if centre:
+        warn(old_name("--centre", "--center"), FutureWarning)
+    return center or centre
 
 
 def _folded(plan: Plan, source: str, target: str, strict: bool, size: int, took: float) -> Result:
