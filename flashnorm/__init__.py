@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flashnorm.functional import explain as explain
     from flashnorm.inspection import inspect as inspect
     from flashnorm.rewrite import fold_ as fold_
+    from flashnorm.rewrite import folding as folding
     from flashnorm.rewrite import unfold_ as unfold_
     from flashnorm.runtime import accelerate_ as accelerate_
     from flashnorm.runtime import acceleration as acceleration
@@ -31,6 +32,7 @@ _LAZY = {
     "inspect": "flashnorm.inspection",
     "fold_": "flashnorm.rewrite",
     "unfold_": "flashnorm.rewrite",
+    "folding": "flashnorm.rewrite",
     "fold_checkpoint": "flashnorm.checkpoint.fold",
     "fold_adapter": "flashnorm.adapters.fold",
     "accelerate_": "flashnorm.runtime",

@@ -24,7 +24,8 @@ from flashnorm.plan import Consumer, Epsilon, Gain, NormBias, Plan
 from flashnorm.planner import cancelling, inspect_module
 from flashnorm.swap import Swaps, cancel_norms_, center_norms_, check_cancel
 from flashnorm.transaction import Transaction
-from flashnorm.undo import UNDO, ConfigBefore, Undo, witness, zero_columns
+from flashnorm.undo import NOTHING, UNDO, ConfigBefore, Model, Undo, witness, zero_columns
+from flashnorm.undo import folding as folding
 from flashnorm.undo import unfold_ as unfold_
 from flashnorm.warning import warn
 
@@ -33,14 +34,14 @@ CONVERT = "convert the model to bfloat16 or float32 first"
 
 @takes_old_options
 def fold_(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     untie: bool = False,
     center: bool = False,
     cancel: bool = False,
     epsilon: Epsilon = "exact",
-) -> Plan:
+) -> Model:
     """Fold every gain that can be folded exactly into the linear layers that read it, in place.
 
     E1: `norm(x)·g Wᵀ = norm(x) W*ᵀ`, `W* = W diag(g)`; the gain is left at its identity. A norm's
@@ -62,8 +63,9 @@ def fold_(
     old values of what changes are kept until the end: for a moment the folded weights are in memory
     twice. `fold_checkpoint` folds on disk in the memory of a block.
 
-    Returns the plan. Folding again changes nothing. Raises TraceError where the model cannot be
-    recorded, FoldError where a product would leave the range of its dtype.
+    Returns the model; `folding` gives the plan that was carried out. Folding again changes nothing.
+    Raises TraceError where the model cannot be recorded, FoldError where a product would leave the
+    range of its dtype.
     Source: FlashNorm, arXiv 2407.09577.
     """
     plan = inspect_module(model, example_inputs, untie=untie, center=center)
@@ -71,13 +73,15 @@ def fold_(
         raise ValueError(f'epsilon must be "exact" or "ignore", not {epsilon!r}')
     plan = cancelling(plan, epsilon) if cancel else plan
     if plan.folded or plan.centerings or plan.entries or plan.cancellings:
-        apply_plan_(model, plan)
-    return plan
+        return apply_plan_(model, plan)
+    if UNDO not in model.__dict__:
+        model.__dict__[NOTHING] = plan
+    return model
 
 
 @on_cpu()
-def apply_plan_(model: nn.Module, plan: Plan, *, within: Transaction | None = None) -> None:
-    """Execute a plan on the model that it was made for, whole or not at all.
+def apply_plan_(model: Model, plan: Plan, *, within: Transaction | None = None) -> Model:
+    """Execute a plan on the model that it was made for, whole or not at all; returns the model.
 
     `within` is a transaction of the caller's that it is a part of. Raises FoldError as `fold_`
     does.
@@ -104,6 +108,7 @@ def apply_plan_(model: nn.Module, plan: Plan, *, within: Transaction | None = No
         config = _mark_(model, plan, change)
         undo = Undo(plan, vectors, means, swaps, wiped, tied, after, config)
         change.item(model.__dict__, UNDO, undo)
+    return model
 
 
 def _fold_gains_(plan: Plan, parameters: dict[str, nn.Parameter], change: Transaction) -> None:

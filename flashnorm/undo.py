@@ -1,22 +1,27 @@
-"""The way back from `fold_`, checked before it is gone: what was folded may have changed since."""
+"""What `fold_` did, and the way back from it, which is checked before it is gone: what was folded
+may have changed since."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flashnorm import algebra
-from flashnorm.errors import FoldError
+from flashnorm.errors import FlashNormError, FoldError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.offload import is_replaced, why_offloaded
 from flashnorm.plan import Centering, Consumer, Gain, Plan
 from flashnorm.swap import Swap, Swaps, swap_back_
 from flashnorm.transaction import Transaction, uninterrupted
 
+Model = TypeVar("Model", bound=nn.Module)
+
 UNDO = "_flashnorm_undo"
+# The plan of a fold that found nothing to do: there is nothing to undo, but it has its reasons.
+NOTHING = "_flashnorm_nothing"
 ORIGINAL = "load the original checkpoint instead"
 # What a model may have been converted to and from since it was folded.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,13 +51,31 @@ class Undo:
     config: tuple[ConfigBefore, ...]
 
 
+def folding(model: nn.Module) -> Plan:
+    """What `fold_` did with this model: the plan that it carried out, until `unfold_` undoes it.
+
+    A plan without a fold says why of every norm. Folding again, which changes nothing, leaves the
+    plan of the first time. Copies and pickles of the model keep it; its state dict does not.
+
+    Raises FlashNormError if this model object was not folded by `fold_`.
+    """
+    undo: Undo | None = model.__dict__.get(UNDO)
+    plan: Plan | None = model.__dict__.get(NOTHING) if undo is None else undo.plan
+    if plan is None:
+        raise FlashNormError(
+            f"this {type(model).__name__} was not folded by flashnorm.fold_ in this process: "
+            "flashnorm.inspect says what a fold would do"
+        )
+    return plan
+
+
 @on_cpu()
-def unfold_(model: nn.Module) -> None:
+def unfold_(model: Model) -> Model:
     """Undo `fold_`: divide the gains out again, within one rounding of every weight.
 
     Columns that a zero gain had wiped out are put back from a copy. The model may have been moved
     to another device or dtype since. Everything is checked first, and whatever fails later, the
-    model stays folded as it was, so that this can be called again.
+    model stays folded as it was, so that this can be called again. Returns the model.
 
     Raises FoldError if this model object was not folded by `fold_`, or if what was folded is not
     there any more: weights or gains with other values, parameters or norms that were replaced or
@@ -81,6 +104,8 @@ def unfold_(model: nn.Module) -> None:
             for entry in undo.config:
                 _restore_config(entry)
             del model.__dict__[UNDO]
+            model.__dict__.pop(NOTHING, None)
+    return model
 
 
 def _unfold_values_(undo: Undo, parameters: dict[str, nn.Parameter], change: Transaction) -> None:

@@ -83,8 +83,11 @@ def test_a_second_fold_changes_no_bit(seed, kind):
     model = tiny(kind, seed=seed)
     flashnorm.fold_(model)
     once = state(model)
-    second = flashnorm.fold_(model)
+    first = flashnorm.folding(model)
+    flashnorm.fold_(model)
+    second = flashnorm.inspect(model)
     assert not second.folded
+    assert flashnorm.folding(model) is first
     assert all("one everywhere already" in site.reason for site in second.sites)
     assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
 
@@ -137,7 +140,7 @@ def test_plain_weights_fold_though_the_config_says_quantized():
     """As transformers leaves a model that it dequantized from GGUF while loading."""
     model = tiny()
     model.config.quantization_config = {"quant_method": "gguf"}
-    assert len(flashnorm.fold_(model).folded) == 5
+    assert len(flashnorm.folding(flashnorm.fold_(model)).folded) == 5
 
 
 def test_unfold_needs_a_fold():
@@ -153,8 +156,8 @@ def test_a_model_without_weights_cannot_be_folded():
 
 
 def test_a_module_with_nothing_to_fold_is_a_plan_without_folds():
-    plan = flashnorm.fold_(torch.nn.Linear(3, 4), torch.randn(2, 3))
-    assert plan.sites == ()
+    model = flashnorm.fold_(torch.nn.Linear(3, 4), torch.randn(2, 3))
+    assert flashnorm.folding(model).sites == ()
 
 
 def test_a_deep_copy_of_a_folded_model_unfolds():
