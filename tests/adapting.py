@@ -98,6 +98,6 @@ def logits(model, adapter: Path | None, inputs: dict, *, seed: int | None = None
 
 def folded_model(case: Made, **options) -> tuple[torch.nn.Module, Plan]:
     model = copy.deepcopy(case.model)
-    plan = flashnorm.fold_(model, copy.deepcopy(case.inputs), **options)
+    plan = flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(case.inputs), **options))
     assert plan.folded
     return model, plan

@@ -57,7 +57,7 @@ def test_every_gain_and_bias_moves(name, bias, kind):
     model, inputs = with_dyt(name, kind)
     before = outputs(model, inputs)
     alphas = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("alpha")}
-    plan = flashnorm.fold_(model, copy.deepcopy(inputs))
+    plan = flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(inputs)))
     assert len(plan.sites) == len(alphas) == 5
     assert {(s.kind, s.gain_state, s.bias) for s in plan.sites} == {("dyt", "folded", bias)}
     assert relative(outputs(model, inputs), before) <= EXACT

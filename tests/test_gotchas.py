@@ -225,7 +225,7 @@ def test_gotcha_23_quantized_readers_are_refused():
 
 def test_gotcha_24_a_second_fold_is_noticed():
     model = tiny_model("gemma")
-    assert flashnorm.fold_(model).folded
+    assert flashnorm.folding(flashnorm.fold_(model)).folded
     flashnorm.fold_(model)
     again = flashnorm.inspect(model)
     assert not again.folded

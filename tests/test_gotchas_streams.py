@@ -37,7 +37,7 @@ def fold_and_center(name):
     model = tiny_model(name).double()
     inputs = tiny_inputs(model)
     before = outputs(model, inputs).logits
-    plan = flashnorm.fold_(model, copy.deepcopy(inputs), center=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(inputs), center=True))
     return plan, error(outputs(model, inputs).logits, before)
 
 
@@ -176,7 +176,7 @@ def test_gotcha_19_the_encoders_norm_is_read_by_every_decoder_layer(make):
     inputs = seq2seq_inputs(model)
     wrapped = OnlyLogits(model)
     before = outputs(wrapped, inputs)
-    plan = flashnorm.fold_(wrapped, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(wrapped, inputs))
     found = {re.sub(r"^(model\.)+|\.weight$", "", name) for name in readers(plan, norm)}
     assert found == set(expected)
     assert error(outputs(wrapped, inputs), before) < EXACT
@@ -187,7 +187,7 @@ def test_gotcha_19_an_encoder_output_that_is_returned_keeps_its_gain(make):
     model = make()
     inputs = seq2seq_inputs(model)
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     (site,) = [s for s in plan.sites if re.search(ENCODERS[make][0], s.path)]
     assert site.gain_state == "kept"
     assert "the model returns its output" in site.reason
@@ -248,7 +248,7 @@ def spans(plan):
 def test_gotcha_22_two_norms_side_by_side_take_their_own_columns():
     model, inputs = next_token(residual=False)
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     assert spans(plan) == {
         "enorm": [(flashnorm.Span(0, 0, WIDTH),)],
         "hnorm": [(flashnorm.Span(WIDTH, 0, WIDTH),)],
@@ -259,7 +259,7 @@ def test_gotcha_22_two_norms_side_by_side_take_their_own_columns():
 def test_gotcha_22_one_norm_folds_where_the_one_beside_it_cannot():
     model, inputs = next_token(residual=True)
     before, weight = outputs(model, inputs), model.eh_proj.weight.detach().clone()
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     assert spans(plan) == {"enorm": [(flashnorm.Span(0, 0, WIDTH),)]}
     assert torch.equal(model.eh_proj.weight[:, WIDTH:], weight[:, WIDTH:])
     assert not torch.equal(model.eh_proj.weight[:, :WIDTH], weight[:, :WIDTH])
@@ -303,7 +303,7 @@ def test_gotcha_28_in_half_precision_only_distances_to_the_truth_compare(name):
     """Llama multiplies by the gain after the cast to bfloat16, Gemma before it."""
     model = tiny_model(name).to(torch.bfloat16)
     folded = copy.deepcopy(model)
-    assert flashnorm.fold_(folded).folded
+    assert flashnorm.folding(flashnorm.fold_(folded)).folded
     inputs = tiny_inputs(model)
     with torch.no_grad():
         assert not torch.equal(folded(**inputs).logits, model(**inputs).logits)

@@ -170,7 +170,7 @@ def test_the_encoder_layer_of_torch_itself(bias):
     randomize_(layer, 0)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     before = layer(x)
-    plan = flashnorm.fold_(layer, x)
+    plan = flashnorm.folding(flashnorm.fold_(layer, x))
     assert [site.path for site in plan.sites] == ["norm1", "norm2"]
     assert {site.gain_state for site in plan.sites} == {"folded"}
     # The packed projection adds its bias in an operation of its own, which is no slot for E2.

@@ -43,7 +43,7 @@ def test_disk_and_memory_give_the_same_bits(tmp_path, kind, dtype, untie):
     model = tiny(kind, tied=True, dtype=dtype)
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     on_disk = flashnorm.fold_checkpoint(tmp_path / "source", tmp_path / "folded", untie=untie)
-    in_memory = flashnorm.fold_(model, untie=untie)
+    in_memory = flashnorm.folding(flashnorm.fold_(model, untie=untie))
     assert on_disk.sites == in_memory.sites
     assert len(on_disk.folded) == 4 + untie
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=dtype)
@@ -57,7 +57,7 @@ def test_disk_and_memory_give_the_same_bits(tmp_path, kind, dtype, untie):
 
 def test_folded_gains_are_exactly_one():
     model = tiny()
-    plan = flashnorm.fold_(model)
+    plan = flashnorm.folding(flashnorm.fold_(model))
     parameters = dict(model.named_parameters())
     assert len(plan.folded) == len(plan.sites) == 5
     assert all((parameters[g.parameter] == 1).all() for g in plan.gains())
@@ -126,7 +126,7 @@ def test_a_gain_that_is_not_finite_is_refused():
 
 def test_the_config_is_marked_and_unmarked():
     model = tiny(tied=True)
-    plan = flashnorm.fold_(model, untie=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, untie=True))
     assert model.config.flashnorm_folded is True
     assert model.config.flashnorm["folded"] == sorted(g.parameter for g in plan.gains())
     assert model.config.tie_word_embeddings is False

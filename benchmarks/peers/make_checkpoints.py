@@ -95,7 +95,7 @@ def _memory(path: Path) -> Result:
     target = path / "flashnorm"
     shutil.rmtree(target, ignore_errors=True)
     model = load(path / "original")
-    plan = flashnorm.fold_(model, read_inputs(path))
+    plan = flashnorm.folding(flashnorm.fold_(model, read_inputs(path)))
     model.save_pretrained(target)
     return _measured(path, plan, load(target), "flashnorm")
 
@@ -111,7 +111,7 @@ def _disk(path: Path) -> Result:
 def _all(path: Path) -> Result:
     """Tied heads untied and LayerNorms centered, which a stock checkpoint cannot hold."""
     model = load(path / "original")
-    plan = flashnorm.fold_(model, read_inputs(path), untie=True, center=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, read_inputs(path), untie=True, center=True))
     return _measured(path, plan, model, "all")
 
 

@@ -87,7 +87,7 @@ def _folded_(model: nn.Module, inputs: Any) -> Plan:
     """Fold; a forward that runs in float32 only is planned in it."""
     torch.manual_seed(0)
     try:
-        return flashnorm.fold_(model, copy.deepcopy(inputs))
+        return flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(inputs)))
     except flashnorm.TraceError:
         narrow = in_dtype(copy.deepcopy(inputs), torch.float32)
         plan = flashnorm.inspect(copy.deepcopy(model).float(), narrow)

@@ -150,7 +150,7 @@ def outputs(model):
 def test_field_what_one_pass_does_not_see_refuses(kind):
     model = kind()
     expected = outputs(model)
-    plan = flashnorm.fold_(model, (X64,))
+    plan = flashnorm.folding(flashnorm.fold_(model, (X64,)))
     assert "folded" not in {site.gain_state for site in plan.sites}, str(plan)
     reasons = [site.reason for site in plan.sites if site.gain_state == "kept"]
     assert reasons
@@ -164,7 +164,7 @@ def test_field_several_sets_of_inputs_settle_it(kind):
     """All that is recorded counts: what differs is refused for what it is, and nothing is wrong."""
     model = kind()
     expected = outputs(model)
-    plan = flashnorm.fold_(model, [(X64,), {"x": X64, "kind": 1}])
+    plan = flashnorm.folding(flashnorm.fold_(model, [(X64,), {"x": X64, "kind": 1}]))
     assert not any("not reach" in site.reason for site in plan.sites), str(plan)
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT
@@ -188,7 +188,7 @@ def test_field_united_inputs_fold_what_each_alone_leaves_in_doubt():
     expected = outputs(model)
     for one in ((X64,), (X64, 1)):
         assert [site.gain_state for site in flashnorm.inspect(model, one).sites] == ["kept"]
-    plan = flashnorm.fold_(model, [(X64,), (X64, 1)])
+    plan = flashnorm.folding(flashnorm.fold_(model, [(X64,), (X64, 1)]))
     assert [site.gain_state for site in plan.sites] == ["folded"]
     assert {c.parameter for c in plan.sites[0].consumers} == {"heads.0.weight", "heads.1.weight"}
     for found, truth in zip(outputs(model), expected, strict=True):

@@ -353,7 +353,7 @@ def test_field_a_forward_in_inference_mode(decorate):
     expected = model(X.double()).clone()
     with torch.inference_mode():
         again = flashnorm.inspect(model, (X.double(),))
-    plan = flashnorm.fold_(model, (X.double(),))
+    plan = flashnorm.folding(flashnorm.fold_(model, (X.double(),)))
     assert [site.gain_state for site in plan.sites] == ["folded", "folded"]
     assert again == plan
     assert relative(model(X.double()).clone(), expected) <= EXACT

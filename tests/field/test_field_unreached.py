@@ -209,7 +209,7 @@ def outputs(model):
 def test_field_what_is_used_elsewhere_is_not_edited(cls, options, untie):
     model = cls()
     expected = outputs(model)
-    plan = flashnorm.fold_(model, (X64,), untie=untie, **options)
+    plan = flashnorm.folding(flashnorm.fold_(model, (X64,), untie=untie, **options))
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT, str(plan)
     said = " ".join(
@@ -223,7 +223,7 @@ def test_field_inputs_that_reach_it_settle_it(cls, options):
     """Nothing is in doubt any more, and nothing wrong."""
     model = cls()
     expected = outputs(model)
-    plan = flashnorm.fold_(model, [(X64,), (X64, 1)], **options)
+    plan = flashnorm.folding(flashnorm.fold_(model, [(X64,), (X64, 1)], **options))
     for found, truth in zip(outputs(model), expected, strict=True):
         assert relative(found, truth) <= EXACT, str(plan)
     for site in plan.sites:
@@ -247,7 +247,7 @@ def test_field_centering_by_entries_alone_is_done():
     model = SharedEntry()
     del model.block
     expected = model(X64)
-    plan = flashnorm.fold_(model, (X64,), center=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, (X64,), center=True))
     assert plan.entries
     assert not plan.centerings
     assert all(isinstance(norm, flashnorm.nn.FlashRMSNorm) for norm in model.norms)

@@ -215,7 +215,7 @@ def outcomes(codes: Sequence[str], seed: int = 0) -> list[Outcome]:
     """What becomes of these norms, side by side in one model."""
     model, x = blocks(codes, seed), inputs()
     before = model(x)
-    plan = flashnorm.fold_(model, (x,))
+    plan = flashnorm.folding(flashnorm.fold_(model, (x,)))
     errors = [relative(found, wanted) for found, wanted in zip(model(x), before, strict=True)]
     paths = [f"norms.{number}" for number in range(len(codes))]
     rows = [tuple(site for site in plan.sites if site.path == path) for path in paths]

@@ -45,7 +45,7 @@ def outputs(model, inputs):
 def test_is_folded_exactly_or_refused_for_the_right_reason(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     found = {s.gain.parameter: s for s in plan.sites if s.gain}
     for name, reason in EXPECTED[cls].items():
         if name in found:
@@ -80,7 +80,7 @@ def test_a_refused_fold_would_change_the_outputs(cls):
 def test_a_second_fold_changes_nothing():
     model, inputs = made(Base), inputs_of(Base)
     model.forward = lambda x: model.reader(model.norm(x))
-    assert flashnorm.fold_(model, inputs).folded
+    assert flashnorm.folding(flashnorm.fold_(model, inputs)).folded
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     flashnorm.fold_(model, inputs)
     second = flashnorm.inspect(model, inputs)
@@ -93,7 +93,7 @@ def test_a_tied_head_folds_once_it_has_a_weight_of_its_own():
     model, inputs = made(TiedEmbedding), inputs_of(TiedEmbedding)
     before = outputs(model, inputs)
     embedding = model.embed.weight.detach().clone()
-    plan = flashnorm.fold_(model, inputs, untie=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs, untie=True))
     assert plan.untied == (("head.weight", "embed.weight"),)
     assert model.head.weight is not model.embed.weight
     assert torch.equal(model.embed.weight, embedding)

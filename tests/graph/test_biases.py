@@ -50,7 +50,7 @@ def test_bias_goes_where_it_may(cls):
     state, reason = EXPECTED[cls]
     before = outputs(model, inputs)
     saved = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     if state == "kept":
         assert not plan.folded
         assert all(re.search(reason, site.reason) for site in plan.sites)
@@ -63,7 +63,7 @@ def test_bias_goes_where_it_may(cls):
     assert relative(outputs(model, inputs), before) <= BOUND
     for site in biased:
         assert bool((model.get_parameter(site.norm_bias) == 0).all()) == (state == "folded")
-    assert not flashnorm.fold_(model, inputs).folded
+    assert not flashnorm.folding(flashnorm.fold_(model, inputs)).folded
     flashnorm.unfold_(model)
     for name, value in model.state_dict().items():
         assert relative(value, saved[name]) <= BOUND
@@ -73,7 +73,7 @@ def test_bias_goes_where_it_may(cls):
 def test_a_bias_that_is_carried_is_really_needed(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     with torch.no_grad():
         for site in plan.folded:
             if site.norm_bias:
@@ -97,7 +97,7 @@ def test_a_zero_gain_keeps_a_bias_that_no_reader_can_take():
     with torch.no_grad():
         model.norm.weight[3] = 0.0
     before = outputs(model, inputs)
-    (site,) = flashnorm.fold_(model, inputs).sites
+    (site,) = flashnorm.folding(flashnorm.fold_(model, inputs)).sites
     assert (site.gain_state, site.bias) == ("kept", "kept")
     assert re.search(r"norm\.bias cannot be kept as β/g", site.reason)
     assert torch.equal(outputs(model, inputs), before)
@@ -108,7 +108,7 @@ def test_a_zero_gain_stops_no_bias_that_the_reader_takes():
     with torch.no_grad():
         model.norm.weight[3] = 0.0
     before = outputs(model, inputs)
-    (site,) = flashnorm.fold_(model, inputs).sites
+    (site,) = flashnorm.folding(flashnorm.fold_(model, inputs)).sites
     assert (site.gain_state, site.bias) == ("folded", "folded")
     assert relative(outputs(model, inputs), before) <= BOUND
 
@@ -118,7 +118,7 @@ def test_a_gain_of_one_still_gives_its_bias_away():
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
     before = outputs(model, inputs)
-    (site,) = flashnorm.fold_(model, inputs).sites
+    (site,) = flashnorm.folding(flashnorm.fold_(model, inputs)).sites
     assert (site.gain_state, site.bias) == ("folded", "folded")
     assert relative(outputs(model, inputs), before) <= BOUND
 

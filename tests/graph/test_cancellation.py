@@ -58,7 +58,7 @@ def first(plan):
 def test_scale_ends_where_it_may(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs, cancel=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs, cancel=True))
     state, reason = EXPECTED[cls]
     assert first(plan).scale == state, first(plan).scale_reason
     assert re.search(reason, first(plan).scale_reason), first(plan).scale_reason
@@ -120,7 +120,7 @@ def test_a_plan_alone_says_what_is_cancelled_and_how(cls, epsilon):
 
 def test_a_plan_without_cancellings_cancels_nothing():
     model, inputs = made(modules.Base), inputs_of(modules.Base)
-    plan = flashnorm.fold_(model, inputs)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs))
     assert cancelled(plan)
     assert not plan.cancellings
     assert not any(isinstance(m, flashnorm.nn.FlashLinkedRMSNorm) for m in model.modules())
@@ -139,7 +139,7 @@ def test_the_price_of_deferral_is_counted_once_per_feature(cls, multiplies):
 def test_a_centered_layer_norm_cancels_like_any_other():
     model, inputs = made(modules.LayerFirst), inputs_of(modules.LayerFirst)
     before, keys = outputs(model, inputs), set(model.state_dict())
-    plan = flashnorm.fold_(model, inputs, center=True, cancel=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs, center=True, cancel=True))
     assert (first(plan).centering, first(plan).scale) == ("folded", "cancelled")
     assert relative(outputs(model, inputs), before) <= BOUND
     assert set(model.state_dict()) == keys
@@ -178,7 +178,7 @@ def test_a_norm_with_other_parameters_keeps_the_scale(which):
     assert cancelled(flashnorm.inspect(model, inputs))
     model.get_submodule(which).register_parameter("extra", torch.nn.Parameter(torch.ones(5)))
     before = outputs(model, inputs)
-    plan = flashnorm.fold_(model, inputs, cancel=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs, cancel=True))
     assert not cancelled(plan)
     assert relative(outputs(model, inputs), before) <= BOUND
 
@@ -203,7 +203,7 @@ def test_types_whose_norms_are_undone(name):
     step = {**inputs, "input_ids": inputs["input_ids"][:, :1]}
     before, whole = true_outputs(model, inputs), greedy(model, step)
     keys = set(model.state_dict())
-    plan = flashnorm.fold_(model, copy.deepcopy(inputs), cancel=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(inputs), cancel=True))
     assert cancelled(plan) == {"cancelled" if name in FULL else "partial"}
     assert true_relative(true_outputs(model, inputs), before) <= EXACT
     assert torch.equal(greedy(model, step), whole)

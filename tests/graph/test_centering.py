@@ -75,7 +75,7 @@ def test_is_centered_exactly_or_refused_for_the_right_reason(cls):
     model, inputs = made(cls), inputs_of(cls)
     before = outputs(model, inputs)
     saved = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = flashnorm.fold_(model, inputs, center=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, inputs, center=True))
     layers = [site for site in plan.sites if site.kind == "layer"]
     assert relative(outputs(model, inputs), before) <= BOUND
     if reason := EXPECTED[cls]:
@@ -147,7 +147,7 @@ def test_a_layer_norm_model_becomes_an_rms_norm_model(name):
     model, inputs = specimen(name)
     before = true_outputs(model, inputs)
     keys = set(model.state_dict())
-    plan = flashnorm.fold_(model, copy.deepcopy(inputs), untie=True, center=True)
+    plan = flashnorm.folding(flashnorm.fold_(model, copy.deepcopy(inputs), untie=True, center=True))
     assert {(site.kind, site.centering) for site in plan.sites} == {("layer", "folded")}
     assert [entry.path for entry in plan.entries] == ENTRIES.get(name, [])
     graph = record(model, copy.deepcopy(inputs))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashnorm import FlashNormError, fold_, verify
+from flashnorm import FlashNormError, fold_, folding, verify
 from flashnorm.verification.measure import pair
 from flashnorm.verification.report import Greedy, Report
 
@@ -154,7 +154,7 @@ def test_other_kinds_of_models_equal_themselves(make: Callable[[], Any]) -> None
 def test_what_fold_does_is_ok(make: Callable[[], Any], dtype: torch.dtype) -> None:
     model = make().to(dtype)
     candidate = copy.deepcopy(model)
-    assert fold_(candidate).folded
+    assert folding(fold_(candidate)).folded
     report = check(model, candidate)
     assert report.ok, str(report)
     assert dtype != torch.float64 or report.float64.max <= 1e-12

@@ -66,7 +66,7 @@ def _folded_(model, inputs, options) -> Plan:
     """Fold; a forward that runs in float32 only is planned in it."""
     torch.manual_seed(0)
     try:
-        return flashnorm.fold_(model, inputs, **options)
+        return flashnorm.folding(flashnorm.fold_(model, inputs, **options))
     except flashnorm.TraceError:
         narrow = narrowed(inputs)
         to_plan = {key: value for key, value in options.items() if key != "cancel"}
