@@ -68,4 +68,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What can be used, whether it was loaded yet or not; what the file itself needs is not."""
+    return sorted(__all__)

@@ -254,6 +254,24 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    "before", ["", "flashnorm.fold_, flashnorm.graph; import flashnorm.cli.app"]
+)
+def test_dir_lists_what_can_be_used_and_nothing_else(before):
+    """In a new process, before anything was used, and after names and modules were loaded."""
+    code = f"import flashnorm, flashnorm.graph.ambient\n{before}\nprint(*dir(flashnorm))"
+    listed = python(code).split()
+    assert listed == sorted(flashnorm.__all__)
+    assert {"fold_", "folding", "inspect", "Plan", "FlashNormError"} < set(listed)
+    assert not {"annotations", "import_module", "TYPE_CHECKING", "Any", "graph"} & set(listed)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(flashnorm, name) is not None for name in dir(flashnorm))
+    with pytest.raises(AttributeError, match="module 'flashnorm' has no attribute 'fold'"):
+        flashnorm.fold  # noqa: B018
+
+
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "rich")
 
 
