@@ -105,3 +105,15 @@ SIZES = re.compile(r"torch\.(?:float32|bfloat16|float16|int8|float8_e4m3fn)\s*:\
 def test_sizes_of_dtypes_stand_in_one_file(file):
     found = SIZES.findall(file.read_text("utf-8"))
     assert found == [] or file == PACKAGE / "kernels/weights.py"
+
+
+def test_the_map_of_the_sources_names_files_that_there_are():
+    root = PACKAGE.parent
+    named = re.findall(r"[\w/]+\.(?:py|h)\b", (root / "docs/architecture.md").read_text("utf-8"))
+    files = [
+        str(f.relative_to(root)) for f in root.rglob("*.*") if f.suffix in (".py", ".h", ".cpp")
+    ]
+    known = {file for file in files if not file.startswith((".venv", "build"))}
+    lost = [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in known)]
+    assert named
+    assert lost == []

@@ -34,13 +34,13 @@ class Refused(Exception):
 class Part:
     """One module, and what became of it: `reason` is empty where it runs on a kernel.
 
-    kind is "norm", "linear" or "gated"; `ahead` names the readers that a norm computes.
+    kind is "norm", "linear" or "gated"; `precomputed` names the readers that a norm computes.
     """
 
     path: str
     kind: str
     reason: str = ""
-    ahead: tuple[str, ...] = ()
+    precomputed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -63,13 +63,13 @@ class Builder:
         parts += [self._try(path, "gated", self._gated) for path in self.fusible.gated]
         for path in dict.fromkeys(site.path for site in sites):
             part = self._try(path, "norm", self._norm)
-            ahead = self._readers(path) if not part.reason else ()
-            parts.append(replace(part, ahead=ahead))
+            precomputed = self._readers(path) if not part.reason else ()
+            parts.append(replace(part, precomputed=precomputed))
         return self._without_idle(parts) if self.backend.policy.idle else parts
 
     def _without_idle(self, parts: Sequence[Part]) -> list[Part]:
         """Linear layers have kernels only where a norm computes them."""
-        used = {name for part in parts for name in part.ahead}
+        used = {name for part in parts for name in part.precomputed}
         idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
         for path in idle:
             self.made.pop(path, None)

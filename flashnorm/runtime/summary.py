@@ -32,7 +32,7 @@ class Row:
 
 def rows(parts: Sequence[Part]) -> list[Row]:
     """The rows of all parts: kernels first, norms before what reads them."""
-    norms = {name: part.path for part in parts for name in part.ahead}
+    norms = {name: part.path for part in parts for name in part.precomputed}
     groups: dict[object, list[Part]] = defaultdict(list)
     for part in sorted(parts, key=lambda part: (bool(part.reason), KINDS.index(part.kind))):
         beside = tuple(dict.fromkeys(skeleton(name) for name in _beside(part, norms)))
@@ -50,7 +50,7 @@ def _rows(group: Sequence[Part], norms: dict[str, str]) -> Iterator[Row]:
 
 def _beside(part: Part, norms: dict[str, str]) -> list[str]:
     """What one call computes with this module, as it is named in the block that holds both."""
-    names = part.ahead or ([norms[part.path]] if part.path in norms else [])
+    names = part.precomputed or ([norms[part.path]] if part.path in norms else [])
     return [relative(name, part.path) for name in names]
 
 

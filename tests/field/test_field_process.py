@@ -53,7 +53,7 @@ def test_kernels_return_what_is_beside_x(rows, default):
     model = layered()
     x = torch.randn(rows, N)
     flashnorm.accelerate_(model, EXAMPLE)
-    assert any(part.ahead for part in acceleration(model).fused)
+    assert any(part.precomputed for part in acceleration(model).fused)
     expected = model(x)
     for device in ("meta", "cpu"):
         default(device)

@@ -196,7 +196,7 @@ def test_a_linear_layer(bias):
     found = fusible(Before(nn.Linear(N, N, bias=bias)))
     assert found.linears == {"inner": Linear("inner", "inner.weight", name)}
     assert found.readers["norm"] == ("inner",)
-    assert check(Before(nn.Linear(N, N, bias=bias)))["norm"].ahead == ("inner",)
+    assert check(Before(nn.Linear(N, N, bias=bias)))["norm"].precomputed == ("inner",)
 
 
 @pytest.mark.parametrize("kind", [InOut, Flipped, Half, lambda: More(N, N), lambda: Within(N, N)])
@@ -216,7 +216,7 @@ def test_a_gated_module(bias):
     found = fusible(Before(Glu(bias)))
     assert found.gated == {"inner": Gated("inner", gate, up, "inner.down", "silu")}
     assert found.readers["norm"] == ("inner",)
-    assert check(Before(Glu(bias)))["norm"].ahead == ("inner",)
+    assert check(Before(Glu(bias)))["norm"].precomputed == ("inner",)
 
 
 def test_the_order_of_gate_and_up_does_not_matter():
@@ -284,4 +284,4 @@ class Last(nn.Module):
 @pytest.mark.parametrize("kind", [Changed, Sometimes, Last])
 def test_who_does_not_always_read_the_very_output_is_no_reader(kind):
     assert "norm" not in fusible(kind()).readers
-    assert check(kind())["norm"].ahead == ()
+    assert check(kind())["norm"].precomputed == ()
