@@ -108,7 +108,7 @@ def test_ignoring_epsilon_is_the_papers_form_and_differs(cls):
 def test_a_plan_alone_says_what_is_cancelled_and_how(cls, epsilon):
     model, inputs = made(cls), inputs_of(cls)
     folded = copy.deepcopy(model)
-    said = flashnorm.fold_(folded, inputs, cancel=True, epsilon=epsilon)
+    said = flashnorm.folding(flashnorm.fold_(folded, inputs, cancel=True, epsilon=epsilon))
     assert said.cancellings[0] == Cancelling("norm", epsilon)
     plan = cancelling(flashnorm.inspect(model, inputs), epsilon)
     assert plan == said
