@@ -76,7 +76,7 @@ $(GPU_STAMP): constraints-gpu.txt
 # Everything of the GPU that can be tried without one, on those versions: forwards, kernels in the
 # interpreter, their table compiled again, and the benchmark from end to end. Gigabytes, once.
 gpu-env: venv $(GPU_STAMP)
-	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime/test_gpu.py \
+	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime/test_capture.py \
 		tests/kernels/gpu tests/bench/test_gpu*.py \
 	&& rm -rf build/gpu-dry && $(GPU_BIN)/python -m benchmarks.gpu --dry-run
 
