@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import flashnorm
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import dispatch, fallback
 from flashnorm.runtime.accelerate import RECORD
 from tests.training.models import batch, bounds, build, logits_of, train
 
@@ -98,7 +98,7 @@ def ten_steps(rank: int, ranks: int) -> list[dict[str, Any]]:
             for name in MODELS:
                 plain = exact(build(name, dtype))
                 fused = accelerated(copy.deepcopy(plain))
-                dispatch._fallbacks.clear()
+                fallback._fallbacks.clear()
                 models = [wrap(model) for model in (plain, fused)]
                 runs = [train(model, 10, rank, ranks) for model in models]
                 fallbacks = list(dispatch.fallbacks())

@@ -63,7 +63,8 @@ def test_bias_goes_where_it_may(cls):
     assert relative(outputs(model, inputs), before) <= BOUND
     for site in biased:
         assert bool((model.get_parameter(site.norm_bias) == 0).all()) == (state == "folded")
-    assert not flashnorm.folding(flashnorm.fold_(model, inputs)).folded
+    assert not flashnorm.inspect(model, inputs).folded
+    assert flashnorm.folding(flashnorm.fold_(model, inputs)) == plan  # there is nothing more
     flashnorm.unfold_(model)
     for name, value in model.state_dict().items():
         assert relative(value, saved[name]) <= BOUND

@@ -82,7 +82,6 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 WRONG = {
-    "norm": (CALL._replace(norm="batch"), "norm is 'batch'; it must be one of none, rms"),
     "width": (CALL._replace(weights=[torch.ones(5, 15)]), r"a weight is \[5, 15\]; x has 16"),
     "biases": (CALL._replace(biases=[]), "0 biases for 1 weights"),
     "bias": (CALL._replace(biases=[torch.ones(4)]), r"a bias is \[4\]; its weight has 5 rows"),
@@ -100,6 +99,11 @@ WRONG = {
         "a residual can be added to one result only",
     ),
 }
+
+
+def test_a_norm_that_there_is_not():
+    with pytest.raises(ValueError, match="norm is 'batch'; it must be one of none, rms"):
+        functional.norm_linear(CALL.x, CALL.weights[0], norm="batch")
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
@@ -161,8 +165,8 @@ def test_the_functions_are_the_operation():
 def test_prepared_is_the_function(rows):
     call = make((rows, 33), (7,), torch.bfloat16, "layer", gain=True, bias=True, residual=True)
     x, weights, biases, *_ = call
-    names = ("norm", "eps", "gain", "gain_offset")
-    prepared = Prepared(weights, biases, **{name: getattr(call, name) for name in names})
+    options = {name: getattr(call, name) for name in ("eps", "gain", "gain_offset")}
+    prepared = Prepared(weights, biases, norm=call.norm.name, **options)
     with torch.no_grad():
         expected = dispatch.norm_linear(call)[0]
         for _ in range(2):

@@ -26,9 +26,9 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_opcheck(call):
-    x, weights, biases, *rest = call
+    x, weights, biases, norm, *rest = call
     biases = biases or [None] * len(weights)
-    torch.library.opcheck(ops.operator, (x, weights, biases, *rest))
+    torch.library.opcheck(ops.operator, (x, weights, biases, norm.name, *rest))
 
 
 def network(x, w, gate, up, gain, residual):

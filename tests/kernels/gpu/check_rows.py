@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flashnorm.errors import FlashNormError
 from flashnorm.kernels import dispatch, gpu, norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import cached, launch, measure, ways
+from flashnorm.kernels.gpu.backend import GPU, GpuBackend
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close, wide
 from tests.kernels.cases import DTYPES, EVERY_NORM, make, random
@@ -215,11 +217,26 @@ def test_measuring_keeps_the_fastest_way(tmp_path, monkeypatch):
         cached.forget()
 
 
-def test_dispatch_asks_the_kernels_and_says_the_way(monkeypatch):
-    monkeypatch.setattr(dispatch, "_backend", lambda call: gpu)
+@dataclass(frozen=True, eq=False)
+class Interpreted(GpuBackend):
+    """The kernels where the interpreter runs them."""
+
+    def claims(self, x):
+        return x.device.type == DEVICE
+
+
+@pytest.fixture
+def interpreted():
+    made = Interpreted(**{**vars(GPU), "name": "interpreted", "device": DEVICE})
+    dispatch.register(made)
+    yield made
+    dispatch.unregister(made)
+
+
+def test_dispatch_asks_the_kernels_and_says_the_way(interpreted):
     call = there(make((3, 40), (9,), torch.bfloat16, gain=True))
     choice = flashnorm.explain(call.x, call.weights[0], gain=call.gain, gain_offset=1.0)
-    assert choice.backend == "gpu"
+    assert choice.backend == "interpreted"
     assert choice.reason == f"skinny: {gpu.choose(call).reason}"
     assert torch.equal(dispatch.norm_linear(call)[0], gpu.run(call, "skinny")[0])
     double = wide(call)
