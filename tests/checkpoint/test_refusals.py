@@ -17,8 +17,6 @@ from flashnorm import (
     Span,
     fold_checkpoint,
 )
-from flashnorm.checkpoint import workdir
-from flashnorm.checkpoint.workdir import open_workdir
 
 from .helpers import (
     INDEX,
@@ -93,25 +91,6 @@ def test_target_inside_the_source(src):
 
 def test_target_without_a_parent(src):
     refused(src, "does not exist", dst=src.parent / "no" / "dst")
-
-
-def test_two_runs_at_once(src):
-    with open_workdir(src.parent / "dst", "another fold"):
-        refused(src, "another process is writing .*dst.flashnorm-partial: wait for it to end")
-    assert [path.name for path in src.parent.glob(".*")] == [".dst.flashnorm-partial"]
-
-
-@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), NotImplementedError()])
-def test_a_file_system_without_locks(src, monkeypatch, error):
-    def acquire(*args, **options):
-        raise error
-
-    monkeypatch.setattr(workdir.FileLock, "acquire", acquire)
-    fold_checkpoint(src, src.parent / "dst", plan=llama_plan(2))
-    assert sorted(path.name for path in src.parent.iterdir()) == ["dst", "src"]
-
-
-# --- the source directory --------------------------------------------------------------------
 
 
 def test_source_is_not_a_directory(tmp_path):
