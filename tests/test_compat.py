@@ -86,7 +86,7 @@ def resolve(theirs: str) -> Any:
     raise ImportError(theirs)
 
 
-LATE = {"default_device", "hooks_of_all", "dynamo"}
+LATE = {"default_device", "hooks_of_all", "dynamo", "export_flag"}
 
 
 @pytest.mark.parametrize("row", torch_names.NAMES, ids=lambda row: row.theirs)

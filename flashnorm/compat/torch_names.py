@@ -73,6 +73,11 @@ def hooks_of_all() -> list[dict[int, Any]]:
     ]
 
 
+def export_flag() -> bool:
+    """Whether torch.export runs. `torch.compiler.is_exporting()` says so in every graph of 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 def dynamo() -> Any:
     """What torch.compile captures graphs with; imported late, because it takes seconds."""
     from torch import _dynamo
@@ -174,5 +179,6 @@ NAMES = (
         "default_device",
         "where torch.set_default_device keeps its context, for each thread",
     ),
+    Private("torch.compiler._is_exporting_flag", "export_flag", "true while torch.export runs"),
     Private("torch._dynamo", "dynamo", "limits of recompilation, and how to forget graphs"),
 )

@@ -28,6 +28,7 @@ from flashnorm.compat.transformers_names import (
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Attention
+from flashnorm.kernels.exporting import exporting
 
 NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
 
@@ -70,10 +71,8 @@ def attention(
 
 def _plain(given: tuple[Tensor, ...]) -> bool:
     """Whether nothing but the values of these tensors matters."""
-    if torch.compiler.is_exporting():
-        return False
     if torch.compiler.is_compiling():
-        return not torch.is_grad_enabled() and not fused.wants_torch(given)
+        return not (exporting() or torch.is_grad_enabled()) and not fused.wants_torch(given)
     if dispatch.watched(*given) or dispatch.transformed():
         return False
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given)

@@ -20,6 +20,7 @@ from flashnorm.functional import fused
 from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.backend import Bound, Precompute, Way
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.exporting import exporting
 from flashnorm.runtime import handoff, learn
 from flashnorm.runtime.bound import Kernel, part, read_spec
 from flashnorm.runtime.handoff import Between, Places
@@ -97,9 +98,7 @@ class Fused(Stand):
 
     def in_graph(self, kernel: Kernel, x: Tensor) -> bool:
         """Whether a compiled graph should call a kernel: no gradient, few rows, if known."""
-        if torch.compiler.is_exporting():  # a program must run where flashnorm is not installed
-            return False
-        if torch.is_grad_enabled() or not read_spec(kernel.written).takes(x):
+        if exporting() or torch.is_grad_enabled() or not read_spec(kernel.written).takes(x):
             return False
         if dispatch.overridden():
             return False

@@ -161,6 +161,20 @@ def _below_autograd() -> None:
     assert (keys & keys).has(key.CPU)
 
 
+@checks("torch.compiler._is_exporting_flag")
+def _export_flag() -> None:
+    seen = []
+
+    class Noting(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch_names.export_flag())
+            return x + 1
+
+    torch.export.export(Noting(), (torch.ones(2),), strict=False)
+    assert set(seen) == {True}
+    assert not torch_names.export_flag()
+
+
 @checks("torch._dynamo")
 def _dynamo() -> None:
     config = torch_names.dynamo().config
