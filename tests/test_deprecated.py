@@ -6,13 +6,13 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from typer.testing import CliRunner
 
 import flashnorm
 from flashnorm.cli import app
 
-transformers = pytest.importorskip("transformers")
 WIDTH = 16
 CENTRE = r"^centre= is called center= now, and the old name goes with the next release$"
 EPS = r"^eps= is called epsilon= now, and the old name goes with the next release$"

@@ -16,7 +16,7 @@ from flashnorm.functional.fused import run
 from flashnorm.kernels import dispatch, norms
 from flashnorm.kernels.backend import Bound
 from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.weights import memory
+from flashnorm.kernels.weights import memory, packed
 
 
 class BoundCalls:
@@ -35,7 +35,7 @@ class BoundCalls:
 
     def __call__(self, call: Call) -> list[Tensor]:
         """As `flashnorm.functional`: compiled, traced, with gradients and on other devices too."""
-        if torch.compiler.is_compiling() or not _only_values(call):
+        if torch.compiler.is_compiling() or not _only_values(call) or packed(call.weights):
             return run(call)
         x, residual = call.x, call.output_residual
         state = _state(call)
@@ -70,9 +70,9 @@ def _only_values(call: Call) -> bool:
 
 def _state(call: Call) -> list[Any]:
     """All that a bound call depends on: options, and where and how its parameters lie."""
-    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
+    x, _, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
     state: list[Any] = [x.dtype, x.device, x.shape[-1], norm, eps, offset, activation]
-    for w in map(memory, weights):
+    for w in call.dense_weights():
         state += (w.data_ptr(), w.dtype, w.shape, w.stride())
     for vector in (*(biases or ()), gain, norm_bias, alpha):
         if vector is None:

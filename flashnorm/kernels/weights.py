@@ -27,14 +27,11 @@ LARGEST = {FP8: 448.0, INT8: 127.0}
 class WeightFormat:
     """How the numbers of a weight lie in memory.
 
-    dequantize(weight): W as the products see it, [k, n], in float64. bits: per number, without
-    scales. code: its number in the kernels; None where no kernel decodes it.
+    dequantize(weight): W as the products see it, [k, n], in float64.
     """
 
     name: str
     dequantize: Callable[[Weight], Tensor]
-    bits: float
-    code: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return find, (self.name,)
@@ -61,17 +58,9 @@ class Weight(NamedTuple):
         return self.values.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
     def shape(self) -> torch.Size:
         """[k, n], whatever the values take."""
         return torch.Size((self.outputs, self.features))
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
 
     def dim(self) -> int:
         return 2
@@ -123,5 +112,5 @@ def _by_rows(weight: Weight) -> Tensor:
 
 
 # `W ≈ values ⊙ scales`, values filled up with zeros to multiples of 16, one scale per row.
-FP8_ROWS = register(WeightFormat("fp8-rows", _by_rows, 8))
-INT8_ROWS = register(WeightFormat("int8-rows", _by_rows, 8))
+FP8_ROWS = register(WeightFormat("fp8-rows", _by_rows))
+INT8_ROWS = register(WeightFormat("int8-rows", _by_rows))

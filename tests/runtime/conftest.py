@@ -1,4 +1,4 @@
-"""Every test of the runtime runs on each backend: the CPU's kernels, and a hundred lines of numpy.
+"""Every test of the runtime runs on each backend: the CPU's kernels, and a small one in numpy.
 
 What one test compiles counts for no other one: dynamo limits how often that is done.
 """

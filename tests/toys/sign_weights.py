@@ -12,7 +12,7 @@ def dequantize(weight):
     return torch.where(bits, 1.0, -1.0).double() * weight.scales.double()
 
 
-SIGNS = WeightFormat("signs", dequantize, bits=1)
+SIGNS = WeightFormat("signs", dequantize)
 
 
 def quantize(weight):
