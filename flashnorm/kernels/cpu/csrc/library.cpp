@@ -164,12 +164,12 @@ WorkQueue queue_of(const Op& op, int64_t least, bool whole, int64_t threads) {
   return {total, pieces * least, threads};
 }
 
-// How far ahead of reading; the weight rows that are read side by side share the distance.
-std::atomic<int64_t> prefetch_bytes{8192};
+// How far ahead of reading, at least.
+std::atomic<int64_t> prefetch_bytes{4096};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
 int32_t run_job(const Job& job, int64_t part, int64_t) {
-  const Options options{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
+  const Options options{prefetch_bytes.load(std::memory_order_relaxed), job.use.pairs};
   return job.use.table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
                             options, *job.queue, part);
 }

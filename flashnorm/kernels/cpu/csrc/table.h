@@ -6,18 +6,20 @@
 constexpr int COLUMNS = 4;    // rows of weights that a tile reads side by side
 constexpr int CHUNK = 64;     // output columns between two epilogues
 constexpr int MAX_ROWS = 16;  // rows of x at most
+constexpr int64_t LINE = 64;  // bytes that come from memory at a time
 
 // out[m][c] = Σ_i x[m][i] weight[c][i], m < rows, c < count <= CHUNK; rows of out are CHUNK apart.
 struct Product {
   const void *weight, *x;
   int64_t stride, x_stride, n;
-  int64_t ahead;  // elements between reading and prefetching, at most n
+  int64_t ahead;  // bytes at least between reading and prefetching
   int64_t rows, count;
   float* out;
+  const void* next;  // the weights that are read after these, or null
 };
 
 struct Options {
-  int64_t ahead;                 // bytes of each weight row to prefetch
+  int64_t ahead;                 // bytes at least between reading and prefetching
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
 };
 
