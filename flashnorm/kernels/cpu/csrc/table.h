@@ -23,26 +23,29 @@ struct Options {
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
 };
 
-// The entry points of one instruction set.
-struct Table {
-  int32_t (*run)(const Op&, const Call&, const Options&, WorkQueue&, int64_t part);
-  int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
-  int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
-  float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
-  int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
-};
-
 // Rows first..first + rows of x, normalized and transposed for tiles, in `TileTable::bytes` bytes.
 struct Packed {
   void* memory;
   int64_t first, rows;
 };
 
-// Products in tiles, for bf16 and widths of whole tiles: pack, then run on what all parts packed.
-struct TileTable {
+// Products of several rows that are packed first: pack, then run on what all parts packed.
+struct PackedTable {
   int32_t (*pack)(const Op&, const Call&, const Packed&, int64_t part, int64_t parts);
   int32_t (*run)(const Op&, const Call&, const Packed&, int64_t ahead, WorkQueue&, int64_t part);
   int64_t (*bytes)(const Op&, int64_t rows);
+  int64_t (*most)(const Op&);  // rows that are packed at once
+  int64_t columns;             // of a block of output; pieces of work are multiples of it
+};
+
+// The entry points of one instruction set; `panels` takes everything that `run` takes.
+struct Table {
+  int32_t (*run)(const Op&, const Call&, const Options&, WorkQueue&, int64_t part);
+  int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
+  int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
+  float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
+  int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
+  PackedTable panels;
 };
 
 namespace {

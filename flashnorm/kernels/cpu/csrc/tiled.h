@@ -21,6 +21,13 @@ int64_t packed_bytes(const Op& op, int64_t rows) {
   return groups(rows) * TILE * (static_cast<int64_t>(sizeof(float)) + op.n * 2);
 }
 
+// What of x stays in a core's cache beside the weights.
+int64_t rows_at_once(const Op& op) {
+  constexpr int64_t cache = 1 << 20;
+  const int64_t fit = cache / (op.n * 2) / SIDE * SIDE;
+  return fit > SIDE ? fit : SIDE;
+}
+
 // A power of two that brings a row away from the ends of the range, where products would be lost.
 inline float toward_one(const float* x, int64_t n) {
   float most = 0;
