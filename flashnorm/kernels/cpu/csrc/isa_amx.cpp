@@ -4,4 +4,4 @@
 #include "tiled.h"
 
 extern const PackedTable flashnorm_tiles;
-const PackedTable flashnorm_tiles = {pack_part, tiled_part, packed_bytes, rows_at_once, SIDE};
+const PackedTable flashnorm_tiles = {pack_part, tiled_part, packed_bytes, rows_at_once, SIDE, 2};

@@ -6,4 +6,4 @@
 
 extern const Table flashnorm_avx512;
 const Table flashnorm_avx512 = {run_part, normalize_part, glu_part, read_part, attend_part,
-                                  {pack_panels, panel_part, panel_bytes, panel_rows_at_once, WIDTH}};
+                               panel_table<Float32>(HEIGHT)};

@@ -19,7 +19,7 @@ DECLARE(avx2);
 DECLARE(avx512);
 DECLARE(neon);
 void flashnorm_pairs(const Product& p);
-extern const PackedTable flashnorm_tiles;
+extern const PackedTable flashnorm_pair_panels, flashnorm_tiles;
 
 namespace {
 
@@ -27,7 +27,7 @@ struct Choice {
   const char* name;
   const Table* table;
   void (*pairs)(const Product&);
-  const PackedTable* tiles;
+  const PackedTable *pair_panels, *tiles;  // of bf16, or null
   bool (*supported)();
 };
 
@@ -60,21 +60,23 @@ bool has_amx() {
 // Best first. The build defines FLASHNORM_HAS_* for what the compiler could make.
 const Choice choices[] = {
 #ifdef FLASHNORM_HAS_AMX
-    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_tiles, has_amx},
+    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels, &flashnorm_tiles,
+     has_amx},
 #endif
 #ifdef FLASHNORM_HAS_AVX512BF16
-    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, nullptr, has_avx512bf16},
+    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels,
+     nullptr, has_avx512bf16},
 #endif
 #ifdef FLASHNORM_HAS_AVX512
-    {"avx512", &flashnorm_avx512, nullptr, nullptr, has_avx512},
+    {"avx512", &flashnorm_avx512, nullptr, nullptr, nullptr, has_avx512},
 #endif
 #ifdef FLASHNORM_HAS_AVX2
-    {"avx2", &flashnorm_avx2, nullptr, nullptr, has_avx2},
+    {"avx2", &flashnorm_avx2, nullptr, nullptr, nullptr, has_avx2},
 #endif
 #ifdef FLASHNORM_HAS_NEON
-    {"neon", &flashnorm_neon, nullptr, nullptr, always},
+    {"neon", &flashnorm_neon, nullptr, nullptr, nullptr, always},
 #endif
-    {"portable", &flashnorm_portable, nullptr, nullptr, always},
+    {"portable", &flashnorm_portable, nullptr, nullptr, nullptr, always},
 };
 constexpr int count = sizeof choices / sizeof *choices;
 
@@ -185,18 +187,16 @@ int32_t glu_job(const Job& job, int64_t part, int64_t parts) {
   return job.use.table->glu(*static_cast<const Glu*>(job.call), part, parts);
 }
 
-bool fits_tiles(const Choice& use, const Op& op, const Call& call) {
-  return use.tiles && call.rows > 1 && op.n % 32 == 0 && op.x_type == BFLOAT16 &&
-         op.weight_type == BFLOAT16;
-}
-
-// So many rows and more are packed where there are no tiles for them.
-std::atomic<int64_t> panel_rows{8};
+// Rows that are worth packing into panels, by the dtype of weights; 0: as the table says.
+std::atomic<int64_t> panel_rows[3];
 
 // What multiplies rows that are packed first; null where they are multiplied as they come.
-const PackedTable* packed_table(const Choice& use, const Op& op, const Call& call) {
-  if (fits_tiles(use, op, call)) return use.tiles;
-  return call.rows >= panel_rows.load(std::memory_order_relaxed) ? &use.table->panels : nullptr;
+const PackedTable* packed_table(const Choice& use, const Op& op, int64_t rows) {
+  const bool pairs = op.x_type == BFLOAT16 && op.weight_type == BFLOAT16;
+  if (pairs && use.tiles && op.n % 32 == 0) return rows >= use.tiles->least ? use.tiles : nullptr;
+  const PackedTable* panels = pairs && use.pair_panels ? use.pair_panels : &use.table->panels;
+  const int64_t asked = panel_rows[op.weight_type].load(std::memory_order_relaxed);
+  return rows >= (asked ? asked : panels->least) ? panels : nullptr;
 }
 
 constexpr int64_t FEW_ROWS = 32;  // each thread packs so many by itself: that takes less time
@@ -327,7 +327,17 @@ EXPORT int32_t flashnorm_chosen_isa() {
 }
 
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
-EXPORT void flashnorm_set_panel_rows(int64_t rows) { panel_rows.store(rows); }
+EXPORT void flashnorm_set_panel_rows(int32_t dtype, int64_t rows) { panel_rows[dtype].store(rows); }
+
+// Whether bf16 rows [rows, n] are multiplied as bf16, for which they are rounded after their norm.
+EXPORT int32_t flashnorm_rounds_first(int64_t rows, int64_t n) {
+  Op op{};
+  op.x_type = op.weight_type = BFLOAT16;
+  op.n = n;
+  const Choice& use = choice();
+  const PackedTable* table = packed_table(use, op, rows);
+  return table && table != &use.table->panels;
+}
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
 // Up to how many rows the pool is asked, and how (thread_pool.h).
@@ -353,7 +363,7 @@ EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   }
   const int64_t bytes = all_rows(*op) * row_bytes(*op);
   const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
-  if (const PackedTable* table = packed_table(use, *op, *call))
+  if (const PackedTable* table = packed_table(use, *op, call->rows))
     return run_packed(use, *table, *op, *call, threads);
   WorkQueue queue = queue_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
   const Reads reads = reads_of(*op);

@@ -36,6 +36,7 @@ struct PackedTable {
   int64_t (*bytes)(const Op&, int64_t rows);
   int64_t (*most)(const Op&);  // rows that are packed at once
   int64_t columns;             // of a block of output; pieces of work are multiples of it
+  int64_t least;               // rows that are worth packing
 };
 
 // The entry points of one instruction set; `panels` takes everything that `run` takes.
