@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("flashnorm/kernels/cpu/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
-FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wextra"]
+FLAGS += ["-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno", "-g0", "-Wall", "-Wextra"]
 # The compiler's own AVX-512 headers would be warned about.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # For `make sanitize`: a report of either sanitizer ends the process.

@@ -1,10 +1,11 @@
 """At how many rows of x the next way to multiply is faster: shipped, or measured on this machine.
 
-    few rows, as they come | from `packed` rows on in packed panels | above `library` rows torch's matmul
+    rows as they come | from `packed` rows on in packed panels | above `library` rows torch's matmul
 
-What was measured is a JSON file, read once; `measure` (`flashnorm tune`) writes it:
+What was measured is a JSON file, read once; `flashnorm tune` writes it:
 
-    {"version": 1, "machines": {key: {isa: {"bfloat16 narrow": {"packed": 16, "library": 512, ..}}}}}
+    {"version": 1, "machines": {machine: {isa: {"bfloat16 narrow": {"packed": 16, "library": 512,
+    "note": ".."}}}}}
 
 It is FLASHNORM_CPU_CACHE, or flashnorm/cpu.json in the user's cache folder; FLASHNORM_CPU_CACHE=off
 leaves what is shipped.
@@ -134,7 +135,7 @@ def _entry(value: dict[str, Any]) -> Crossover:
 
 
 def store(isa: str, found: dict[str, Crossover]) -> Path | None:
-    """Write measurements into the file, in place of older ones; the file, or None where it is off."""
+    """Write measurements into the file, in place of older ones; None where it is switched off."""
     file = path()
     if file is None:
         return None

@@ -43,7 +43,7 @@ def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
 
 
 def rounds_first(call: Call) -> bool:
-    """Whether so many rows of x are multiplied as bf16, in tiles or in pairs: z is rounded first."""
+    """Whether so many rows of x are multiplied as bf16, in tiles or pairs: z is rounded first."""
     x, library = call.x, load()
     if not isinstance(library, Library) or not x.numel():
         return False

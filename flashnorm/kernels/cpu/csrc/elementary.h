@@ -1,5 +1,5 @@
 // Elementary functions in single precision, without branches, so that loops over them vectorize.
-// Errors against float64, over every exponent (tests/kernels/test_activations.py holds them):
+// Errors against float64, over every exponent (tests/kernels/test_extremes.py holds them):
 // a few units in the last place.
 #pragma once
 #include <math.h>

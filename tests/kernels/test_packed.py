@@ -1,4 +1,4 @@
-"""Several rows in tiles (AMX): every edge of a tile, of a block of them, and of what is packed."""
+"""Rows that are packed first, in panels or tiles (AMX): every edge of a panel, tile and block."""
 
 from __future__ import annotations
 
@@ -9,49 +9,69 @@ import torch
 
 from flashnorm.kernels.cpu import calls as cpu
 from flashnorm.kernels.cpu import policy
-from flashnorm.kernels.cpu.library import use_isa
+from flashnorm.kernels.cpu.library import load, use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
-from tests.kernels.cases import EVERY_ACTIVATION, EVERY_NORM, make, random
+from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, ISAS, make, random
 
-pytestmark = [
-    cases.compiled,
-    pytest.mark.skipif("amx" not in cases.ISAS, reason="this CPU has no AMX tiles"),
-]
+pytestmark = cases.compiled
 BF16 = torch.bfloat16
-ROWS = (2, 15, 16, 17, 31, 32, 33, 47, 64, 100)
-OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 70)
+ROWS = (2, 7, 15, 16, 17, 31, 32, 33, 47, 64, 100)
+OUTPUTS = (1, 11, 12, 16, 17, 33, 48, 49, 70)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def _tiles(monkeypatch):
-    """No rows for the library: tiles take them all."""
+def _packed(isa, monkeypatch):
+    """No rows for the library, nor as they come: packed tables take two rows and more."""
     cases.rows_for_kernels(monkeypatch, 10**9)
-    with use_isa("amx"):
+    library = load()
+    for number in range(len(DTYPES)):
+        library.set_panel_rows(number, 2)
+    with use_isa(isa):
         yield
+    for number in range(len(DTYPES)):
+        library.set_panel_rows(number, 0)
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
-@pytest.mark.parametrize("n", [32, 96, 576])
-def test_sizes(n, norm):
-    for i, (rows, k) in enumerate(itertools.product(ROWS, OUTPUTS)):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 33, 96, 701])
+def test_sizes(n, dtype, norm):
+    """701 features are more than a block of a panel on every instruction set, and are odd."""
+    first = EVERY_NORM.index(norm) + DTYPES.index(dtype)  # so that all sizes have their turn
+    for i, (rows, k) in enumerate([*itertools.product(ROWS, OUTPUTS)][first % 5 :: 5]):
         options = {"gain": i % 2 == 1, "norm_bias": i % 4 == 3, "bias": i % 3 == 1}
-        call = make((rows, n), (k,), BF16, norm, residual=i % 5 == 2, **options)
-        assert policy.rounds_first(call)
+        call = make((rows, n), (k,), dtype, norm, residual=i % 5 == 2, **options)
         assert_close(call, cpu.run(call), what=(rows, k, options))
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in ("amx", "avx512bf16")])
+def test_rows_are_rounded_first_where_bf16_is_multiplied(isa):
+    """The bounds of this file are as wide as that, and no wider."""
+    assert policy.rounds_first(make((2, 64), (8,), BF16))
+    assert policy.rounds_first(make((2, 63), (8,), BF16))
+    assert not policy.rounds_first(make((1, 64), (8,), BF16))
+    for dtype in (torch.float16, torch.float32):
+        assert not policy.rounds_first(make((4, 64), (8,), dtype))
+
+
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION)
-def test_glu(activation):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu(dtype, activation):
     for i, (rows, k) in enumerate(itertools.product((2, 17, 33, 64), (1, 16, 33, 70))):
         options = {"bias": i % 2 == 1, "residual": i % 3 == 1, "gain": i % 4 == 2}
-        call = make((rows, 64), (k, k), BF16, "rms", activation=activation, **options)
+        call = make((rows, 64), (k, k), dtype, "rms", activation=activation, **options)
         assert_close(call, cpu.run(call), what=(rows, k, options))
 
 
 def test_readers_of_one_norm_whose_edges_are_no_edges_of_tiles():
     for rows in (2, 20, 70):
-        call = make((rows, 96), (37, 5, 1, 130), BF16, gain=True, bias=True)
+        call = make((rows, 96), (37, 0, 5, 1, 130), BF16, gain=True, bias=True)
         call = call._replace(biases=[call.biases[0], None, *call.biases[2:]])
         assert_close(call, cpu.run(call), what=rows)
 
@@ -70,18 +90,29 @@ def test_threads_give_the_same_bits(threads):
 
 
 def test_more_rows_than_are_packed_at_once():
-    """16384 features: 32 rows at a time; and one row more, which is then alone."""
-    for rows in (33, 64, 65):
-        call = make((rows, 16384), (40,), BF16, bias=True, residual=True)
+    """16384 features fit tiles 32 rows at a time, panels take 512 rows."""
+    for rows, n in ((65, 16384), (1030, 33)):
+        call = make((rows, n), (9,), BF16, bias=True, residual=True)
         assert_close(call, cpu.run(call), what=rows)
 
 
-def test_strides():
-    big = random(20, 6, 200, dtype=BF16)
-    weight = random(80, 100, dtype=BF16)
+def test_a_row_has_the_same_bits_wherever_it_stands():
+    """Its sums have an order that does not depend on what else is in the panel."""
+    for dtype in DTYPES:
+        call = make((70, 701), (50,), dtype, gain=True)
+        expected = cpu.run(call)[0]
+        for rows in ((0, 2), (5, 30), (33, 70)):
+            some = call._replace(x=call.x[slice(*rows)].contiguous())
+            assert torch.equal(cpu.run(some)[0], expected[slice(*rows)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    big = random(20, 6, 200, dtype=dtype)
+    weight = random(80, 100, dtype=dtype)
     for x in (big[..., 20:84], big[::2, 1, :64], big.transpose(0, 1)[..., :64]):
         for w in (weight[:, 7:71], weight[::3, :64]):
-            call = make((1, 64), (1,), BF16, gain=True)._replace(x=x, weights=[w])
+            call = make((1, 64), (1,), dtype, gain=True)._replace(x=x, weights=[w])
             assert_close(call, cpu.run(call))
 
 
@@ -105,17 +136,10 @@ def test_nan_and_infinity_spoil_their_row_or_column_only():
 
 
 def test_torchs_own_tiles_are_left_as_they_were():
-    """Its matmul configures tiles of its own, before and after ours."""
+    """Its matmul may configure tiles of its own, before and after ours."""
     a, b = random(64, 128, dtype=BF16), random(96, 128, dtype=BF16)
     expected = torch.nn.functional.linear(a, b)
     call = make((33, 64), (40,), BF16)
     for _ in range(3):
         cpu.run(call)
         assert torch.equal(torch.nn.functional.linear(a, b), expected)
-
-
-def test_one_row_and_odd_widths_do_without():
-    assert not policy.rounds_first(make((4, 63), (8,), BF16))
-    assert not policy.rounds_first(make((4, 64), (8,), torch.float16))
-    with use_isa("avx512bf16"):
-        assert not policy.rounds_first(make((4, 64), (8,), BF16))
