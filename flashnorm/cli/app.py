@@ -249,6 +249,27 @@ def bench_command(
     run(command, Options(as_json, debug))
 
 
+@app.command("tune")
+def tune_command(
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; torch's own choice if left.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Measure which way to multiply is fastest on this machine, and remember it: about a minute.
+
+    Models that are accelerated afterwards go by it. Leave the cores alone meanwhile.
+    """
+
+    def command() -> Result:
+        from flashnorm.cli.tune import run_tune
+
+        return run_tune(threads)
+
+    run(command, Options(as_json, debug))
+
+
 @app.command("demo")
 def demo_command(
     directory: Annotated[

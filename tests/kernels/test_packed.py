@@ -30,12 +30,10 @@ def _packed(isa, monkeypatch):
     """No rows for the library, nor as they come: packed tables take two rows and more."""
     cases.rows_for_kernels(monkeypatch, 10**9)
     library = load()
-    for number in range(len(DTYPES)):
-        library.set_panel_rows(number, 2)
     with use_isa(isa):
+        for number, wide in itertools.product(range(len(DTYPES)), (0, 1)):
+            library.set_panel_rows(number, wide, 2)
         yield
-    for number in range(len(DTYPES)):
-        library.set_panel_rows(number, 0)
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)

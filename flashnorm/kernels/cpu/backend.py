@@ -92,6 +92,9 @@ class CpuBackend(backend.Backend):
     def rows(self, dtype: torch.dtype, n: int, weights: int, compiled: bool) -> int:
         return policy.rows_for(dtype, n, weights)
 
+    def explain(self, call: Call) -> str:
+        return f"{self.available(call.x.device)[1]}, {policy.explain(call)}"
+
     def elsewhere(self, x: Tensor) -> str:
         return f"x is on {x.device}, not on the CPU"
 

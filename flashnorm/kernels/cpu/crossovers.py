@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
+from flashnorm.kernels.weights import DTYPES
+
 VERSION = 1
 NEVER = 2**40  # rows
 FEW = 16
 CACHE = "FLASHNORM_CPU_CACHE"
-NARROW = 1024  # features: a narrower x is one shape class, the others are another
+NARROW = 1024  # features: less is one shape class, as many and more another (WIDE in library.cpp)
 CPUINFO = Path("/proc/cpuinfo")
 _log = logging.getLogger("flashnorm")
 
@@ -45,27 +47,33 @@ class Crossover:
 
 def find(isa: str, dtype: torch.dtype, n: int) -> Crossover:
     """Of an instruction set, for x [rows, n] and weights of one dtype."""
-    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype)
+    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype, n)
+
+
+def apply(library: Any) -> None:
+    """Let a library pack rows as was measured on its instruction set, or as it does by itself."""
+    for dtype, number in DTYPES.items():
+        for wide, n in enumerate((1, NARROW)):
+            library.set_panel_rows(number, wide, find(library.isa, dtype, n).packed)
 
 
 def key(dtype: torch.dtype, n: int) -> str:
     return f"{str(dtype).removeprefix('torch.')} {'narrow' if n < NARROW else 'wide'}"
 
 
-def shipped(isa: str, dtype: torch.dtype) -> Crossover:
+def shipped(isa: str, dtype: torch.dtype, n: int) -> Crossover:
     """By instruction set and maker, where nothing was measured on the machine itself.
 
     Measured on a Zen 4 (all of x86 below AMX, forced) and on a Xeon with AMX; NEON is not measured.
     """
+    amd = cpu_name().startswith("AMD")
     if isa == "amx":
         return Crossover(0, 128 if dtype == torch.bfloat16 else FEW)
     if isa not in ("avx2", "avx512", "avx512bf16"):
         return Crossover(0, FEW)
-    if dtype == torch.float32:
-        return Crossover(0, NEVER if cpu_name().startswith("AMD") else FEW)
     if dtype == torch.bfloat16 and isa == "avx512bf16":
-        return Crossover(0, NEVER if cpu_name().startswith("AMD") else FEW)
-    return Crossover(0, NEVER)
+        return Crossover(0, NEVER if amd and n < NARROW else FEW)
+    return Crossover(0, NEVER if amd or dtype != torch.float32 else FEW)
 
 
 @cache

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from flashnorm.errors import FlashNormError
+from flashnorm.kernels.cpu import crossovers
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
 ABI = 6  # FLASHNORM_ABI in csrc/api.h
@@ -34,7 +35,8 @@ class Library:
             raise OSError(f"{path.name} was built from other sources (ABI {found}, not {ABI})")
         handle.flashnorm_isa.restype = ctypes.c_char_p
         handle.flashnorm_set_prefetch.argtypes = [ctypes.c_int64]
-        handle.flashnorm_set_panel_rows.argtypes = [ctypes.c_int32, ctypes.c_int64]
+        handle.flashnorm_set_panel_rows.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64]
+        handle.flashnorm_packs.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
         handle.flashnorm_rounds_first.argtypes = [ctypes.c_int64] * 2
         handle.flashnorm_tune_thread_pool.argtypes = [ctypes.c_int64] * 3
         handle.flashnorm_thread_pool_calls.restype = ctypes.c_int64
@@ -43,8 +45,9 @@ class Library:
         self.read = handle.flashnorm_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.set_prefetch = handle.flashnorm_set_prefetch
-        # (dtype of weights, rows from which x is packed; 0 for the library's own).
+        # (dtype of weights, many features or not, rows from which x is packed; 0: the usual).
         self.set_panel_rows = handle.flashnorm_set_panel_rows
+        self.packs = handle.flashnorm_packs  # (dtype, rows, n)
         # Whether bf16 x [rows, n] is rounded after its norm, as it is multiplied as bf16.
         self.rounds_first = handle.flashnorm_rounds_first
         # Rows of x up to which calls read ahead for the next one, bytes, rest (csrc/thread_pool.h).
@@ -97,6 +100,7 @@ class Library:
             raise FlashNormError(f"no {name!r} kernels in this build or CPU; it has {known}")
         self._handle.flashnorm_choose_isa(self.isas.index(name))
         self._isa = name
+        crossovers.apply(self)
 
 
 def torch_symbols(*names: str) -> list[ctypes.c_void_p] | None:
@@ -127,8 +131,7 @@ def load() -> Library | str:
         library = Library(PATH)
     except (OSError, AttributeError) as error:
         return f"the compiled kernels do not load ({error}); {REBUILD}"
-    if name := os.environ.get("FLASHNORM_CPU_ISA"):
-        library.isa = name
+    library.isa = os.environ.get("FLASHNORM_CPU_ISA") or library.isa
     return library
 
 

@@ -42,6 +42,20 @@ def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
     return max(most, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
 
 
+def explain(call: Call) -> str:
+    """Which way a call goes, and by what measurement."""
+    library = load()
+    assert isinstance(library, Library)
+    x = call.x
+    n = x.shape[-1]
+    crossover, rows = crossovers.find(library.isa, x.dtype, n), x.numel() // n
+    if rows > most_rows(call):
+        way = "torch's matmul after a pass for the norm"
+    else:
+        way = "x packed first" if library.packs(DTYPES[x.dtype], rows, n) else "rows as they come"
+    return f"{way} ({crossovers.key(x.dtype, n)}: {crossover.note})"
+
+
 def rounds_first(call: Call) -> bool:
     """Whether so many rows of x are multiplied as bf16, in tiles or pairs: z is rounded first."""
     x, library = call.x, load()

@@ -187,15 +187,17 @@ int32_t glu_job(const Job& job, int64_t part, int64_t parts) {
   return job.use.table->glu(*static_cast<const Glu*>(job.call), part, parts);
 }
 
-// Rows that are worth packing into panels, by the dtype of weights; 0: as the table says.
-std::atomic<int64_t> panel_rows[3];
+// Rows that are worth packing into panels, by the dtype of weights and for many features; 0: as the
+// table says.
+std::atomic<int64_t> panel_rows[3][2];
+constexpr int64_t WIDE = 1024;  // features; NARROW of crossovers.py
 
 // What multiplies rows that are packed first; null where they are multiplied as they come.
 const PackedTable* packed_table(const Choice& use, const Op& op, int64_t rows) {
   const bool pairs = op.x_type == BFLOAT16 && op.weight_type == BFLOAT16;
   if (pairs && use.tiles && op.n % 32 == 0) return rows >= use.tiles->least ? use.tiles : nullptr;
   const PackedTable* panels = pairs && use.pair_panels ? use.pair_panels : &use.table->panels;
-  const int64_t asked = panel_rows[op.weight_type].load(std::memory_order_relaxed);
+  const int64_t asked = panel_rows[op.weight_type][op.n >= WIDE].load(std::memory_order_relaxed);
   return rows >= (asked ? asked : panels->least) ? panels : nullptr;
 }
 
@@ -327,16 +329,26 @@ EXPORT int32_t flashnorm_chosen_isa() {
 }
 
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
-EXPORT void flashnorm_set_panel_rows(int32_t dtype, int64_t rows) { panel_rows[dtype].store(rows); }
+EXPORT void flashnorm_set_panel_rows(int32_t dtype, int32_t wide, int64_t rows) {
+  panel_rows[dtype][wide].store(rows);
+}
+
+const PackedTable* table_for(int32_t dtype, int64_t rows, int64_t n) {
+  Op op{};
+  op.x_type = op.weight_type = dtype;
+  op.n = n;
+  return packed_table(choice(), op, rows);
+}
+
+// Whether rows [rows, n] of a dtype are packed before they are multiplied by weights of that dtype.
+EXPORT int32_t flashnorm_packs(int32_t dtype, int64_t rows, int64_t n) {
+  return table_for(dtype, rows, n) != nullptr;
+}
 
 // Whether bf16 rows [rows, n] are multiplied as bf16, for which they are rounded after their norm.
 EXPORT int32_t flashnorm_rounds_first(int64_t rows, int64_t n) {
-  Op op{};
-  op.x_type = op.weight_type = BFLOAT16;
-  op.n = n;
-  const Choice& use = choice();
-  const PackedTable* table = packed_table(use, op, rows);
-  return table && table != &use.table->panels;
+  const PackedTable* table = table_for(BFLOAT16, rows, n);
+  return table && table != &choice().table->panels;
 }
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
