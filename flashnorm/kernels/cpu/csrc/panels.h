@@ -46,14 +46,17 @@ template <class A> int64_t panel_bytes(const Op& op, int64_t rows) {
   return panels(rows) * HEIGHT * (units<A>(op.n) + 1) * static_cast<int64_t>(sizeof(float));
 }
 
-// to[i][m] = from[m][i] for HEIGHT rows, a few columns at a time so that both stay in the cache.
-inline void turn(const float* from, int64_t stride, int64_t n, float* to) {
-  constexpr int64_t some = 16;
-  for (int64_t first = 0; first < n; first += some) {
-    const int64_t end = smaller(first + some, n);
-    for (int64_t m = 0; m < HEIGHT; ++m)
-      for (int64_t i = first; i < end; ++i) to[i * HEIGHT + m] = from[m * stride + i];
-  }
+// to[c][r] = from[r][c] for `rows` rows of `columns` numbers, whole vectors of them at a time.
+inline void turn(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                 int64_t to_stride) {
+  constexpr int64_t lanes = Vec::lanes;
+  const int64_t whole_rows = rows / lanes * lanes, whole = columns / lanes * lanes;
+  for (int64_t c = 0; c < whole; c += lanes)
+    for (int64_t r = 0; r < whole_rows; r += lanes)
+      Vec::transpose(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole : 0; c < columns; ++c)
+      to[c * to_stride + r] = from[r * stride + c];
 }
 
 // Panels `part` of `parts`; rows that are missing are zero.
@@ -73,7 +76,7 @@ int32_t pack_panels(const Op& op, const Call& call, const Packed& packed, int64_
         row_factors(packed)[m] = A::row(op, gains, call, packed.first + m, spare, row);
       else memset(row, 0, static_cast<size_t>(used) * sizeof(float));
     }
-    turn(rows, width, used, panel<A>(packed, op.n, g));
+    turn(rows, width, HEIGHT, used, panel<A>(packed, op.n, g), HEIGHT);
   }
   return OK;
 }
@@ -181,17 +184,11 @@ inline void panel_products(const Panels& t, const Segment& s, int64_t at, int64_
   }
 }
 
-// out[m][c] = sums[c][m]: rows of x, CHUNK apart.
-inline void turn_back(const float* sums, int64_t rows, int64_t count, float* out) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t c = 0; c < count; ++c) out[m * CHUNK + c] = sums[c * HEIGHT + m];
-}
-
 // Columns at..at + count of a panel, scaled and with their bias: out[m][c].
 inline void panel_rows(const Panels& t, const Segment& s, int64_t at, int64_t count, int64_t g,
                        const float* sums, float* out) {
   const int64_t rows = smaller(HEIGHT, t.x.rows - g * HEIGHT);
-  turn_back(sums + g * WIDTH * HEIGHT, rows, count, out);
+  turn(sums + g * WIDTH * HEIGHT, HEIGHT, count, rows, out, CHUNK);
   float bias[WIDTH];
   if (s.bias)
     for (int64_t c = 0; c < count; ++c) bias[c] = number(s.bias, t.op.bias_type, at + c);

@@ -44,7 +44,9 @@ int32_t pack_part(const Op& op, const Call& call, const Packed& packed, int64_t 
       else memset(static_cast<void*>(rows + i * n), 0, static_cast<size_t>(n) * sizeof(Bf16));
     }
     Bf16* to = pairs_of(packed) + g * TILE * n;
-    for (int64_t i = 0; i < n; i += DEPTH) transpose(rows + i, n / 2, to + i * TILE, TILE);
+    for (int64_t i = 0; i < n; i += DEPTH)
+      Vec::transpose(reinterpret_cast<float*>(rows + i), n / 2,
+                     reinterpret_cast<float*>(to + i * TILE), TILE);
   }
   return OK;
 }
@@ -110,7 +112,7 @@ template <class Sink> inline void tiled_products(const Tiled& t, const Part& p, 
   const float* factor = factors(t.x) + p.first;
   const auto finish = [&](int c, int r, const float* sums) {
     __m512 v[TILE];
-    transposed(sums, TILE, v);
+    Vec::transposed(sums, TILE, v);
     const __m512 add = _mm512_load_ps(bias + c * TILE);
     const int64_t rows = smaller(TILE, p.rows - r * TILE);
     for (int64_t m = 0; m < rows; ++m) {

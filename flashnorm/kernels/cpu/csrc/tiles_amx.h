@@ -56,40 +56,6 @@ class Tiles {
   Config before_;
 };
 
-// The columns of 16 x 16 numbers of 32 bits whose rows are `stride` apart, each as one register.
-inline void transposed(const void* from, int64_t stride, __m512* out) {
-  const float* in = static_cast<const float*>(from);
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; ++j) {
-      b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0x88);
-      b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    out[j] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88);
-    out[j + 8] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd);
-  }
-}
-
-// to[c][r] = from[r][c] for 16 x 16 numbers of 32 bits; strides in numbers.
-inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  __m512 column[16];
-  transposed(from, from_stride, column);
-  for (int c = 0; c < 16; ++c)
-    _mm512_storeu_ps(static_cast<float*>(to) + c * to_stride, column[c]);
-}
-
 // Rounds to bf16. The instruction for it takes subnormal numbers for zero.
 inline void store_bf16(__m512 v, __mmask16 which, Bf16* to) {
   constexpr int subnormal = 0x20;

@@ -48,6 +48,25 @@ struct Vec {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
 
+  // to[c][r] = from[r][c] for lanes x lanes numbers of 32 bits; strides in numbers.
+  static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+        a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+      }
+    for (int j = 0; j < 4; ++j) {
+      _mm256_storeu_ps(to + j * to_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x20));
+      _mm256_storeu_ps(to + (j + 4) * to_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x31));
+    }
+  }
+
  private:
   static inline __m128i bits(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));

@@ -45,6 +45,37 @@ struct Vec {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
 
+  // The columns of 16 x 16 numbers of 32 bits whose rows are `stride` apart, each as one register.
+  static inline void transposed(const float* from, int64_t stride, __m512 (&out)[lanes]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+        a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    for (int i = 0; i < 16; i += 8)
+      for (int j = 0; j < 4; ++j) {
+        b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0x88);
+        b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
+      }
+    for (int j = 0; j < 8; ++j) {
+      out[j] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88);
+      out[j + 8] = _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd);
+    }
+  }
+  // to[c][r] = from[r][c] for lanes x lanes numbers of 32 bits; strides in numbers.
+  static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    __m512 column[lanes];
+    transposed(from, stride, column);
+    for (int c = 0; c < lanes; ++c) _mm512_storeu_ps(to + c * to_stride, column[c]);
+  }
+
  private:
   static inline __m256 half_sum(Vec a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));

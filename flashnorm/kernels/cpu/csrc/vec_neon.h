@@ -37,6 +37,11 @@ struct Vec {
   static inline void sums(const Vec (&v)[4], float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
   }
+  // to[c][r] = from[r][c] for lanes x lanes numbers of 32 bits; strides in numbers.
+  static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int r = 0; r < lanes; ++r)
+      for (int c = 0; c < lanes; ++c) to[c * to_stride + r] = from[r * stride + c];
+  }
 };
 
 }  // namespace

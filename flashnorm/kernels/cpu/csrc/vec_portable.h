@@ -26,6 +26,11 @@ struct Vec {
   inline float sum() const {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
+  // to[c][r] = from[r][c] for lanes x lanes numbers of 32 bits; strides in numbers.
+  static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int r = 0; r < lanes; ++r)
+      for (int c = 0; c < lanes; ++c) to[c * to_stride + r] = from[r * stride + c];
+  }
 };
 
 }  // namespace
