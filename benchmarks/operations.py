@@ -4,10 +4,12 @@ For every shape, dtype and number of rows: our operation, `F.rms_norm` + `F.line
 in one pass + F.linear, both under torch.compile, and F.linear alone (what a norm that costs nothing
 would leave), interleaved in one run, on copies of the weights that together exceed the caches;
 medians. The read bandwidth is measured in the same rounds, by a
-loop of our own that prefetches and does nothing else. Each row is checked against the float64
-reference before it is timed. Writes JSON and Markdown beside each other. Leave the cores alone.
+loop of our own that prefetches and does nothing else. With several instruction sets our kernels run
+on each of them in turn, and torch on its own. Each row is checked against the float64 reference
+before it is timed. Writes JSON and Markdown beside each other. Leave the cores alone.
 
     python benchmarks/operations.py --threads 2 --rounds 15 --out benchmarks/results/operations
+    python benchmarks/operations.py --isa avx512bf16 avx512 avx2 --rows 1
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 512])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
-    parser.add_argument("--isa", help="run the kernels of this instruction set")
+    parser.add_argument("--isa", nargs="+", help="of our kernels; the best one if left")
     parser.add_argument("--cache", type=int, default=machine.cache_bytes(), help="bytes to exceed")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     return parser.parse_args()
@@ -78,14 +80,19 @@ def compiled(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
 def prepared(calls: list[Call]) -> Callable[[int], list[Tensor]]:
     """The operation on the i-th weight, packed once, as an accelerated module calls it."""
     x, width = calls[0].x, [calls[0].weights[0].shape[0]]
-    if x.shape[0] > policy.most_rows(calls[0]):
-        return lambda i: cpu.run(calls[i])
     packed = [cpu.pack(call) for call in calls]
-    return lambda i: cpu.run_packed(packed[i], x, width, None)
+
+    def run(i: int) -> list[Tensor]:
+        if x.shape[0] > policy.most_rows(calls[0]):
+            return cpu.run(calls[i])
+        return cpu.run_packed(packed[i], x, width, None)
+
+    return run
 
 
 def timed(run: Callable[[], Any], calls: int) -> Callable[[], float]:
     def seconds() -> float:
+        run()  # wakes its threads
         start = time.perf_counter()
         for _ in range(calls):
             run()
@@ -94,17 +101,28 @@ def timed(run: Callable[[], Any], calls: int) -> Callable[[], float]:
     return seconds
 
 
+def on(isa: str, library: Library, run: Callable[[], float]) -> Callable[[], float]:
+    def seconds() -> float:
+        library.isa = isa
+        return run()
+
+    return seconds
+
+
 def measure(
-    library: Library, turn: Rotation, rows: int, dtype: torch.dtype, rounds: int
+    library: Library, isas: list[str], turn: Rotation, rows: int, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
     k, n = turn.copies[0].shape
     gain, x = torch.rand(n, dtype=dtype) + 0.5, torch.randn(rows, n, dtype=dtype)
     bound = [Call(x, (w,), eps=EPS, gain=gain) for w in turn.copies]
     ours = prepared(bound)
-    error = worst_error(x, turn.copies[0], gain, ours(0)[0])
     eager = F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[0])
     eager_error = worst_error(x, turn.copies[0], gain, eager)
-    assert error <= 1.1 * eager_error + 1e-6, f"{n}x{k}, {rows} rows: {error} against {eager_error}"
+    errors_of = {}
+    for isa in isas:
+        library.isa = isa
+        errors_of[isa] = error = worst_error(x, turn.copies[0], gain, ours(0)[0])
+        assert error <= 1.1 * eager_error + 1e-6, f"{isa} {n}x{k}, {rows}: {error}, {eager_error}"
     normed = F.rms_norm(x, (n,), gain, EPS)
 
     def read() -> None:
@@ -113,7 +131,6 @@ def measure(
     alone = cpu.pack(Call(x, (), eps=EPS, gain=gain))
     z = torch.empty_like(x)
     runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours(turn.next()),
         "eager": lambda: F.linear(F.rms_norm(x, (n,), gain, EPS), turn.copies[turn.next()]),
         "fused": lambda: F.linear(cpu.normalize_packed(alone, x, z), turn.copies[turn.next()]),
         "compiled": lambda: compiled(x, gain, turn.copies[turn.next()]),
@@ -121,7 +138,10 @@ def measure(
         "read": read,
     }
     calls = max(1, min(len(turn.copies), 50_000_000 // (turn.bytes * max(1, rows // 4))))
-    timings, errors = interleaved({name: timed(run, calls) for name, run in runs.items()}, rounds)
+    clocks = {name: timed(run, calls) for name, run in runs.items()}
+    for isa in isas:
+        clocks[isa] = on(isa, library, timed(lambda: ours(turn.next()), calls))
+    timings, errors = interleaved(clocks, rounds)
     assert not errors, errors
     median = {name: timing.median for name, timing in timings.items()}
     return {
@@ -130,28 +150,31 @@ def measure(
         "rows": rows,
         "microseconds": {name: value * 1e6 for name, value in median.items()},
         "gigabytes_per_second": {name: turn.bytes / value / 1e9 for name, value in median.items()},
-        "speedup": median["eager"] / median["ours"],
-        "speedup_over_best": min(median[name] for name in CONTROLS) / median["ours"],
-        "of_read_bandwidth": median["read"] / median["ours"],
-        "error": error,
+        "speedup": {isa: median["eager"] / median[isa] for isa in isas},
+        "speedup_over_best": {
+            isa: min(median[name] for name in CONTROLS) / median[isa] for isa in isas
+        },
+        "of_read_bandwidth": {isa: median["read"] / median[isa] for isa in isas},
+        "error": errors_of,
         "eager_error": eager_error,
     }
 
 
-def table(rows: list[dict[str, Any]], dtype: str) -> list[str]:
-    names = (
-        "n→k, rows, ours µs, rms_norm + linear µs, fused norm + linear µs, compiled µs, linear µs, "
-        "speedup, over the best, ours GB/s, read GB/s"
-    )
-    lines = [f"\n{dtype}\n", f"| {names.replace(', ', ' | ')} |", "|---" * 11 + "|"]
+def table(rows: list[dict[str, Any]], dtype: str, isas: list[str]) -> list[str]:
+    """`over the best` is against the fastest of the three controls; `of read` of its bandwidth."""
+    names = ["n→k", "rows", "rms_norm + linear µs", "fused norm + linear µs", "compiled µs"]
+    names += ["linear µs", "read GB/s"]
+    for isa in isas:
+        names += [f"{isa} µs", "over the best", "of read"]
+    lines = [f"\n{dtype}\n", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         us, speed = row["microseconds"], row["gigabytes_per_second"]
-        lines.append(
-            f"| {row['n']}→{row['k']} | {row['rows']} | {us['ours']:.1f} | {us['eager']:.1f} "
-            f"| {us['fused']:.1f} | {us['compiled']:.1f} | {us['linear']:.1f} "
-            f"| {row['speedup']:.2f} | {row['speedup_over_best']:.2f} | {speed['ours']:.1f} "
-            f"| {speed['read']:.1f} |"
-        )
+        cells = [f"{row['n']}→{row['k']}", str(row["rows"])]
+        cells += [f"{us[name]:.1f}" for name in (*CONTROLS, "linear")] + [f"{speed['read']:.1f}"]
+        for isa in isas:
+            cells += [f"{us[isa]:.1f}", f"{row['speedup_over_best'][isa]:.2f}"]
+            cells += [f"{row['of_read_bandwidth'][isa]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -161,8 +184,7 @@ def main() -> None:
     library = load()
     if isinstance(library, str):
         raise SystemExit(library)
-    if args.isa:
-        library.isa = args.isa
+    isas = args.isa or [library.isa]
     found: dict[str, Any] = {
         "machine": machine.line(machine.describe()),
         "rounds": args.rounds,
@@ -175,9 +197,10 @@ def main() -> None:
             for n, k in (map(int, shape.split("x")) for shape in args.shapes):
                 turn = Rotation(n, k, DTYPES[name], args.cache)
                 found["rows"][name] += [
-                    measure(library, turn, rows, DTYPES[name], args.rounds) for rows in args.rows
+                    measure(library, isas, turn, rows, DTYPES[name], args.rounds)
+                    for rows in args.rows
                 ]
-            lines += table(found["rows"][name], name)
+            lines += table(found["rows"][name], name, isas)
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
