@@ -44,7 +44,6 @@ class Measured:
 def measure(
     dtypes: Sequence[torch.dtype] = tuple(DTYPES),
     progress: Callable[[str], None] = lambda said: None,
-    rows: Sequence[int] = ROWS,
 ) -> list[Measured]:
     """Measure every dtype and shape class on the chosen instruction set. Stores nothing.
 
@@ -57,7 +56,7 @@ def measure(
     with torch.no_grad(), _as_shipped(library):
         for dtype in dtypes:
             for n, k in SHAPES.values():
-                found.append(_measure(library, dtype, n, k, rows, progress))
+                found.append(_measure(library, dtype, n, k, progress))
     return found
 
 
@@ -66,14 +65,13 @@ def _measure(
     dtype: torch.dtype,
     n: int,
     k: int,
-    rows: Sequence[int],
     progress: Callable[[str], None],
 ) -> Measured:
     seconds: dict[str, dict[int, float]] = {"as they come": {}, "packed": {}, "library": {}}
     bytes_each = n * k * dtype.itemsize
     weights = [torch.randn(k, n).to(dtype) for _ in range(max(2, -(-BEYOND // bytes_each)))]
     name = crossovers.key(dtype, n)
-    for count in rows:
+    for count in ROWS:
         progress(f"{name} | {count} rows")
         ways = _ways(library, torch.randn(count, n).to(dtype), weights)
         for way, took in _in_turn(ways, len(weights)).items():

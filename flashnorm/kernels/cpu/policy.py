@@ -19,6 +19,7 @@ COMPILED = CompiledPolicy(alone=True, precompute=False, unknown=HALVES)
 
 # In tiles, where several weights share the work on x: as long as x stays in the second cache.
 ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20
+TILED = (torch.bfloat16,)
 TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
 
 
@@ -35,8 +36,8 @@ def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
     if dtype not in DTYPES or not isinstance(library, Library):
         return 0
     most = crossovers.find(library.isa, dtype, n).library
-    if not _fits_tiles(dtype, n):
-        return min(most, crossovers.FEW) if library.isa == "amx" else most
+    if not _fits_tiles(dtype, n):  # what is known of bf16 with AMX is known of tiles
+        return min(most, crossovers.FEW) if library.isa == "amx" and dtype in TILED else most
     if weights <= 1:
         return most
     return max(most, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
@@ -70,4 +71,4 @@ def rounds_first(call: Call) -> bool:
 def _fits_tiles(dtype: torch.dtype, n: int) -> bool:
     library = load()
     amx = isinstance(library, Library) and library.isa == "amx"
-    return amx and dtype == torch.bfloat16 and n % TILE_DEPTH == 0
+    return amx and dtype in TILED and n % TILE_DEPTH == 0
