@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import flashnorm
 from flashnorm.kernels import dispatch
+from tests.kernels.cases import rows_for_kernels
 from tests.runtime.models import LLAMA, NEOX, QWEN3, close, ids, logits, tiny
 
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX}
@@ -44,7 +45,8 @@ def test_readers_of_a_norm_run_as_one_call(calls):
     assert calls == [*layer, *layer, (256,)]
 
 
-def test_many_rows_go_to_the_library(backend, calls):
+def test_many_rows_go_to_the_library(backend, calls, monkeypatch):
+    rows_for_kernels(monkeypatch, 16)
     original, model = accelerated()
     calls.clear()
     tokens = ids(1, backend.rows(torch.float32, 64, 1, False) + 1)
