@@ -64,6 +64,8 @@ NAMES = re.compile(
 )
 # Operations of torch that look like the name of a layer.
 OPERATIONS = {"native_layernorm"}
+# What an interface of transformers calls its weights, whatever the model; known to compat alone.
+INTERFACE = {"gate_up_proj", "down_proj"}
 
 
 def module_name(file: Path) -> str:
@@ -159,7 +161,8 @@ def known_names(source: str) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_no_model_is_known_by_name(file):
-    assert known_names(file.read_text("utf-8")) == []
+    allowed = INTERFACE if module_name(file).startswith("flashnorm.compat") else set()
+    assert set(known_names(file.read_text("utf-8"))) <= allowed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashnorm.compat import TRANSFORMERS, Private
 
@@ -103,6 +103,73 @@ def sdpa_mask() -> Callable[..., Any]:
     return sdpa_mask
 
 
+# Experts.
+
+
+def experts_of(config: Any) -> str | None:
+    """The name of the implementation of experts that a config asks for; None in old versions."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def set_experts_(config: Any, name: str) -> None:
+    """Let this config ask for an implementation of experts, and none of those inside."""
+    config._experts_implementation = {"": name}
+
+
+def experts_function(name: str) -> Callable[..., Any]:
+    """The implementation of experts that a name stands for."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS[name]
+
+
+def register_experts(name: str, function: Callable[..., Any]) -> None:
+    """Let a name stand for an implementation of experts."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(name, function)
+
+
+class ExpertWeights(NamedTuple):
+    """What an implementation of experts reads: [E, k, n] each, views where held as [E, n, k].
+
+    first gives gate and up, which `gate` makes one, second what is behind them; biases: [E, k].
+    """
+
+    first: Any
+    first_bias: Any
+    second: Any
+    second_bias: Any
+    gate: Callable[[Any], Any]
+
+
+_EXPERTS = ("has_gate", "has_bias", "is_transposed", "config", "_apply_gate")
+
+
+def has_experts(module: Any) -> bool:
+    """Whether a module looks its implementation of experts up by the name in its config."""
+    return all(hasattr(module, name) for name in _EXPERTS)
+
+
+def expert_weights(module: Any) -> ExpertWeights | str:
+    """The weights of a module that `has_experts`, or why it is of another kind."""
+    if not module.has_gate:
+        return "its experts have no gate"
+    if getattr(module, "has_post_expert_norm", False):
+        return "its experts end in a norm"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are shared between several processes"
+    try:
+        first, second, biases = module.gate_up_proj, module.down_proj, (None, None)
+        if module.has_bias:
+            biases = (module.gate_up_proj_bias, module.down_proj_bias)
+    except AttributeError:
+        return "the weights of its experts have other names"
+    if module.is_transposed:
+        first, second = (w.transpose(1, 2) if w.dim() == 3 else w for w in (first, second))
+    return ExpertWeights(first, biases[0], second, biases[1], module._apply_gate)
+
+
 # Continuous batching and compiled steps.
 
 
@@ -171,6 +238,27 @@ NAMES = (
         "modeling_utils.ALL_ATTENTION_FUNCTIONS",
         "attention_function",
         "has what AttentionInterface.register is given",
+    ),
+    _private(
+        "PreTrainedConfig._experts_implementation",
+        "experts_of",
+        "experts look it up at every call; a dict with an empty name is for this config alone",
+    ),
+    _private(
+        "integrations.moe.ALL_EXPERTS_FUNCTIONS",
+        "experts_function",
+        "has what ExpertsInterface.register is given, grouped_mm and batched_mm",
+    ),
+    _private("integrations.moe.ExpertsInterface", "register_experts", "registers for all models"),
+    _private(
+        "integrations.moe.use_experts_implementation._apply_gate",
+        "has_experts",
+        "gate and up of all experts in, what the second product reads out",
+    ),
+    _private(
+        "integrations.moe.use_experts_implementation._is_expert_parallel",
+        "expert_weights",
+        "false in one process",
     ),
     _private("masking_utils.sdpa_mask", "sdpa_mask", "can be registered under another name"),
     _private(

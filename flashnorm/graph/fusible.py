@@ -25,12 +25,13 @@ SPLITS = frozenset({"split", "split_with_sizes"})
 class Linear:
     """A module that returns `x Wᵀ (+ c)` of its one argument: the names of its parameters.
 
-    Where it is one of `Fusible.turned` it holds Wᵀ: [in, out].
+    Where it is `turned` it holds Wᵀ: [in, out].
     """
 
     path: str
     weight: str
     bias: str = ""
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def find_fusible(graph: Graph) -> Fusible:
             found.given[path] = graph.values[value].shape
         found.kept[path] = _kept(graph, [graph.calls[number] for number in numbers])
         kinds = {_linear(graph, number, within) for number in numbers}
-        if len(kinds) == 1 and (made := kinds.pop()):
-            linear, turned = made
-            (found.turned if turned else found.linears)[path] = linear
+        if len(kinds) == 1 and (linear := kinds.pop()):
+            (found.turned if linear.turned else found.linears)[path] = linear
     makers = _Makers(graph, found)
     for path, numbers in calls.items():
         gates = {_gated(makers, number, within) for number in numbers}
@@ -122,8 +122,8 @@ def _find_norms(found: Fusible, graph: Graph, calls: dict[str, list[int]], withi
             found.unfit[path] = NOT_ALONE
 
 
-def _linear(graph: Graph, number: int, within: Within) -> tuple[Linear, bool] | None:
-    """The layer that a call is, and whether its weight is held as [in, out]."""
+def _linear(graph: Graph, number: int, within: Within) -> Linear | None:
+    """The layer that a call is."""
     call = graph.calls[number]
     if not _is_simple(call):
         return None
@@ -134,7 +134,8 @@ def _linear(graph: Graph, number: int, within: Within) -> tuple[Linear, bool] | 
     if x != same_as(graph, call.received[0]) or not within.is_pure(number):
         return None
     widths = graph.values[graph.parameters[weight]].shape
-    return (Linear(call.path, weight, bias), turned) if _fits(graph, call, widths, turned) else None
+    fits = _fits(graph, call, widths, turned)
+    return Linear(call.path, weight, bias, turned) if fits else None
 
 
 def _fits(graph: Graph, call: Call, widths: Sequence[int], turned: bool) -> bool:
@@ -252,7 +253,7 @@ def _activated(graph: Graph, value: int) -> tuple[int, str]:
 def _find_readers(found: Fusible, graph: Graph, calls: dict[str, list[int]]) -> None:
     """A reader counts where every call of the module that made the value is followed by it."""
     given: dict[int, set[str]] = defaultdict(set)
-    for path in (*found.linears, *found.gated):
+    for path in (*found.linears, *found.turned, *found.gated):
         for number in calls[path]:
             given[graph.calls[number].received[0]].add(path)
     inner = set(_inner(found))

@@ -7,7 +7,7 @@ forwards of `accelerate_`) knows this file and no backend by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -72,11 +72,13 @@ class CompiledPolicy:
 @dataclass(frozen=True)
 class Limits:
     """What kernels take. dtypes: of x and parameters; weights: most of one call; contiguous:
-    whether a norm by itself takes dense x only."""
+    whether a norm by itself takes dense x only; turned: most rows of x where weights are held as
+    [in, out] and given as views [k, n] with stride (1, k), all of a call alike; 0: none."""
 
     dtypes: tuple[torch.dtype, ...]
     weights: int
     contiguous: bool = False
+    turned: int = 0
 
 
 class Bound(Protocol):
@@ -123,9 +125,29 @@ class Attention(ABC):
         raise NotImplementedError
 
 
+class Experts(ABC):
+    """Products with some of the matrices in one tensor. most: tokens that are worth it."""
+
+    most: int
+
+    @abstractmethod
+    def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        """Why the kernels cannot take x [S, n] with W [E, k, n] and c [E, k], or None."""
+
+    @abstractmethod
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """[S, k]: the next `rows` rows of x times W_eᵀ + c_e, for each (e, rows) of `groups`.
+
+        An x of one row goes to every expert.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Backend(ABC):
-    """Kernels on one kind of device. attention: what attends there, or why nothing does.
+    """Kernels on one kind of device. attention: what attends there, or why nothing does;
+    experts: the same for them.
 
     keeps: what `bind` returns depends on nothing but where the parameters lie, holds none of them,
     and may be kept; elsewhere every call binds anew.
@@ -138,6 +160,7 @@ class Backend(ABC):
     compiled: CompiledPolicy
     attention: Attention | str = field(default="the backend has no attention")
     keeps: bool = True
+    experts: Experts | str = field(default="the backend has no kernels for experts")
 
     @abstractmethod
     def claims(self, x: Tensor) -> bool:

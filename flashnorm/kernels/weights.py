@@ -98,6 +98,18 @@ def memory(weight: AnyWeight) -> Tensor:
     return weight.values if isinstance(weight, Weight) else weight
 
 
+def dense_rows(weight: Tensor) -> bool:
+    """Whether the features of each output lie one behind the other."""
+    return weight.is_contiguous() or weight.stride(1) == 1
+
+
+def turned(weight: AnyWeight) -> bool:
+    """Whether a dense weight is a view of one held as [in, out], whose rows are dense there."""
+    if isinstance(weight, Weight):
+        return False
+    return weight.stride(0) == 1 and not dense_rows(weight) and weight.stride(1) > 1
+
+
 def packed(weights: Any) -> Weight | None:
     """The first of these that is not dense, if there is one."""
     for weight in weights:

@@ -18,6 +18,11 @@ from flashnorm.integrations.transformers_attention import (
     use_attention_,
     why_not,
 )
+from flashnorm.integrations.transformers_experts import (
+    UsedExperts,
+    restore_experts_,
+    use_experts_,
+)
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
@@ -42,7 +47,8 @@ class Acceleration:
 
     `attention` says why the attention of single tokens is the model's own; empty where it is not.
     `training` are the modules that save less for a gradient, and those that cannot; empty where
-    that was not asked for.
+    that was not asked for. `experts` is like `attention` for the experts of few tokens; None where
+    the model has none in one tensor.
     """
 
     parts: tuple[Part, ...]
@@ -50,6 +56,7 @@ class Acceleration:
     attention: str
     folded: bool
     training: tuple[Part, ...] = ()
+    experts: str | None = None
 
     @property
     def fused(self) -> tuple[Part, ...]:
@@ -60,13 +67,16 @@ class Acceleration:
 
     def __str__(self) -> str:
         """Alike modules in one row, like a plan; `parts` has them one by one."""
-        return summary(self.parts, self.kernels, self.attention, self.folded, self.training)
+        return summary(
+            self.parts, self.kernels, self.attention, self.folded, self.training, self.experts
+        )
 
 
 @dataclass
 class _Undo:
     forwards: list[tuple[nn.Module, Stand]]
     attention: UsedAttention | str
+    experts: UsedExperts | str | None
     acceleration: Acceleration
 
 
@@ -84,7 +94,8 @@ def accelerate_(
 
     Every norm that is a module of its own computes its linear readers in the same call (q, k and v;
     gate, up and activation), every linear layer reads its weight at the speed of memory, and a new
-    token attends by a kernel, through transformers' attention interface, where that is sdpa. No
+    token attends by a kernel, through transformers' attention interface, where that is sdpa, and
+    reads its experts by one, through the interface of experts, where they are in one tensor. No
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
@@ -125,9 +136,12 @@ def accelerate_(
         for made in builder.made.values():
             made.install()
         attention = _attend(model, change)
+        experts = _route(model, change)
         reason = attention if isinstance(attention, str) else ""
-        found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained))
-        change.item(model.__dict__, RECORD, _Undo(list(forwards.items()), attention, found))
+        left = "" if isinstance(experts, UsedExperts) else experts
+        found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left)
+        undo = _Undo(list(forwards.items()), attention, experts, found)
+        change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
 
@@ -154,6 +168,12 @@ def _attend(model: nn.Module, change: Transaction) -> UsedAttention | str:
     return use_attention_(model)
 
 
+def _route(model: nn.Module, change: Transaction) -> UsedExperts | str | None:
+    """`use_experts_`, as a part of a transaction."""
+    change.step(lambda: restore_experts_(model))
+    return use_experts_(model)
+
+
 def restore_(model: Model) -> Model:
     """Undo `accelerate_`; returns the model.
 
@@ -172,6 +192,8 @@ def restore_(model: Model) -> Model:
         _log.warning("forwards that were put over those of accelerate_ stay: %s", names)
     if not isinstance(undo.attention, str):
         restore_attention_(model, undo.attention)
+    if isinstance(undo.experts, UsedExperts):
+        restore_experts_(model)
     if undo.acceleration.folded:
         unfold_(model)
     del model.__dict__[RECORD]

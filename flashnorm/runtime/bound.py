@@ -38,7 +38,7 @@ NO_NORM = Norm(norms.NONE.name, 0.0)
 class Slice(NamedTuple):
     """Rows `start : start + length` of a linear module's weight, and of its bias if it has one.
 
-    `total` is how many rows the weight has in all.
+    `total` is how many rows the weight has in all; with `turned` it is held as [in, out].
     """
 
     start: int
@@ -46,6 +46,7 @@ class Slice(NamedTuple):
     total: int
     weight: str = "weight"
     bias: str = ""
+    turned: bool = False
 
 
 class Product(NamedTuple):
@@ -123,8 +124,11 @@ class Kernel:
 
     def _most(self, compiled: bool) -> dict[torch.dtype, int]:
         n, count = self._weight(self.products[0]).shape[1] if self.products else 0, self.products
-        rows, dtypes = self.backend.rows, self.backend.limits.dtypes
-        return {dtype: n * rows(dtype, n, len(count), compiled) for dtype in dtypes}
+        limits = self.backend.limits
+        most = {d: self.backend.rows(d, n, len(count), compiled) for d in limits.dtypes}
+        if any(rows.turned for _, rows in self.products):
+            most = {dtype: min(rows, limits.turned) for dtype, rows in most.items()}
+        return {dtype: n * rows for dtype, rows in most.items()}
 
     def _write(self) -> str:
         """The kernel as a text, which `read_spec` reads."""
@@ -137,8 +141,7 @@ class Kernel:
 
     @staticmethod
     def _weight(product: Product) -> Tensor:
-        found: Tensor = getattr(product.module, product.rows.weight)
-        return found
+        return whole(product.module, product.rows)
 
     def _names(self) -> list[tuple[nn.Module, str]]:
         found = []
@@ -217,9 +220,15 @@ class Kernel:
         return {**self.__dict__, "_bound": ([], None, "")}
 
 
+def whole(module: nn.Module, rows: Slice) -> Tensor:
+    """The weight with all its rows, [out, in], as it is now."""
+    held: Tensor = getattr(module, rows.weight)
+    return held.T if rows.turned else held
+
+
 def part(module: nn.Module, rows: Slice) -> tuple[Tensor, Tensor | None]:
     """These rows of the weight and of the bias, as they are now."""
-    weight = getattr(module, rows.weight)
+    weight = whole(module, rows)
     bias = getattr(module, rows.bias) if rows.bias else None
     if rows.length == weight.shape[0]:
         return weight, bias

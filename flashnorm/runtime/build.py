@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.ambient import on_cpu
-from flashnorm.graph.fusible import Fusible, Gated, Rows
+from flashnorm.graph.fusible import Fusible, Gated, Linear, Rows
 from flashnorm.kernels.backend import Backend, has_memory
 from flashnorm.plan import Site
 from flashnorm.runtime import learn
@@ -23,6 +23,7 @@ from flashnorm.runtime.watch import Watch
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
 NOT_OWN = "it reads a parameter that its module does not hold itself"
 REPLACED = "its forward has been replaced on the module itself"
+TURNED = "its weight is held as [in, out], which these kernels do not read"
 SUBCLASS = "its {} is a {}, not a plain tensor with memory"
 
 
@@ -88,10 +89,11 @@ class Builder:
 
     def _linears(self) -> Iterator[str]:
         """Linear layers, and whatever else holds a matrix and is not a table of rows."""
-        yield from self.fusible.linears
+        known = self.fusible.linears | self.fusible.turned
+        yield from known
         for path, module in self.model.named_modules():
             matrix = any(p is not None and p.ndim == 2 for p in module._parameters.values())
-            if matrix and path not in self.fusible.linears and not isinstance(module, nn.Embedding):
+            if matrix and path not in known and not isinstance(module, nn.Embedding):
                 yield path
 
     def _try(self, path: str, kind: str, make: Callable[[str], Fused]) -> Part:
@@ -103,14 +105,14 @@ class Builder:
         return Part(path, kind)
 
     def _linear(self, path: str) -> Fused:
-        if path not in self.fusible.linears:
+        linear = self.fusible.linears.get(path) or self.fusible.turned.get(path)
+        if linear is None:
             raise Refused(NOT_LINEAR)
-        linear = self.fusible.linears[path]
+        if linear.turned and not self.backend.limits.turned:
+            raise Refused(TURNED)
         module = self.model.get_submodule(path)
-        weight = module._parameters.get(self.held(module, linear.weight))
-        assert weight is not None
-        product = self._product(Rows(path, 0, weight.shape[0]))
-        _, _, _, own, bias = product.rows
+        product = self._product(linear)
+        own, bias = product.rows.weight, product.rows.bias
         known = self._known(path, replace(linear, path="", weight=own, bias=bias))
         return FusedLinear(module, Kernel(self.backend, products=(product,)), *known)
 
@@ -151,14 +153,18 @@ class Builder:
         return found
 
     def _pair(self, gated: Gated) -> tuple[Product, Product]:
-        return self._product(gated.gate), self._product(gated.up)
+        linears = self.fusible.linears
+        gate, up = (self._product(linears[rows.path], rows) for rows in (gated.gate, gated.up))
+        return gate, up
 
-    def _product(self, rows: Rows) -> Product:
-        linear, module = self.fusible.linears[rows.path], self.model.get_submodule(rows.path)
+    def _product(self, linear: Linear, rows: Rows | None = None) -> Product:
+        """The module at a path, and some of its rows, or all."""
+        module = self.model.get_submodule(linear.path)
         weight = self.held(module, linear.weight)
         bias = self.held(module, linear.bias) if linear.bias else ""
-        total = self.model.get_parameter(linear.weight).shape[0]
-        return Product(module, Slice(rows.start, rows.length, total, weight, bias))
+        total = self.model.get_parameter(linear.weight).shape[1 if linear.turned else 0]
+        start, length = (rows.start, rows.length) if rows else (0, total)
+        return Product(module, Slice(start, length, total, weight, bias, linear.turned))
 
     def held(self, module: nn.Module, parameter: str) -> str:
         """What the module itself calls a parameter."""
@@ -229,16 +235,20 @@ class Builder:
     ) -> Iterator[tuple[tuple[Product, ...], str | None, tuple[Fused, ...]]]:
         """The calls that compute all readers: linear layers together, gated modules one by one."""
         readers = self._readers(path)
-        linears = [name for name in readers if name in self.fusible.linears]
-        most = self.backend.limits.weights
-        for first in range(0, len(linears), most):
-            names = linears[first : first + most]
+        for names in self._alike(readers):
             products = tuple(self.made[name].kernel.products[0] for name in names)
             yield products, None, tuple(self.made[name] for name in names)
         for name in readers:
             if name in self.fusible.gated:
                 gated = self.fusible.gated[name]
                 yield self._pair(gated), gated.activation, (self.made[name],)
+
+    def _alike(self, readers: Sequence[str]) -> Iterator[Sequence[str]]:
+        """The linear layers of these whose weights one call takes."""
+        most = self.backend.limits.weights
+        for layout in (self.fusible.linears, self.fusible.turned):
+            names = [name for name in readers if name in layout]
+            yield from (names[first : first + most] for first in range(0, len(names), most))
 
 
 def check(module: nn.Module) -> None:

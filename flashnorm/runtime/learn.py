@@ -66,7 +66,7 @@ def _recorded(
             found = find_fusible(trace(twin, [(x,)], allow_real=False))
     except Exception as error:
         return f"{UNKNOWN.format(dtype)} ({type(error).__name__})"
-    kinds: dict[type, dict[str, Any]] = {Linear: found.linears, Gated: found.gated}
+    kinds: dict[type, dict[str, Any]] = {Linear: found.linears | found.turned, Gated: found.gated}
     seen = kinds.get(type(told), found.norms).get("")
     return "" if seen == told and dtype in found.kept[""] else OTHER.format(dtype)
 

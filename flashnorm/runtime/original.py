@@ -13,6 +13,11 @@ from flashnorm.compat.transformers_names import attention_of
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.offload import is_replaced
 from flashnorm.integrations.transformers_attention import NAME, restore_attention_
+from flashnorm.integrations.transformers_experts import (
+    restore_experts_,
+    use_experts_,
+    uses_experts,
+)
 from flashnorm.runtime.accelerate import RECORD, acceleration
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,10 +30,10 @@ _PLACES = ("forward", "_old_forward")
 def original(model: Model) -> Iterator[Model]:
     """A context in which an accelerated model is nothing but its own code; yields the model.
 
-    Every module has the forward of its class, attention has its own name, and whoever reads the
-    code (an exporter, `torch.jit.script`, a tracer) sees the original's. Afterwards, after an error
-    too, the model is accelerated as before. Weights are as they are: gains that were folded stay
-    folded. Not for a model that another thread runs meanwhile.
+    Every module has the forward of its class, attention and experts have their own names, and
+    whoever reads the code (an exporter, `torch.jit.script`, a tracer) sees the original's.
+    Afterwards, after an error too, the model is accelerated as before. Weights are as they are:
+    gains that were folded stay folded. Not for a model that another thread runs meanwhile.
 
     Raises FlashNormError where the model was not accelerated, or where a forward was wrapped since
     in a way that hides it.
@@ -40,6 +45,7 @@ def original(model: Model) -> Iterator[Model]:
     _check_not_hidden(model)
     attends = not isinstance(attention, str)
     attends = attends and attention_of(model.config) == NAME
+    routes = uses_experts(model)
     taken: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, place in found:
@@ -47,12 +53,16 @@ def original(model: Model) -> Iterator[Model]:
             _take(module, place)
         if attends:
             restore_attention_(model, attention)
+        if routes:
+            restore_experts_(model)
         yield model
     finally:
         for module, place, forward in taken:
             vars(module)[place] = forward
         if attends:
             model.set_attn_implementation(NAME)  # type: ignore[operator]
+        if routes:
+            use_experts_(model)
 
 
 def _ours(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -55,14 +55,22 @@ def _beside(part: Part, norms: dict[str, str]) -> list[str]:
 
 
 def summary(
-    parts: Sequence[Part], kernels: str, attention: str, folded: bool, training: Sequence[Part]
+    parts: Sequence[Part],
+    kernels: str,
+    attention: str,
+    folded: bool,
+    training: Sequence[Part],
+    experts: str | None = None,
 ) -> str:
     """The fields of an `Acceleration` in some lines, however many layers there are."""
     found, first = rows(parts), f"{_done(parts)} modules run on {kernels}"
     if parts and all(part.reason == kernels for part in parts):
         first = f"no module runs on kernels: {kernels}"
         found = [replace(row, words="") for row in found]
-    lines = [first if parts else "no norm and no linear layer was found", _attention(attention)]
+    lines = [first if parts else "no norm and no linear layer was found"]
+    lines.append(f"attention of single tokens runs on {_where(attention)}")
+    if experts is not None:
+        lines.append(f"experts of few tokens run on {_where(experts)}")
     if folded:
         lines.append("the gains were folded first")
     lines += _table(found)
@@ -72,9 +80,8 @@ def summary(
     return "\n".join(lines)
 
 
-def _attention(reason: str) -> str:
-    where = f"its own code: {reason}" if reason else "a kernel"
-    return f"attention of single tokens runs on {where}"
+def _where(reason: str) -> str:
+    return f"its own code: {reason}" if reason else "a kernel"
 
 
 def _done(parts: Sequence[Part]) -> str:

@@ -147,6 +147,50 @@ def _attention_function() -> None:
     assert transformers_names.attention_function("of_this_test") is _ignore
 
 
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=3)
+    return transformers.MixtralForCausalLM(config)
+
+
+@checks(
+    "transformers.PreTrainedConfig._experts_implementation",
+    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+    "transformers.integrations.moe.ExpertsInterface",
+)
+def _experts() -> None:
+    model, seen = mixtral(), []
+    before = transformers_names.experts_of(model.config)
+    assert before == "grouped_mm"
+    assert callable(transformers_names.experts_function("batched_mm"))
+
+    def ours(module: Any, *given: Any) -> Any:
+        seen.append([tuple(t.shape) for t in given])
+        return transformers_names.experts_function(before)(module, *given)
+
+    transformers_names.register_experts("of_this_test", ours)
+    transformers_names.set_experts_(model.config, "of_this_test")
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert seen == [[(4, 8), (4, 2), (4, 2)]]
+    transformers_names.set_experts_(model.config, before)
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert len(seen) == 1
+
+
+@checks(
+    "transformers.integrations.moe.use_experts_implementation._apply_gate",
+    "transformers.integrations.moe.use_experts_implementation._is_expert_parallel",
+)
+def _expert_weights() -> None:
+    experts = [m for m in mixtral().modules() if transformers_names.has_experts(m)]
+    assert [type(m).__name__ for m in experts] == ["MixtralExperts"]
+    first, bias, second, _, gate = transformers_names.expert_weights(experts[0])
+    assert (first.shape, bias, second.shape) == ((3, 32, 8), None, (3, 8, 16))
+    x = torch.randn(5, 32)
+    assert torch.equal(gate(x), experts[0].act_fn(x[:, :16]) * x[:, 16:])
+    experts[0]._is_expert_parallel = True
+    assert "several processes" in transformers_names.expert_weights(experts[0])
+
+
 @checks("transformers.masking_utils.sdpa_mask")
 def _sdpa_mask() -> None:
     masks = transformers.AttentionMaskInterface()

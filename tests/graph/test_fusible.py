@@ -199,7 +199,14 @@ def test_a_linear_layer(bias):
     assert check(Before(nn.Linear(N, N, bias=bias)))["norm"].precomputed == ("inner",)
 
 
-@pytest.mark.parametrize("kind", [InOut, Flipped, Half, lambda: More(N, N), lambda: Within(N, N)])
+def test_a_weight_that_is_held_as_in_and_out():
+    found = fusible(Before(InOut()))
+    assert found.turned == {"inner": Linear("inner", "inner.weight", turned=True)}
+    assert "inner" not in found.linears
+    assert check(Before(InOut()))["norm"].precomputed == ("inner",)
+
+
+@pytest.mark.parametrize("kind", [Flipped, Half, lambda: More(N, N), lambda: Within(N, N)])
 def test_what_only_looks_like_one(kind):
     assert not fusible(Before(kind())).linears
     assert check(Before(kind()))["inner"].reason

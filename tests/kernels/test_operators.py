@@ -91,7 +91,8 @@ GOOD = (torch.ones(2, 8), [torch.ones(3, 8)], [], 0, 1, 1e-5, 0.0, 0)
 BAD = {
     "weight": {1: [torch.ones(3, 7)]},
     "dtype": {1: [torch.ones(3, 8), torch.ones(3, 8).half()]},
-    "turned weight": {1: [torch.ones(8, 3).T]},
+    "weight with gaps": {1: [torch.ones(3, 16)[:, ::2]]},
+    "weights of two layouts": {1: [torch.ones(3, 8), torch.ones(8, 3).T]},
     "no weights": {1: []},
     "nine weights": {1: [torch.ones(3, 8)] * 9},
     "integers": {0: torch.ones(2, 8).int()},
@@ -153,7 +154,7 @@ def test_what_the_operator_does_not_take(monkeypatch):
     assert not operators.takes(make((1, 16), (5,), torch.float64))
     assert not operators.takes(good._replace(gain=good.gain.double()))
     assert not operators.takes(good._replace(weights=[good.weights[0].half()]))
-    assert not operators.takes(good._replace(weights=[random(16, 5, dtype=torch.float32).T]))
+    assert not operators.takes(good._replace(weights=[random(5, 32, dtype=torch.float32)[:, ::2]]))
     monkeypatch.setattr(operators, "AVAILABLE", False)
     assert not operators.takes(good)
 

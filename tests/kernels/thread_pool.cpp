@@ -53,6 +53,22 @@ void no_more_is_read_than_there_is_room_for() {
   CHECK(pair.streams[0].rows == pair.streams[1].rows && budget >= 0 && budget < 100);
 }
 
+// 20 columns of 4 bytes in 12 rows, 90 bytes apart: a part takes its columns of as many rows as fit.
+void columns_lie_across_the_rows() {
+  Reads made = reads(5000, 1, 20);
+  made.segment[0].row_bytes = 48, made.segment[0].stride = 90, made.segment[0].column = 4;
+  PrefetchList ahead;
+  int64_t budget = 1000;
+  ahead.add(made, 5, 15, budget);
+  CHECK(ahead.count == 1 && place(ahead.streams[0]) == 5020 && budget == 1000 - 12 * 40);
+  CHECK(ahead.streams[0].rows == 12 && ahead.streams[0].row_bytes == 40);
+  CHECK(ahead.streams[0].stride == 90 && ahead.streams[0].column == 0);
+  PrefetchList less;
+  budget = 100;
+  less.add(made, 0, 10, budget);
+  CHECK(less.streams[0].rows == 2 && budget == 20);
+}
+
 void what_followed_last_time_is_what_comes_next() {
   static PrefetchHistory history;
   PrefetchList ahead;
@@ -145,6 +161,7 @@ void after_many_rows_one_call_is_left_to_others() {
 int main() {
   each_part_reads_its_own_rows();
   no_more_is_read_than_there_is_room_for();
+  columns_lie_across_the_rows();
   what_followed_last_time_is_what_comes_next();
   every_part_runs_once();
   a_sleeping_member_is_woken();

@@ -80,7 +80,24 @@ class Attention(backend.Attention):
         return tensor((shares @ values).swapaxes(1, 2), q)
 
 
-LIMITS, ATTENTION = backend.Limits(tuple(DTYPES), 8), Attention()
+class Experts(backend.Experts):
+    most = ROWS
+
+    def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        return None if x.dtype == weight.dtype else f"x is {x.dtype}"
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups) -> Tensor:
+        found, at = [], 0
+        for e, rows in groups:
+            part = array(x if len(x) == 1 else x[at : at + rows])
+            y = part @ array(weight[e]).T
+            found.append(y if bias is None else y + array(bias[e]))
+            at += rows
+        return tensor(np.concatenate(found), x)
+
+
+LIMITS, ATTENTION = backend.Limits(tuple(DTYPES), 8, turned=ROWS), Attention()
+EXPERTS = Experts()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +109,7 @@ class NumpyBackend(backend.Backend):
     compiled: backend.CompiledPolicy = COMPILED
     attention: backend.Attention | str = ATTENTION
     keeps: bool = False
+    experts: backend.Experts | str = EXPERTS
 
     def claims(self, x: Tensor) -> bool:
         return x.is_cpu

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from flashnorm.kernels import backend
 from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.cpu import attention, calls, operators, policy
+from flashnorm.kernels.cpu import attention, calls, experts, operators, policy
 from flashnorm.kernels.cpu.pages import collapse
 
 
@@ -64,6 +64,20 @@ class Attention(backend.Attention):
         return operators.attend(q, k, v, scale, mask)
 
 
+class Experts(backend.Experts):
+    """`cpu.experts`."""
+
+    most = policy.TOKENS_OF_EXPERTS
+
+    def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        return experts.why_not(x, weight, bias)
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        return experts.multiply(x, weight, bias, groups)
+
+
 class CpuBackend(backend.Backend):
     """C++ kernels (`csrc/`)."""
 
@@ -105,4 +119,12 @@ class CpuBackend(backend.Backend):
         return collapse(parameters)
 
 
-CPU = CpuBackend("cpu", "cpu", policy.LIMITS, policy.POLICY, policy.COMPILED, Attention())
+CPU = CpuBackend(
+    "cpu",
+    "cpu",
+    policy.LIMITS,
+    policy.POLICY,
+    policy.COMPILED,
+    Attention(),
+    experts=Experts(),
+)

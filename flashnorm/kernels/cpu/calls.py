@@ -9,7 +9,7 @@ of x first, as in a model that computes its norm by itself; elsewhere they are n
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,11 +20,11 @@ from flashnorm.kernels import norms
 from flashnorm.kernels.call import ACTIVATIONS, Call
 from flashnorm.kernels.cpu.library import Library, load
 from flashnorm.kernels.cpu.policy import MOST_WEIGHTS, most_rows
-from flashnorm.kernels.weights import DTYPES, packed
+from flashnorm.kernels.weights import DTYPES, dense_rows, packed, turned
 
 ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/api.h
 
-_OP = [struct.Struct("8iq2d3qq" + "4q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+_OP = [struct.Struct("8iq2d3qq" + "5q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _CALL = [struct.Struct("7q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _GLU = struct.Struct("2i11q").pack
 
@@ -56,8 +56,10 @@ def why_not(call: Call) -> str | None:
     for w in call.dense_weights():
         if w.dtype not in DTYPES or w.dtype != dtype or not w.is_cpu:
             return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
-        if not w.is_contiguous() and w.stride(1) != 1:
+        if not (dense_rows(w) or turned(w)):
             return "a weight's rows are not dense; weight.contiguous() has dense ones"
+    if len({turned(w) for w in call.dense_weights()}) > 1:
+        return "some weights are held as [out, in], some as [in, out]: one call takes one layout"
     for bias in biases or ():
         if bias is not None and (bias.dtype != dtype or not _dense(bias)):
             return f"a bias is not of its weight's dtype, dense, on the CPU: {bias.dtype}"
@@ -92,7 +94,8 @@ def pack(call: Call) -> bytes:
     segments: list[int] = []
     for i, w in enumerate(weights):
         c = biases[i] if biases else None
-        segments += (w.data_ptr(), 0 if c is None else c.data_ptr(), w.shape[0], w.stride(0))
+        stride, step = w.stride() if turned(w) else (w.stride(0), 1)
+        segments += (w.data_ptr(), 0 if c is None else c.data_ptr(), w.shape[0], stride, step)
     return _OP[len(weights)](
         norm.code,
         ACTIVATION[activation],
@@ -153,6 +156,26 @@ def run_packed(
     if _library().run(packed, call):
         raise MemoryError("no memory for the rows of x in float32")
     return outputs
+
+
+def run_at(
+    dtype: torch.dtype,
+    n: int,
+    segments: Iterable[int],
+    x: int,
+    rows: int,
+    outputs: Sequence[tuple[int, int]],
+) -> None:
+    """Products alone, of x [rows, n] dense at an address, where all are parts of larger tensors.
+
+    segments: as in `pack`, five numbers for each of `outputs`, which are addresses and strides.
+    """
+    number, count = DTYPES[dtype], len(outputs)
+    fixed = (norms.NONE.code, 0, number, number, number, 0, 0, 0, n, 0.0, 0.0, 0, 0, 0, count)
+    places = [number for output in outputs for number in output]
+    call = _CALL[count](x, 0, 0, rows, n, 0, torch.get_num_threads(), *places)
+    if _library().run(_OP[count](*fixed, *segments), call):
+        raise MemoryError("no memory for the rows of x in float32")
 
 
 @lru_cache(1 << 12)

@@ -19,7 +19,7 @@ from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu.calls import ACTIVATION
 from flashnorm.kernels.cpu.library import load, torch_symbols
 from flashnorm.kernels.cpu.policy import MOST_WEIGHTS
-from flashnorm.kernels.weights import DTYPES, packed
+from flashnorm.kernels.weights import DTYPES, packed, turned
 
 # The functions of torch's stable C interface, as csrc/operators.cpp expects them.
 SHIM = [
@@ -117,9 +117,15 @@ def takes(call: Call) -> bool:
         return False
     if not 0 < len(call.weights) <= MOST_WEIGHTS or call.x.dtype not in DTYPES:
         return False
-    if any(w.dtype != call.x.dtype or w.stride(1) != 1 for w in call.dense_weights()):
+    if any(w.dtype != call.x.dtype for w in call.weights) or not _one_layout(call):
         return False
     return all(v.dtype == call.x.dtype and v.is_contiguous() for v in call.vectors())
+
+
+def _one_layout(call: Call) -> bool:
+    """Whether all weights have dense rows, or are all held as [in, out]."""
+    weights = call.dense_weights()
+    return all(w.stride(1) == 1 for w in weights) or all(map(turned, weights))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:

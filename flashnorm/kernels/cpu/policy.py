@@ -8,10 +8,12 @@ from flashnorm.kernels.backend import CompiledPolicy, Limits, Policy, Precompute
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.cpu.library import Library, load
-from flashnorm.kernels.weights import DTYPES, HALVES
+from flashnorm.kernels.weights import DTYPES, HALVES, turned
 
 MOST_WEIGHTS = 8
-LIMITS = Limits(tuple(DTYPES), MOST_WEIGHTS, contiguous=True)
+TOKENS_OF_EXPERTS = 16  # in all; every expert has its share of them
+ROWS_TURNED = 16  # of x, where weights are held as [in, out]
+LIMITS = Limits(tuple(DTYPES), MOST_WEIGHTS, contiguous=True, turned=ROWS_TURNED)
 POLICY = Policy(Precompute.ALWAYS, idle="", few=Way.KERNEL, many=Way.BLOCKS)
 # Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
 # float32 the graph's own product is faster then.
@@ -27,6 +29,8 @@ def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
     if any(weight.dtype != call.x.dtype for weight in call.weights):
         return 2**62
+    if any(turned(weight) for weight in call.dense_weights()):
+        return ROWS_TURNED
     return rows_for(call.x.dtype, call.x.shape[-1], len(call.weights))
 
 
@@ -52,6 +56,8 @@ def explain(call: Call) -> str:
     crossover, rows = crossovers.find(library.isa, x.dtype, n), x.numel() // n
     if rows > most_rows(call):
         way = "torch's matmul after a pass for the norm"
+    elif any(turned(w) for w in call.dense_weights()):
+        return "weights held as [in, out], row by row"
     else:
         way = "x packed first" if library.packs(DTYPES[x.dtype], rows, n) else "rows as they come"
     return f"{way} ({crossovers.key(x.dtype, n)}: {crossover.note})"
@@ -63,6 +69,8 @@ def rounds_first(call: Call) -> bool:
     if not isinstance(library, Library) or not x.numel():
         return False
     if x.dtype != torch.bfloat16 or any(w.dtype != x.dtype for w in call.weights):
+        return False
+    if any(turned(w) for w in call.dense_weights()):
         return False
     n = x.shape[-1]
     return bool(library.rounds_first(x.numel() // n, n))

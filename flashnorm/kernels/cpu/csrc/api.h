@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 6
+#define FLASHNORM_ABI 7
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -18,11 +18,12 @@ enum Act : int32_t {
 constexpr int32_t BOOLEAN = 3;  // of a mask, beside the types above
 enum Status : int32_t { OK = 0, NO_MEMORY = 1 };
 
-// weight: [rows, n], its rows `stride` elements apart; bias: [rows] or null.
+// weight: [rows, n], its rows `stride` elements apart and the features of a row `step`, of which one
+// is 1: a weight held as [in, out] is read as it lies. bias: [rows] or null.
 struct Segment {
   const void* weight;
   const void* bias;
-  int64_t rows, stride;
+  int64_t rows, stride, step;
 };
 
 // What stays the same from call to call. gain, shift: [n] or null; alpha: one number or null.
@@ -32,9 +33,12 @@ struct Op {
   int64_t n;
   double eps, offset;
   const void *gain, *shift, *alpha;
-  int64_t segments;
+  int64_t segments;  // all of one layout
   Segment segment[1];  // as many as `segments` says; exactly gate and up where act is a GLU
 };
+
+// Whether the weights are held as [in, out].
+static inline bool turned(const Op& op) { return op.segments && op.segment[0].step != 1; }
 
 struct Output {
   void* y;

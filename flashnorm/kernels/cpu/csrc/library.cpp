@@ -153,6 +153,7 @@ Reads reads_of(const Op& op) {
   for (int64_t i = 0; i < reads.segments; ++i) {
     const Segment& s = op.segment[i];
     reads.segment[i] = {static_cast<const char*>(s.weight), s.rows, bytes, s.stride * size};
+    if (turned(op)) reads.segment[i].stride = s.step * size, reads.segment[i].column = size;
   }
   return reads;
 }
@@ -166,6 +167,17 @@ WorkQueue queue_of(const Op& op, int64_t least, bool whole, int64_t threads) {
   const int64_t pieces = whole ? (total + threads - 1) / threads / least + 1
                                : (BYTES_PER_PIECE + bytes - 1) / bytes;
   return {total, pieces * least, threads};
+}
+
+// Of weights held as [in, out], a row's pieces are some KB, and each thread has as many.
+constexpr int64_t ROW_BYTES_PER_PIECE = 2048;
+
+WorkQueue turned_queue(const Op& op, int64_t threads) {
+  constexpr int64_t least = 32, most = 4096;  // columns; bytes of a row, as in turned.h
+  const int64_t total = op.act ? op.segment[0].rows : all_rows(op), size = row_bytes(op) / op.n;
+  const int64_t each = total * size / threads, pieces = 1 + each / ROW_BYTES_PER_PIECE;
+  const int64_t unit = (total / (threads * pieces) / least + 1) * least;
+  return {total, smaller(unit, most / size), threads};
 }
 
 // How far ahead of reading, at least.
@@ -194,6 +206,7 @@ constexpr int64_t WIDE = 1024;  // features; NARROW of crossovers.py
 
 // What multiplies rows that are packed first; null where they are multiplied as they come.
 const PackedTable* packed_table(const Choice& use, const Op& op, int64_t rows) {
+  if (turned(op)) return nullptr;
   const bool pairs = op.x_type == BFLOAT16 && op.weight_type == BFLOAT16;
   if (pairs && use.tiles && op.n % 32 == 0) return rows >= use.tiles->least ? use.tiles : nullptr;
   const PackedTable* panels = pairs && use.pair_panels ? use.pair_panels : &use.table->panels;
@@ -377,7 +390,8 @@ EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
   if (const PackedTable* table = packed_table(use, *op, call->rows))
     return run_packed(use, *table, *op, *call, threads);
-  WorkQueue queue = queue_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
+  WorkQueue queue = turned(*op) ? turned_queue(*op, threads)
+                                : queue_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
   const Reads reads = reads_of(*op);
   Job job{use, op, call, run_job, {OK}, &queue};
   return parallel(job, threads, call->rows, &reads);

@@ -178,12 +178,16 @@ void norm_linear(Value* stack, uint64_t, uint64_t) {
   size_t used = 0;
   for (size_t i = 0; i < segments; ++i) {
     const Tensor& w = weights[i];
-    need(w.dims == 2 && w.size(1) == op.n && w.dense_rows() && w.type == op.weight_type,
+    const bool dense = w.dense_rows();
+    need(w.dims == 2 && w.size(1) == op.n && w.type == op.weight_type &&
+             (dense || (w.stride(0) == 1 && w.stride(1) > 1)),
          "norm_linear_cpu: a weight does not fit x");
     const Tensor* bias = next(vectors, used, which, static_cast<int>(i));
     need(!bias || (bias->type == w.type && bias->size(0) == w.size(0)),
          "norm_linear_cpu: a bias does not fit its weight");
-    op.segment[i] = {w.data, bias ? bias->data : nullptr, w.size(0), w.stride(0)};
+    op.segment[i] = {w.data, bias ? bias->data : nullptr, w.size(0), w.stride(0),
+                     dense ? 1 : w.stride(1)};
+    need(turned(op) == !dense, "norm_linear_cpu: weights of two layouts");
   }
   need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");
   if (const Tensor* gain = next(vectors, used, which, MOST_SEGMENTS)) {

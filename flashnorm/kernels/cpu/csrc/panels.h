@@ -108,8 +108,8 @@ struct Panels {
   float* block;
 };
 
-// Lines that will be read, a few at a time.
-struct Lines {
+// Upcoming that will be read, a few at a time.
+struct Upcoming {
   const char* first;
   int64_t stride, row_bytes, rows, row = 0, at = 0;
 
@@ -144,7 +144,7 @@ template <class A> inline void copy_block(const Panels& t, const Part& p) {
   else copy_rows<A, Fp16>(t, p);
 }
 
-template <class A> inline Lines lines_of(const Panels& t, const Part& p) {
+template <class A> inline Upcoming lines_of(const Panels& t, const Part& p) {
   const int64_t size = size_of(t.op.weight_type), first = p.from * A::features;
   const char* row = offset(p.s.weight, t.op.weight_type, p.at * p.s.stride + first);
   return {row, p.s.stride * size, (p.to - p.from) * A::features * size, p.count};
@@ -152,7 +152,7 @@ template <class A> inline Lines lines_of(const Panels& t, const Part& p) {
 
 // sums[panel][c][m] (+)= the products of a block of weights; meanwhile the next block is fetched.
 template <class A>
-inline void block_products(const Panels& t, const Part& p, Lines next, float* sums) {
+inline void block_products(const Panels& t, const Part& p, Upcoming next, float* sums) {
   const int64_t count = panels(t.x.rows), depth = p.to - p.from;
   const int64_t tiles = count * ((p.count + ACROSS - 1) / ACROSS);
   const int64_t some = next.rows * (next.row_bytes / LINE + 1) / tiles + 1;
@@ -176,7 +176,7 @@ inline void panel_products(const Panels& t, const Segment& s, int64_t at, int64_
   for (int64_t b = 0; b < blocks; ++b) {
     const Part p{s, at, count, n * b / blocks, n * (b + 1) / blocks};
     copy_block<A>(t, p);
-    Lines lines{nullptr, 0, 0, 0};
+    Upcoming lines{nullptr, 0, 0, 0};
     if (b + 1 < blocks) lines = lines_of<A>(t, {s, at, count, p.to, n * (b + 2) / blocks});
     else if (next && next_at < next->rows)
       lines = lines_of<A>(t, {*next, next_at, smaller(WIDTH, next->rows - next_at), 0, n / blocks});

@@ -2,10 +2,22 @@
 #pragma once
 #include <stdint.h>
 
-// Rows of bytes in memory: `rows` times `row_bytes`, `stride` apart.
+// Rows of bytes in memory: `rows` times `row_bytes`, `stride` apart. Or, where `column` is not 0, what
+// lies across them: `rows` columns of so many bytes each, in rows that are `stride` apart.
 struct Stream {
   const char* first;
-  int64_t rows, row_bytes, stride;
+  int64_t rows, row_bytes, stride, column = 0;
+
+  // As much of its rows or columns begin..end as fits into `budget` bytes.
+  Stream part(int64_t begin, int64_t end, int64_t budget) const {
+    const int64_t fit = least(end - begin, budget / (row_bytes + 1));
+    if (!column) return {first + begin * stride, fit, row_bytes, stride};
+    const int64_t width = (end - begin) * column;
+    return {first + begin * column, least(row_bytes / column, budget / (width + 1)), width, stride};
+  }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 // What all parts of a call read: segments one after another, or side by side (gate and up), which
@@ -38,11 +50,12 @@ struct PrefetchList {
       const Stream& s = reads.segment[i];
       const int64_t from = begin > first ? begin - first : 0;
       const int64_t to = end - first < s.rows ? end - first : s.rows;
-      const int64_t fit = (reads.together ? share : budget - used) / (s.row_bytes + 1);
-      const int64_t rows = to - from < fit ? to - from : fit;
-      if (rows > 0) {
-        streams[count++] = {s.first + from * s.stride, rows, s.row_bytes, s.stride};
-        used += rows * s.row_bytes;
+      if (to > from) {
+        const Stream part = s.part(from, to, reads.together ? share : budget - used);
+        if (part.rows > 0) {
+          streams[count++] = part;
+          used += part.rows * part.row_bytes;
+        }
       }
       if (!reads.together) first += s.rows;
     }

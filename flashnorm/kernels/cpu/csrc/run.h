@@ -3,6 +3,7 @@
 #include "finish.h"
 #include "skinny.h"
 #include "table.h"
+#include "turned.h"
 #include "workspace.h"
 
 namespace {
@@ -16,6 +17,7 @@ struct Block {
   const float* x;             // [rows][padded n]
   const Bf16* pairs;          // the raw rows, where they are exact enough as they are; or null
   float scale[MAX_ROWS];      // what each row still has to be multiplied by
+  float* sums;                // of a band of turned weights, or of two; or null
 };
 
 inline int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
@@ -89,6 +91,68 @@ inline void run_glu(const Block& b, Range range) {
   }
 }
 
+// The columns of a band that one piece has at most, and the sums of all rows of x with them.
+inline int64_t band_columns(const Op& op) { return BAND_BYTES / size_of(op.weight_type); }
+inline int64_t band_sums(const Op& op, int64_t rows) { return rows * band_columns(op); }
+
+template <class W>
+inline void turned_band(const Block& b, const Segment& s, int64_t at, int64_t count, float* sums) {
+  const W* weight = static_cast<const W*>(s.weight) + at;
+  turned_products(Band<W>{weight, s.step, count, b.op.n, b.x, padded(b.op.n), b.rows, sums,
+                          band_columns(b.op)});
+}
+
+// The same as `linear_chunk` for a weight held as [in, out]: sums[rows][band_columns].
+inline void turned_chunk(const Block& b, const Segment& s, int64_t at, int64_t count, float* sums) {
+  if (b.op.weight_type == FLOAT32) turned_band<float>(b, s, at, count, sums);
+  else if (b.op.weight_type == BFLOAT16) turned_band<Bf16>(b, s, at, count, sums);
+  else turned_band<Fp16>(b, s, at, count, sums);
+  float bias[CHUNK];
+  for (int64_t c = 0; c < count; c += CHUNK) {
+    const int64_t some = smaller(CHUNK, count - c);
+    if (s.bias)
+      for (int64_t i = 0; i < some; ++i) bias[i] = number(s.bias, b.op.bias_type, at + c + i);
+    for (int64_t m = 0; m < b.rows; ++m)
+      scale_bias(sums + m * band_columns(b.op) + c, b.scale[m], s.bias ? bias : nullptr, some);
+  }
+}
+
+inline void store_band(const Block& b, const Output& out, const float* sums, int64_t at,
+                       int64_t count) {
+  for (int64_t m = 0; m < b.rows; ++m) {
+    const int64_t row = b.first + m;
+    store(b.op.x_type, sums + m * band_columns(b.op), out.y, row * out.stride + at, b.call.residual,
+          row * b.call.residual_stride + at, count);
+  }
+}
+
+inline void run_turned_linear(const Block& b, Range range) {
+  int64_t first = 0;
+  for (int64_t i = 0; i < b.op.segments; first += b.op.segment[i].rows, ++i) {
+    const Segment& s = b.op.segment[i];
+    const int64_t end = smaller(range.end - first, s.rows);
+    int64_t at = range.begin > first ? range.begin - first : 0;
+    for (int64_t count; at < end; at += count) {
+      count = smaller(band_columns(b.op), end - at);
+      turned_chunk(b, s, at, count, b.sums);
+      store_band(b, b.call.out[i], b.sums, at, count);
+    }
+  }
+}
+
+inline void run_turned_glu(const Block& b, Range range) {
+  float* up = b.sums + band_sums(b.op, b.rows);
+  int64_t at = range.begin;
+  for (int64_t count; at < range.end; at += count) {
+    count = smaller(band_columns(b.op), range.end - at);
+    turned_chunk(b, b.op.segment[0], at, count, b.sums);
+    turned_chunk(b, b.op.segment[1], at, count, up);
+    for (int64_t m = 0; m < b.rows; ++m)
+      glu_row(b.op.act, b.sums + m * band_columns(b.op), up + m * band_columns(b.op), count);
+    store_band(b, b.call.out[0], b.sums, at, count);
+  }
+}
+
 // Products of bf16 pairs treat subnormal numbers as zero and are exact otherwise: safe for rows that
 // are far from subnormal and have not been touched.
 inline bool pairs_allowed(const Op& op, const Options& options) {
@@ -103,6 +167,10 @@ inline void copy_pairs(const Bf16* x, int64_t n, Bf16* out) {
 
 inline int64_t space_for(const Op& op, int64_t rows) {
   return padded(op.n) * (2 + rows) + padded(op.n) / 2 * rows;
+}
+
+inline float* band_memory(const Op& op, int64_t rows) {
+  return flashnorm_workspace(SUMS, band_sums(op, rows) * (op.act ? 2 : 1));
 }
 
 // Each thread prepares all rows for itself: that takes less time than waiting for another one.
@@ -124,8 +192,18 @@ inline void prepare(Block& b, const Affine& affine, float* space) {
   b.pairs = exact ? pairs : nullptr;
 }
 
+inline void fetch_turned(const Op& op, Range range) {
+  const Segment& s = op.segment[0];
+  const int64_t size = size_of(op.weight_type), end = smaller(range.end, s.rows);
+  const int64_t width = smaller(end - range.begin, band_columns(op)) * size;
+  if (width > 0)
+    Lines<char>(offset(s.weight, op.weight_type, range.begin), width, s.step * size)
+        .fetch_rows(smaller(GROUP, op.n));
+}
+
 // Brings in what is read first while the statistics are computed.
 inline void fetch_first(const Op& op, Range range, int64_t ahead) {
+  if (turned(op)) return fetch_turned(op, range);
   int64_t at = range.begin;
   const Segment* s = op.segment;
   if (!op.act)
@@ -136,6 +214,7 @@ inline void fetch_first(const Op& op, Range range, int64_t ahead) {
 }
 
 inline void run_columns(const Block& b, Range range) {
+  if (turned(b.op)) return b.op.act ? run_turned_glu(b, range) : run_turned_linear(b, range);
   if (b.op.act) run_glu(b, range);
   else run_linear(b, range);
 }
@@ -147,9 +226,10 @@ inline int32_t run_part(const Op& op, const Call& call, const Options& options, 
   if (!queue.take(part, range)) return OK;
   fetch_first(op, range, options.ahead);
   float* space = workspace(space_for(op, smaller(call.rows, MAX_ROWS)));
-  if (!space) return NO_MEMORY;
+  float* sums = turned(op) ? band_memory(op, smaller(call.rows, MAX_ROWS)) : nullptr;
+  if (!space || (turned(op) && !sums)) return NO_MEMORY;
   const Affine gains = affine(op, space);
-  Block block{op, call, options, 0, 0, nullptr, nullptr, {}};
+  Block block{op, call, options, 0, 0, nullptr, nullptr, {}, sums};
   bool ready = false;
   do {
     for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
