@@ -123,9 +123,34 @@ class Attention(ABC):
         raise NotImplementedError
 
 
+class Packaging(ABC):
+    """What ahead-of-time compiled code needs to call a backend's operators without Python."""
+
+    @abstractmethod
+    def why_not(self) -> str:
+        """Why nothing can be packaged here; empty where it can."""
+
+    @abstractmethod
+    def entries(self) -> dict[Any, list[str]]:
+        """The C declarations of every operator that such code may call."""
+
+    @abstractmethod
+    def options(self) -> dict[str, object]:
+        """Options of the compiler that its code should be made with."""
+
+    @abstractmethod
+    def expose(self) -> None:
+        """Let code that is loaded from now on find the entries."""
+
+    @abstractmethod
+    def described(self) -> dict[str, str]:
+        """What compiled code depends on beside the model: processor, kernels."""
+
+
 @dataclass(frozen=True, eq=False)
 class Backend(ABC):
-    """Kernels on one kind of device. attention: what attends there, or why nothing does.
+    """Kernels on one kind of device. attention: what attends there, or why nothing does; packaging
+    the same for code that is compiled ahead of time.
 
     keeps: what `bind` returns depends on nothing but where the parameters lie, holds none of them,
     and may be kept; elsewhere every call binds anew.
@@ -138,6 +163,7 @@ class Backend(ABC):
     compiled: CompiledPolicy
     attention: Attention | str = field(default="the backend has no attention")
     keeps: bool = True
+    packaging: Packaging | str = field(default="the backend has no operators for packages")
 
     @abstractmethod
     def claims(self, x: Tensor) -> bool:

@@ -55,7 +55,12 @@ def _beside(part: Part, norms: dict[str, str]) -> list[str]:
 
 
 def summary(
-    parts: Sequence[Part], kernels: str, attention: str, folded: bool, training: Sequence[Part]
+    parts: Sequence[Part],
+    kernels: str,
+    attention: str,
+    folded: bool,
+    training: Sequence[Part],
+    package: str = "",
 ) -> str:
     """The fields of an `Acceleration` in some lines, however many layers there are."""
     found, first = rows(parts), f"{_done(parts)} modules run on {kernels}"
@@ -65,6 +70,8 @@ def summary(
     lines = [first if parts else "no norm and no linear layer was found", _attention(attention)]
     if folded:
         lines.append("the gains were folded first")
+    if package:
+        lines.append(f"decode steps are compiled: {package}")
     lines += _table(found)
     if training:
         lines += ["", f"in training {_done(training)} modules save less: {_kinds(training)}"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashnorm.kernels import backend
 from flashnorm.kernels.call import Call, check
 from flashnorm.kernels.cpu import attention, calls, operators, policy
+from flashnorm.kernels.cpu.packaging import Packaging
 from flashnorm.kernels.cpu.pages import collapse
 
 
@@ -101,4 +102,12 @@ class CpuBackend(backend.Backend):
         return collapse(parameters)
 
 
-CPU = CpuBackend("cpu", "cpu", policy.LIMITS, policy.POLICY, policy.COMPILED, Attention())
+CPU = CpuBackend(
+    "cpu",
+    "cpu",
+    policy.LIMITS,
+    policy.POLICY,
+    policy.COMPILED,
+    Attention(),
+    packaging=Packaging(),
+)
