@@ -51,6 +51,10 @@ ConvNd = nn.modules.conv._ConvNd
 # Code that was compiled ahead of time.
 PackageRunner = torch._C._aoti.AOTIModelContainerRunnerCpu
 
+# What a compiled graph asks whether anything is new.
+TensorGuards = torch._C._dynamo.guards.TensorGuards
+dict_version = torch._C._dynamo.guards.dict_version
+
 # The dispatcher.
 DispatchKey = torch._C.DispatchKey
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -194,6 +198,16 @@ NAMES = (
         "torch._C._aoti.AOTIModelContainerRunnerCpu",
         "PackageRunner",
         "runs a library of aot_compile: a list of tensors for a list of tensors",
+    ),
+    Private(
+        "torch._C._dynamo.guards.TensorGuards",
+        "TensorGuards",
+        "`check(*tensors)`: as those that it was made of, by type, dtype, sizes, strides, device",
+    ),
+    Private(
+        "torch._C._dynamo.guards.dict_version",
+        "dict_version",
+        "a number that is another one once a dict has another value or key",
     ),
     Private("torch._inductor.aot_compile", "aot_compiler", "writes a shared library for a graph"),
     Private("torch._dynamo", "dynamo", "limits of recompilation, and how to forget graphs"),

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Packaging(backend.Packaging):
             return library
         return "" if operators.AVAILABLE else "the library's operators could not be registered"
 
-    def entries(self) -> dict[torch._ops.OpOverload, list[str]]:
+    def entries(self) -> dict[Any, list[str]]:
         found = torch.ops.flashnorm
         return {found.norm_linear_cpu.default: [NORM_LINEAR], found.attend_cpu.default: [ATTEND]}
 

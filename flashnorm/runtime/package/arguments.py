@@ -45,13 +45,13 @@ def read(args: tuple[Any, ...], options: Mapping[str, Any]) -> Given | str | Non
     for name, value in options.items():
         if name in _TENSORS:
             continue
-        if isinstance(value, Tensor) or not any(value is meant for meant in _MEANT.get(name, (None,))):
+        if not any(value is meant for meant in _MEANT.get(name, (None,))):
             return OTHER.format(name)
     return Given(ids, options.get("attention_mask"), options.get("position_ids"), cache)
 
 
 class Masks:
-    """Which positions of a cache are visible, as [batch, length] of bool; the step hides later ones.
+    """Which positions of a cache are seen, as [batch, length] of bool; the step hides later ones.
 
     A mask of another form is one, where it says of each position up to the new token whether it is
     seen, and of all later ones that they are not.

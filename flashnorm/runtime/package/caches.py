@@ -1,4 +1,4 @@
-"""The caches that a compiled step reads and writes: transformers' own, of a fixed length or growing.
+"""The caches that a compiled step reads and writes: of a fixed length, or growing.
 
 A growing cache is given a room: its keys and values are moved into the first positions of longer
 tensors once, and are views of them from then on. The step writes behind the views, and the next

@@ -3,7 +3,7 @@
     logits [B, 1, V] = step(parameters, ids [B, 1], visible [B, T], positions [B, 1], lengths,
                             keys [B, H, T, D], values [B, H, T, D])
 
-Keys, values and lengths are those of a `StaticCache` and are written in place, as its own code does.
+Keys, values and lengths are those of a `StaticCache`, written in place as by its own code.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_operators(graph: Any) -> None:
-    """Raise FlashNormError for operators that a library would call through Python, or not at all."""
+    """Raise FlashNormError for operators that a library would need Python for."""
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
+from flashnorm.compat.torch_names import (
+    TensorGuards,
+    forward_hooks_of_all,
+    forward_pre_hooks_of_all,
+)
 from flashnorm.kernels import dispatch
 from flashnorm.runtime.package.arguments import PLACES, Given, Masks, read
 from flashnorm.runtime.package.caches import Shapes, find
@@ -30,14 +34,18 @@ class Inputs:
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         self.slots = [_slot(model, name) for name in names]
         self.expected = _look(self.find())
+        self.guards: Any = None  # the same, as torch looks at it
 
     def find(self) -> list[Tensor]:
         return [held[name] for held, name in self.slots]
 
     def why_not(self, tensors: list[Tensor]) -> str:
         """Why the step cannot read them; empty where they are as they were traced."""
-        if not _PLAIN.issuperset(map(type, tensors)) or _look(tensors) != self.expected:
-            return MOVED
+        if self.guards is None or not self.guards.check(*tensors):
+            if not _PLAIN.issuperset(map(type, tensors)) or _look(tensors) != self.expected:
+                return MOVED
+            free = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+            self.guards = TensorGuards(*tensors, **free)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return dispatch.GRADIENT
         return ""

@@ -173,12 +173,13 @@ def _check(model: Any, forward: Packaged, options: Package, place: Path) -> None
     """
     from transformers import StaticCache
 
+    ids, positions = _ids(options, 2), _ids(options, 1)
     with torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=options.length)
         _own_step(model, _ids(options, 1), cache, None, None)
         own, other = _twins(cache)
-        expected = _own_step(model, _ids(options, 2), own, None, torch.ones(options.batch, 1).long())
-        given = Given(_ids(options, 2), None, torch.ones(options.batch, 1).long(), other)
+        expected = _own_step(model, ids, own, None, positions)
+        given = Given(ids, None, positions, other)
         found = forward.step(given)
     if isinstance(found, str):
         raise FlashNormError(f"the package {place} does not take the model's own step: {found}")

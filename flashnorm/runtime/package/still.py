@@ -1,7 +1,8 @@
 """Whether a whole model is what was traced: every module of it, at the price of a glance.
 
-Comparing dictionaries and lists that were flattened before takes Python's own code in C. What is
-the same object is equal to it without another look.
+Between two tokens the weights have passed through the caches, so that every line of memory that is
+looked at is waited for. So the dictionaries that make up a model are asked for their versions, and
+looked through only where one has another.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flashnorm.compat.torch_names import dict_version
 from flashnorm.runtime.names import named_in
 from flashnorm.runtime.watch import CHANGED, HOOKS, is_plain
 
 HOOKED = "a module inside of the model has hooks"
 _Table = dict[str, Any]
+_OPEN = (list, dict, set)
 
 
 class Still:
@@ -31,7 +34,7 @@ class Still:
         self.held = [dict(vars(part)) for part in self.inner]
         self.kinds = list(map(type, parts))
         self.parts = parts
-        self.tables = [table for part in parts for table in (part._parameters, part._buffers)]
+        self.tables: list[Any] = [t for part in parts for t in (part._parameters, part._buffers)]
         self.tensor_names = list(chain.from_iterable(self.tables))
         self.missing = [t is None for t in chain.from_iterable(map(dict.values, self.tables))]
         self.children = [part._modules for part in parts]
@@ -45,35 +48,62 @@ class Still:
         self.spaces = _spaces(self.classes)
         self.configs = _configs(parts)
         self.settings = [copy.deepcopy(_plain(vars(config))) for config in self.configs]
+        # What can change within a value of a config, which its dictionary does not notice.
+        self.open = [v for c in self.configs for v in vars(c).values() if isinstance(v, _OPEN)]
+        self.open_values = copy.deepcopy(self.open)
+        self.dicts = [
+            *map(vars, self.inner),
+            *(part._parameters for part in parts),
+            # Of those without any, which are most, code cannot have read one.
+            *(table for part in parts for table in (part._buffers, part._modules) if table),
+            *self.hooks,
+            *self.spaces,
+            *map(vars, self.configs),
+        ]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return list(map(dict_version, self.dicts))
 
     def changed(self) -> str:
         """Why the model is not what it was; empty where it is."""
         try:
-            if any(self.hooks):
-                return HOOKED
-            return "" if self._same() else CHANGED
+            versions = self._versions()
+            if versions != self.versions:
+                if any(self.hooks):
+                    return HOOKED
+                if not self._same():
+                    return CHANGED
+                self.versions = versions
+            return "" if self._same_classes() else CHANGED
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             return CHANGED  # it is gone, or cannot be compared with what it was
 
     def _same(self) -> bool:
         return (
             list(map(vars, self.inner)) == self.held
-            and list(map(type, self.parts)) == self.kinds
             and list(chain.from_iterable(self.tables)) == self.tensor_names
             and [t is None for t in chain.from_iterable(map(dict.values, self.tables))]
             == self.missing
             and list(chain.from_iterable(self.children)) == self.child_names
             and list(chain.from_iterable(map(dict.values, self.children))) == self.child_modules
-            and self.pick_root(vars(self.root)) == self.root_values
-            and list(map(vars, self.classes)) == self.class_held
             and all(
                 pick(space) == values
                 for space, (pick, values) in zip(self.spaces, self.globals, strict=True)
             )
             and all(
-                pick_settings == _plain(vars(config))
-                for config, pick_settings in zip(self.configs, self.settings, strict=True)
+                setting == _plain(vars(config))
+                for config, setting in zip(self.configs, self.settings, strict=True)
             )
+        )
+
+    def _same_classes(self) -> bool:
+        """What no version stands for: the root, where `generate` writes, classes and lists."""
+        return (
+            list(map(type, self.parts)) == self.kinds
+            and self.pick_root(vars(self.root)) == self.root_values
+            and list(map(vars, self.classes)) == self.class_held
+            and self.open == self.open_values
         )
 
 

@@ -1,4 +1,4 @@
-"""Packages in a directory: each is a library and what it is for, and appears whole or not at all."""
+"""Packages in a directory: a library each, and what it is for; they appear whole or not at all."""
 
 from __future__ import annotations
 
