@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, GemmaConfig, MistralConfig, StaticCache
+from transformers import DynamicCache, GemmaConfig, LlamaConfig, MistralConfig, StaticCache
 
 import flashnorm
 from flashnorm.kernels import dispatch
@@ -212,6 +212,15 @@ def test_longer_than_the_package_runs_its_own_code(pair):
     found, reasons = from_package(lambda: model.generate(ids(), **long))
     assert "full" in reasons[0]
     assert torch.equal(found, original.generate(ids(), **long))
+
+
+def test_a_token_that_there_is_not_is_an_error(pair):
+    original, model = pair()
+    for m, error in ((original, IndexError), (model, RuntimeError)):
+        cache = prefill(m)
+        with pytest.raises(error):
+            step(m, cache, token=256)
+        assert cache.get_seq_length() == 5
 
 
 def test_a_full_fixed_cache_is_an_error_of_its_own(pair):
@@ -431,6 +440,8 @@ def test_what_cannot_be_packaged_is_refused(tmp_path):
         (tiny().train(), "training"),
         (torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)), "from transformers"),
     ]
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # by the length so far
+    cases.append((tiny(LlamaConfig(**SIZES, rope_parameters=scaled)), "no single graph|stores"))
     hooked = tiny()
     hooked.model.norm.register_forward_hook(lambda _, __, y: y)
     for model, words in [*cases, (hooked, "model.norm has hooks")]:

@@ -88,6 +88,9 @@ class Packaged(Stand):
         self.masks = Masks(self.batch, shapes.length)
         self.inputs = Inputs(model, names)
         self.still: Still | None = None
+        # The parameters of the last step, and the versions of the dictionaries that had them.
+        self.tensors: list[Tensor] = []
+        self.seen: list[int] | None = None
 
     def watch(self) -> None:
         """From now on the model has to stay as it is now, with this forward."""
@@ -136,10 +139,13 @@ class Packaged(Stand):
             return [], HOOKED
         if given.ids.shape[0] != self.batch:
             return [], BATCH
-        if self.still is not None and (reason := self.still.changed()):
+        if self.still is None:
+            self.tensors = self.inputs.find()
+        elif reason := self.still.changed():
             return [], reason
-        tensors = self.inputs.find()
-        return tensors, self.inputs.why_not(tensors)
+        elif self.seen is not self.still.versions:
+            self.tensors, self.seen = self.inputs.find(), self.still.versions
+        return self.tensors, self.inputs.why_not(self.tensors)
 
     def _positions(self, given: Tensor | None, used: int) -> Tensor | str:
         if given is None:

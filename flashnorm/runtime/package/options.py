@@ -12,8 +12,8 @@ from flashnorm.errors import FlashNormError
 class Package:
     """A decode step to be kept in `directory`: for `batch` sequences of up to `length` tokens.
 
-    A cache of `length` tokens is reserved when a sequence is decoded; pages of it that were never
-    written take no memory. Longer sequences and other batches run as without a package.
+    Memory for a cache of `length` tokens is reserved when a sequence is decoded. Longer sequences
+    and other batches run as without a package.
     """
 
     directory: str | os.PathLike[str]
