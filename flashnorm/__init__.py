@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flashnorm.runtime import acceleration as acceleration
     from flashnorm.runtime import restore_ as restore_
     from flashnorm.runtime.original import original as original
+    from flashnorm.runtime.package.options import Package as Package
     from flashnorm.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _LAZY = {
     "acceleration": "flashnorm.runtime",
     "restore_": "flashnorm.runtime",
     "original": "flashnorm.runtime.original",
+    "Package": "flashnorm.runtime.package.options",
     "verify": "flashnorm.verification",
     "explain": "flashnorm.functional",
 }

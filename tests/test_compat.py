@@ -13,7 +13,7 @@ import transformers
 
 import flashnorm
 from flashnorm.compat import ATTRIBUTES, Private, torch_names, transformers_names
-from tests.compat import models, modules, tensors, watchers  # noqa: F401  (the checks)
+from tests.compat import caches, models, modules, tensors, watchers  # noqa: F401  (the checks)
 from tests.compat.checks import CHECKS
 from tests.private_names import private_names
 
@@ -86,7 +86,7 @@ def resolve(theirs: str) -> Any:
     raise ImportError(theirs)
 
 
-LATE = {"default_device", "hooks_of_all", "dynamo", "export_flag"}
+LATE = {"default_device", "hooks_of_all", "dynamo", "export_flag", "aot_compiler"}
 
 
 @pytest.mark.parametrize("row", torch_names.NAMES, ids=lambda row: row.theirs)

@@ -48,6 +48,13 @@ scaled_mm = torch._scaled_mm
 int_mm = torch._int_mm
 ConvNd = nn.modules.conv._ConvNd
 
+# Code that was compiled ahead of time.
+PackageRunner = torch._C._aoti.AOTIModelContainerRunnerCpu
+
+# What a compiled graph asks whether anything is new.
+TensorGuards = torch._C._dynamo.guards.TensorGuards
+dict_version = torch._C._dynamo.guards.dict_version
+
 # The dispatcher.
 DispatchKey = torch._C.DispatchKey
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -83,6 +90,13 @@ def dynamo() -> Any:
     from torch import _dynamo
 
     return _dynamo
+
+
+def aot_compiler() -> Any:
+    """`aot_compile(graph, inputs, options=)`: a graph becomes a shared library. Imported late."""
+    from torch._inductor import aot_compile
+
+    return aot_compile
 
 
 _FAKE, _MODES = "torch._subclasses.fake_tensor", "torch.utils._python_dispatch"
@@ -180,5 +194,21 @@ NAMES = (
         "where torch.set_default_device keeps its context, for each thread",
     ),
     Private("torch.compiler._is_exporting_flag", "export_flag", "true while torch.export runs"),
+    Private(
+        "torch._C._aoti.AOTIModelContainerRunnerCpu",
+        "PackageRunner",
+        "runs a library of aot_compile: a list of tensors for a list of tensors",
+    ),
+    Private(
+        "torch._C._dynamo.guards.TensorGuards",
+        "TensorGuards",
+        "`check(*tensors)`: as those that it was made of, by type, dtype, sizes, strides, device",
+    ),
+    Private(
+        "torch._C._dynamo.guards.dict_version",
+        "dict_version",
+        "a number that is another one once a dict has another value or key",
+    ),
+    Private("torch._inductor.aot_compile", "aot_compiler", "writes a shared library for a graph"),
     Private("torch._dynamo", "dynamo", "limits of recompilation, and how to forget graphs"),
 )

@@ -170,6 +170,23 @@ def expert_weights(module: Any) -> ExpertWeights | str:
     return ExpertWeights(first, biases[0], second, biases[1], module._apply_gate)
 
 
+# Caches.
+
+
+def growing_layer() -> type[Any]:
+    """The class of a cache's layers that grow by concatenation: `keys`, `values`."""
+    from transformers.cache_utils import DynamicLayer
+
+    return DynamicLayer
+
+
+def fixed_layer() -> type[Any]:
+    """The same of a fixed length: `keys`, `values`, and `cumulative_length`, how much is in use."""
+    from transformers.cache_utils import StaticLayer
+
+    return StaticLayer
+
+
 # Continuous batching and compiled steps.
 
 
@@ -261,6 +278,16 @@ NAMES = (
         "false in one process",
     ),
     _private("masking_utils.sdpa_mask", "sdpa_mask", "can be registered under another name"),
+    _private(
+        "cache_utils.DynamicLayer",
+        "growing_layer",
+        "keys and values [B, H, length, D], which the next token is concatenated to",
+    ),
+    _private(
+        "cache_utils.StaticLayer",
+        "fixed_layer",
+        "written in place at cumulative_length, a tensor that counts on",
+    ),
     _private(
         f"{_BATCHING}.ContinuousMixin",
         "batching",

@@ -144,10 +144,34 @@ class Experts(ABC):
         """
 
 
+class Packaging(ABC):
+    """What ahead-of-time compiled code needs to call a backend's operators without Python."""
+
+    @abstractmethod
+    def why_not(self) -> str:
+        """Why nothing can be packaged here; empty where it can."""
+
+    @abstractmethod
+    def entries(self) -> dict[Any, list[str]]:
+        """The C declarations of every operator that such code may call."""
+
+    @abstractmethod
+    def options(self) -> dict[str, object]:
+        """Options of the compiler that its code should be made with."""
+
+    @abstractmethod
+    def expose(self) -> None:
+        """Let code that is loaded from now on find the entries."""
+
+    @abstractmethod
+    def described(self) -> dict[str, str]:
+        """What compiled code depends on beside the model: processor, kernels."""
+
+
 @dataclass(frozen=True, eq=False)
 class Backend(ABC):
-    """Kernels on one kind of device. attention: what attends there, or why nothing does;
-    experts: the same for them.
+    """Kernels on one kind of device. attention: what attends there, or why nothing does; experts
+    the same for them, packaging for code that is compiled ahead of time.
 
     keeps: what `bind` returns depends on nothing but where the parameters lie, holds none of them,
     and may be kept; elsewhere every call binds anew.
@@ -161,6 +185,7 @@ class Backend(ABC):
     attention: Attention | str = field(default="the backend has no attention")
     keeps: bool = True
     experts: Experts | str = field(default="the backend has no kernels for experts")
+    packaging: Packaging | str = field(default="the backend has no operators for packages")
 
     @abstractmethod
     def claims(self, x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
+from flashnorm.runtime.package.make import packaged
+from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.stand import Stand, retire
 from flashnorm.runtime.steps import Trained
 from flashnorm.runtime.summary import summary
@@ -48,7 +51,8 @@ class Acceleration:
     `attention` says why the attention of single tokens is the model's own; empty where it is not.
     `training` are the modules that save less for a gradient, and those that cannot; empty where
     that was not asked for. `experts` is like `attention` for the experts of few tokens; None where
-    the model has none in one tensor.
+    the model has none in one tensor. `package` is where the compiled decode step is; empty where
+    there is none.
     """
 
     parts: tuple[Part, ...]
@@ -57,6 +61,7 @@ class Acceleration:
     folded: bool
     training: tuple[Part, ...] = ()
     experts: str | None = None
+    package: str = ""
 
     @property
     def fused(self) -> tuple[Part, ...]:
@@ -68,7 +73,13 @@ class Acceleration:
     def __str__(self) -> str:
         """Alike modules in one row, like a plan; `parts` has them one by one."""
         return summary(
-            self.parts, self.kernels, self.attention, self.folded, self.training, self.experts
+            self.parts,
+            self.kernels,
+            self.attention,
+            self.folded,
+            self.training,
+            self.experts,
+            self.package,
         )
 
 
@@ -87,6 +98,7 @@ def accelerate_(
     fold: bool = False,
     training: bool = False,
     huge_pages: bool = True,
+    package: str | os.PathLike[str] | Package | None = None,
 ) -> Model:
     """Let a model run on fused norm + linear kernels, in place; returns the model.
 
@@ -110,9 +122,19 @@ def accelerate_(
     act(a) ⊙ b are made again where a weight's gradient needs them. Every parameter gets the
     gradient it would have got. Do it before the model is wrapped or sharded (DDP, `fully_shard`).
 
+    With `package`, a directory, the step of one new token is compiled as a whole, once, which takes
+    a minute or two; the next time it is found there and loaded in milliseconds. A token then takes
+    no Python between kernels, in `generate()` and in loops of forwards, on growing caches and on
+    static ones of the package's length. Weights and caches are not copied. It is for one sequence
+    of up to 2048 tokens; `Package(directory, length, batch)` says otherwise. Whatever it does not
+    fit (a prefill, other batches, longer sequences, hooks, adapters, a gradient, weights that were
+    changed in kind) runs as without it. Compiled code is loaded from there: name a directory that
+    only you write to.
+
     `example_inputs` is a dict or tuple for the model's forward, or a list of several, needed for
     modules that are not from transformers. Raises TraceError where the model cannot be recorded,
-    FlashNormError where it is accelerated already. Source: FlashNorm, arXiv 2407.09577.
+    FlashNormError where it is accelerated already, or where the decode step cannot be packaged or
+    the package used: the model is then as it was. Source: FlashNorm, arXiv 2407.09577.
     """
     if RECORD in model.__dict__:
         raise FlashNormError("this model is accelerated already; restore_ it first")
@@ -139,7 +161,8 @@ def accelerate_(
         experts = _route(model, change)
         reason = attention if isinstance(attention, str) else ""
         left = "" if isinstance(experts, UsedExperts) else experts
-        found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left)
+        where = "" if package is None else _package(model, package, change, forwards)
+        found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
         undo = _Undo(list(forwards.items()), attention, experts, found)
         change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
@@ -158,6 +181,21 @@ def _fold(model: nn.Module, example_inputs: Any, change: Transaction) -> bool:
     if plan.folded:
         apply_plan_(model, plan, within=change)
     return bool(plan.folded)
+
+
+def _package(
+    model: nn.Module,
+    asked: str | os.PathLike[str] | Package,
+    change: Transaction,
+    forwards: dict[nn.Module, Any],
+) -> str:
+    """Put the compiled decode step in the place of the model's forward; where it is kept."""
+    options = asked if isinstance(asked, Package) else Package(asked)
+    forward, place = packaged(model, options)
+    forwards[model] = forward
+    change.item(model.__dict__, "forward", forward)
+    forward.watch()
+    return str(place)
 
 
 def _attend(model: nn.Module, change: Transaction) -> UsedAttention | str:

@@ -61,6 +61,7 @@ def summary(
     folded: bool,
     training: Sequence[Part],
     experts: str | None = None,
+    package: str = "",
 ) -> str:
     """The fields of an `Acceleration` in some lines, however many layers there are."""
     found, first = rows(parts), f"{_done(parts)} modules run on {kernels}"
@@ -73,6 +74,8 @@ def summary(
         lines.append(f"experts of few tokens run on {_where(experts)}")
     if folded:
         lines.append("the gains were folded first")
+    if package:
+        lines.append(f"decode steps are compiled: {package}")
     lines += _table(found)
     if training:
         lines += ["", f"in training {_done(training)} modules save less: {_kinds(training)}"]

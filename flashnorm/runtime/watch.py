@@ -23,7 +23,7 @@ STORES = "its forward stores attributes, which a kernel would not"
 OPAQUE = "its forward reads {}, a {} that could change without notice"
 
 # Who listens to a module.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What torch keeps in every module, which is compared otherwise or says nothing of its results.
 _TORCH = frozenset(nn.Module().__dict__) | {"forward", "_compiled_call_impl"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, range)
@@ -74,7 +74,7 @@ class Watch:
     def include_calls(self) -> None:
         """From now on a hook is a change as well, and another forward than the module has now."""
         held = self.module.__dict__
-        self.calls = {name: {} for name in _HOOKS}
+        self.calls = {name: {} for name in HOOKS}
         if "forward" in held:
             self.calls["forward"] = held["forward"]
         self.noticed |= {"forward"}

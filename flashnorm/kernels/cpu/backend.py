@@ -10,6 +10,7 @@ from torch import Tensor
 from flashnorm.kernels import backend
 from flashnorm.kernels.call import Call, check
 from flashnorm.kernels.cpu import attention, calls, experts, operators, policy
+from flashnorm.kernels.cpu.packaging import Packaging
 from flashnorm.kernels.cpu.pages import collapse
 
 
@@ -127,4 +128,5 @@ CPU = CpuBackend(
     policy.COMPILED,
     Attention(),
     experts=Experts(),
+    packaging=Packaging(),
 )

@@ -5,6 +5,7 @@
 // up: none of torch's headers is needed, and one build serves every version that has them. Arguments
 // and results are 64-bit values on a stack; a tensor or a list is a handle that its receiver owns.
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <stdexcept>
@@ -19,7 +20,7 @@ using Value = uint64_t;
 using Handle = void*;
 using Kernel = void (*)(Value* stack, uint64_t arguments, uint64_t results);
 
-// In the order of SHIM in kernels/operators.py. Those that return an error return 0 for none.
+// In the order of SHIM in kernels/cpu/operators.py. Those that return an error return 0 for none.
 struct Torch {
   int32_t (*open)(const char* space, const char* key, const char* file, uint32_t line, Handle*);
   int32_t (*implement)(Handle library, const char* name, Kernel);
@@ -65,7 +66,7 @@ Value value_of(Handle handle) { return reinterpret_cast<uintptr_t>(handle); }
 
 class Tensor {
  public:
-  explicit Tensor(Handle handle) : handle_(handle) {
+  explicit Tensor(Handle handle, bool owned = true) : handle_(handle), owned_(owned) {
     done(torch.dims(handle, &dims));
     done(torch.sizes(handle, &sizes));
     done(torch.strides(handle, &strides));
@@ -77,7 +78,7 @@ class Tensor {
     other.handle_ = nullptr;
   }
   ~Tensor() {
-    if (handle_) torch.release(handle_);
+    if (handle_ && owned_) torch.release(handle_);
   }
 
   int64_t size(int64_t axis) const { return sizes[axis < 0 ? dims + axis : axis]; }
@@ -99,6 +100,7 @@ class Tensor {
  private:
   Tensor(const Tensor&) = default;
   Handle handle_;
+  bool owned_;
 };
 
 Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
@@ -122,6 +124,13 @@ std::vector<Tensor> tensors(Value list) {
     found.emplace_back(from<Handle>(value));
   }
   done(torch.release_list(handle));
+  return found;
+}
+
+std::vector<Tensor> borrowed(const Handle* handles, int64_t count) {
+  std::vector<Tensor> found;
+  found.reserve(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) found.emplace_back(handles[i], false);
   return found;
 }
 
@@ -149,12 +158,16 @@ const Tensor* next(const std::vector<Tensor>& given, size_t& used, int64_t which
   return &found;
 }
 
-// (Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, float gain_offset,
-//  int activation) -> Tensor[]
-void norm_linear(Value* stack, uint64_t, uint64_t) {
-  const Tensor x(from<Handle>(stack[0]));
-  const std::vector<Tensor> weights = tensors(stack[1]), vectors = tensors(stack[2]);
-  const int64_t which = from<int64_t>(stack[3]);
+// What norm_linear_cpu is given beside tensors.
+struct Numbers {
+  int64_t which, norm;
+  double eps, gain_offset;
+  int64_t activation;
+};
+
+std::vector<Tensor> norm_linear(const Tensor& x, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& vectors, const Numbers& numbers) {
+  const int64_t which = numbers.which;
   const size_t segments = weights.size();
   need(segments && segments <= MOST_SEGMENTS, "norm_linear_cpu: no weights, or too many");
   need(x.type < BOOLEAN && x.dims && x.contiguous(), "norm_linear_cpu: x is not contiguous");
@@ -163,10 +176,10 @@ void norm_linear(Value* stack, uint64_t, uint64_t) {
   Op& op = op_storage.head;
   op = {};
   op.n = x.size(-1);
-  op.norm = static_cast<int32_t>(from<int64_t>(stack[4]));
-  op.eps = from<double>(stack[5]);
-  op.offset = from<double>(stack[6]);
-  op.act = static_cast<int32_t>(from<int64_t>(stack[7]));
+  op.norm = static_cast<int32_t>(numbers.norm);
+  op.eps = numbers.eps;
+  op.offset = numbers.gain_offset;
+  op.act = static_cast<int32_t>(numbers.activation);
   op.x_type = x.type;
   op.weight_type = op.bias_type = weights[0].type;
   op.segments = static_cast<int64_t>(segments);
@@ -213,17 +226,25 @@ void norm_linear(Value* stack, uint64_t, uint64_t) {
     call.out[i] = {results[i].data, shape.back()};
   }
   computed(flashnorm_run(&op, &call));
+  return results;
+}
 
+// (Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, float gain_offset,
+//  int activation) -> Tensor[]
+void norm_linear(Value* stack, uint64_t, uint64_t) {
+  const Tensor x(from<Handle>(stack[0]));
+  const std::vector<Tensor> weights = tensors(stack[1]), vectors = tensors(stack[2]);
+  const Numbers numbers{from<int64_t>(stack[3]), from<int64_t>(stack[4]), from<double>(stack[5]),
+                        from<double>(stack[6]), from<int64_t>(stack[7])};
+  std::vector<Tensor> results = norm_linear(x, weights, vectors, numbers);
   Handle list;
   done(torch.new_list(results.size(), &list));
   for (Tensor& y : results) done(torch.push(list, value_of(y.give())));
   stack[0] = value_of(list);
 }
 
-// (Tensor q, Tensor k, Tensor v, Tensor[] mask, float scale) -> Tensor
-void attend(Value* stack, uint64_t, uint64_t) {
-  const Tensor q(from<Handle>(stack[0])), k(from<Handle>(stack[1])), v(from<Handle>(stack[2]));
-  const std::vector<Tensor> mask = tensors(stack[3]);
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& mask,
+              double scale) {
   need(q.dims == 4 && k.dims == 4 && v.dims == 4 && q.size(2) == 1, "attend_cpu: not one token");
   need(q.type < BOOLEAN && k.type == q.type && v.type == q.type, "attend_cpu: unequal types");
   need(q.dense_rows() && k.dense_rows() && v.dense_rows(), "attend_cpu: rows are not dense");
@@ -250,13 +271,57 @@ void attend(Value* stack, uint64_t, uint64_t) {
     a.mask = m.data, a.mask_type = m.type;
     a.mask_batch = m.size(0) == 1 ? 0 : m.stride(0), a.mask_step = m.stride(3);
   }
-  a.scale = from<double>(stack[4]);
+  a.scale = scale;
   a.threads = threads();
   computed(flashnorm_attend(&a));
-  stack[0] = value_of(out.give());
+  return out;
+}
+
+// (Tensor q, Tensor k, Tensor v, Tensor[] mask, float scale) -> Tensor
+void attend(Value* stack, uint64_t, uint64_t) {
+  const Tensor q(from<Handle>(stack[0])), k(from<Handle>(stack[1])), v(from<Handle>(stack[2]));
+  const std::vector<Tensor> mask = tensors(stack[3]);
+  stack[0] = value_of(attend(q, k, v, mask, from<double>(stack[4])).give());
+}
+
+// The error of a call from C: 0, or 1 and a line that says why.
+template <class Body>
+int32_t reported(Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& error) {
+    fprintf(stderr, "flashnorm: %s\n", error.what());
+    return 1;
+  }
 }
 
 }  // namespace
+
+// The same as AOTInductor's code calls them, by these names: lists are a pointer and a length, the
+// arguments stay the caller's, and the result comes last. One weight, or a gate and its up.
+EXPORT int32_t aoti_torch_cpu_norm_linear_cpu(Handle x, const Handle* weights, int64_t many_weights,
+                                              const Handle* vectors, int64_t many_vectors,
+                                              int64_t which, int64_t norm, double eps,
+                                              double gain_offset, int64_t activation,
+                                              Handle* result) {
+  return reported([&] {
+    std::vector<Tensor> results =
+        norm_linear(Tensor(x, false), borrowed(weights, many_weights),
+                    borrowed(vectors, many_vectors), {which, norm, eps, gain_offset, activation});
+    need(results.size() == 1, "norm_linear_cpu: a package takes one result of a call");
+    *result = results[0].give();
+  });
+}
+
+EXPORT int32_t aoti_torch_cpu_attend_cpu(Handle q, Handle k, Handle v, const Handle* mask,
+                                         int64_t many_masks, double scale, Handle* result) {
+  return reported([&] {
+    Tensor out = attend(Tensor(q, false), Tensor(k, false), Tensor(v, false),
+                        borrowed(mask, many_masks), scale);
+    *result = out.give();
+  });
+}
 
 // `shim` are the functions of Torch. Returns 0, or the error of torch's interface.
 EXPORT int32_t flashnorm_register_operators(void* const* shim) {
