@@ -36,7 +36,7 @@ FIELD_ALONE := litgpt
 FIELD := $(shell sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' constraints-field.txt \
 	| grep -v -x $(FIELD_ALONE))
 
-.PHONY: venv demo test test-avx2 test-all sanitize lint bench gpu-env field-env clean
+.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -110,6 +110,10 @@ test-all: venv
 # The C++ kernels under the address and undefined-behaviour sanitizers, on every instruction set.
 sanitize: venv
 	@$(TIMED) OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize build/sanitize
+
+# The C++ kernels of ARM processors, compiled by a cross compiler and run under an emulator (qemu-user).
+neon: venv
+	@$(TIMED) $(BIN)/python -m tests.kernels.neon build/neon
 
 clean:
 	rm -rf build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
