@@ -8,7 +8,7 @@ normalized values, so nothing depends on who they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -200,14 +200,14 @@ class FusedGated(Fused):
         policy = self.kernel.backend.policy
         way = policy.few if x.numel() <= bound.most else policy.many
         if way is Way.KERNEL:
-            return self.down(bound.run(x)[0])
-        return self._in_blocks(x) if way is Way.BLOCKS else self._by_library(x)
+            return self._in_blocks(x, lambda block: bound.run(block)[0])
+        return self._in_blocks(x, self._gated) if way is Way.BLOCKS else self._by_library(x)
 
-    def _in_blocks(self, x: Tensor) -> Tensor:
+    def _in_blocks(self, x: Tensor, gated: Callable[[Tensor], Tensor]) -> Tensor:
+        if x.numel() <= BLOCK * x.shape[-1]:
+            return self.down(gated(x))
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= BLOCK:
-            return self.down(self._gated(x))
-        y = torch.cat([self.down(self._gated(block)) for block in rows.split(BLOCK)])
+        y = torch.cat([self.down(gated(block)) for block in rows.split(BLOCK)])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _gated(self, x: Tensor) -> Tensor:

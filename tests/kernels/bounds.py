@@ -66,9 +66,9 @@ def products(
 
 
 def rounds_first(call: Call) -> bool:
-    """Whether rows are multiplied in tiles, and normalized before that and not after."""
+    """Whether rows are multiplied as bf16, and normalized before that and not after."""
     x = call.x
-    if x.numel() <= x.shape[-1] or not policy.in_tiles(call):
+    if not policy.rounds_first(call):
         return False
     squares = x.double().square().mean(-1)
     ordinary = (squares > 1e-20) & (squares < 1e36)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashnorm.kernels import norms
 from flashnorm.kernels.call import ACTIVATIONS, Call
+from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.cpu.library import Library, load
 from flashnorm.kernels.weights import DTYPES as NUMBERS
 
@@ -60,3 +61,9 @@ def make(
         activation,
         random(*shape[:-1], widths[0], dtype=dtype, seed=5) if residual else None,
     )._replace(**more)
+
+
+def rows_for_kernels(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The library gets what has more rows than that, on every instruction set."""
+    row = crossovers.Crossover(0, most)
+    monkeypatch.setattr(crossovers, "find", lambda isa, dtype, n: row)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu import policy
 from flashnorm.kernels.cpu.library import use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
@@ -26,7 +25,7 @@ ROWS = (*range(18), 35)
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
     """No rows for the library: the fused kernel takes them all."""
-    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 10**9))
+    cases.rows_for_kernels(monkeypatch, 10**9)
 
 
 def test_the_library_is_there():
@@ -104,7 +103,7 @@ def test_x_and_weights_with_strides(isa, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_through_the_library(dtype, monkeypatch):
-    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 16))
+    cases.rows_for_kernels(monkeypatch, 16)
     for norm, activation in itertools.product(EVERY_NORM, (None, "silu", "gelu")):
         widths = (24,) if activation is None else (24, 24)
         options = {"gain": True, "norm_bias": norm == "layer", "bias": norm == "rms"}

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import calls as cpu
-from flashnorm.kernels.cpu import policy
 from flashnorm.kernels.cpu.library import load, use_isa
 from tests.kernels import cases
 from tests.kernels.bounds import assert_close
@@ -145,7 +144,7 @@ def test_strides_of_x_weights_and_residual(isa, dtype, norm):
 @pytest.mark.parametrize("isa", ISAS)
 def test_many_rows_through_the_library(isa, dtype, norm, monkeypatch):
     """The pass before torch's matmul and the one after it, on every instruction set."""
-    monkeypatch.setattr(policy, "ROWS", dict.fromkeys(policy.ROWS, 0))
+    cases.rows_for_kernels(monkeypatch, 0)
     with use_isa(isa):
         for n, activation in itertools.product((1, 41, 65), (None, *EVERY_ACTIVATION)):
             for options in ({}, ALL):

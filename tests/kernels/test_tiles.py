@@ -26,8 +26,7 @@ OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 70)
 @pytest.fixture(autouse=True)
 def _tiles(monkeypatch):
     """No rows for the library: tiles take them all."""
-    monkeypatch.setattr(policy, "ROWS_IN_TILES", 10**9)
-    monkeypatch.setattr(policy, "ROWS_TOGETHER", 10**9)
+    cases.rows_for_kernels(monkeypatch, 10**9)
     with use_isa("amx"):
         yield
 
@@ -38,7 +37,7 @@ def test_sizes(n, norm):
     for i, (rows, k) in enumerate(itertools.product(ROWS, OUTPUTS)):
         options = {"gain": i % 2 == 1, "norm_bias": i % 4 == 3, "bias": i % 3 == 1}
         call = make((rows, n), (k,), BF16, norm, residual=i % 5 == 2, **options)
-        assert policy.in_tiles(call)
+        assert policy.rounds_first(call)
         assert_close(call, cpu.run(call), what=(rows, k, options))
 
 
@@ -116,7 +115,7 @@ def test_torchs_own_tiles_are_left_as_they_were():
 
 
 def test_one_row_and_odd_widths_do_without():
-    assert not policy.in_tiles(make((4, 63), (8,), BF16))
-    assert not policy.in_tiles(make((4, 64), (8,), torch.float16))
+    assert not policy.rounds_first(make((4, 63), (8,), BF16))
+    assert not policy.rounds_first(make((4, 64), (8,), torch.float16))
     with use_isa("avx512bf16"):
-        assert not policy.in_tiles(make((4, 64), (8,), BF16))
+        assert not policy.rounds_first(make((4, 64), (8,), BF16))

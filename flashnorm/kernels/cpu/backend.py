@@ -16,12 +16,13 @@ from flashnorm.kernels.cpu.pages import collapse
 class Packed:
     """A call of the library, but for x and results (`backend.Bound`)."""
 
-    __slots__ = ("most", "packed", "widths")
+    __slots__ = ("most", "packed", "together", "widths")
 
     def __init__(self, call: Call) -> None:
         self.packed = calls.pack(call)
         self.widths = [w.shape[0] for w in call.results()]
         self.most = policy.most_rows(call) * call.x.shape[-1]
+        self.together = min(self.most, policy.ROWS_TOGETHER * call.x.shape[-1])
 
     def run(self, x: Tensor, output_residual: Tensor | None = None) -> list[Tensor]:
         return calls.run_packed(self.packed, x, self.widths, output_residual)
@@ -30,7 +31,7 @@ class Packed:
         return calls.normalize_packed(self.packed, x, torch.empty_like(x))
 
     def precomputes(self, x: Tensor) -> bool:
-        return x.numel() <= self.most
+        return x.numel() <= self.together
 
     def normalize_and_run(self, x: Tensor, z: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         if z is not None:

@@ -18,7 +18,7 @@ import torch
 from flashnorm.errors import FlashNormError
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
-ABI = 5  # FLASHNORM_ABI in csrc/api.h
+ABI = 6  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 
 _choosing = threading.RLock()
@@ -34,6 +34,8 @@ class Library:
             raise OSError(f"{path.name} was built from other sources (ABI {found}, not {ABI})")
         handle.flashnorm_isa.restype = ctypes.c_char_p
         handle.flashnorm_set_prefetch.argtypes = [ctypes.c_int64]
+        handle.flashnorm_set_panel_rows.argtypes = [ctypes.c_int32, ctypes.c_int64]
+        handle.flashnorm_rounds_first.argtypes = [ctypes.c_int64] * 2
         handle.flashnorm_tune_thread_pool.argtypes = [ctypes.c_int64] * 3
         handle.flashnorm_thread_pool_calls.restype = ctypes.c_int64
         handle.flashnorm_register_operators.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
@@ -41,6 +43,10 @@ class Library:
         self.read = handle.flashnorm_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.set_prefetch = handle.flashnorm_set_prefetch
+        # (dtype of weights, rows from which x is packed; 0 for the library's own).
+        self.set_panel_rows = handle.flashnorm_set_panel_rows
+        # Whether bf16 x [rows, n] is rounded after its norm, as it is multiplied as bf16.
+        self.rounds_first = handle.flashnorm_rounds_first
         # Rows of x up to which calls read ahead for the next one, bytes, rest (csrc/thread_pool.h).
         self.tune_thread_pool = handle.flashnorm_tune_thread_pool
         self.thread_pool_calls = handle.flashnorm_thread_pool_calls

@@ -6,6 +6,7 @@ import torch
 
 from flashnorm.kernels.backend import CompiledPolicy, Limits, Policy, Precompute, Way
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.cpu.library import Library, load
 from flashnorm.kernels.weights import DTYPES, HALVES
 
@@ -16,9 +17,6 @@ POLICY = Policy(Precompute.ALWAYS, idle="", few=Way.KERNEL, many=Way.BLOCKS)
 # float32 the graph's own product is faster then.
 COMPILED = CompiledPolicy(alone=True, precompute=False, unknown=HALVES)
 
-# Above so many rows torch's matmul is faster (measured on one Xeon with AVX-512 and AMX).
-ROWS = dict.fromkeys(DTYPES, 16)
-ROWS_IN_TILES = 128
 # In tiles, where several weights share the work on x: as long as x stays in the second cache.
 ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20
 TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do not fit into tiles
@@ -33,16 +31,26 @@ def most_rows(call: Call) -> int:
 
 def rows_for(dtype: torch.dtype, n: int, weights: int) -> int:
     """The same, by what it depends on: dtype and features of x, and how many weights there are."""
+    library = load()
+    if dtype not in DTYPES or not isinstance(library, Library):
+        return 0
+    most = crossovers.find(library.isa, dtype, n).library
     if not _fits_tiles(dtype, n):
-        return ROWS.get(dtype, 0)
+        return min(most, crossovers.FEW) if library.isa == "amx" else most
     if weights <= 1:
-        return ROWS_IN_TILES
-    return max(ROWS_IN_TILES, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
+        return most
+    return max(most, min(ROWS_TOGETHER, BYTES_TOGETHER // (2 * n)))
 
 
-def in_tiles(call: Call) -> bool:
-    """Whether several rows of x are multiplied in tiles."""
-    return _fits_tiles(call.x.dtype, call.x.shape[-1])
+def rounds_first(call: Call) -> bool:
+    """Whether so many rows of x are multiplied as bf16, in tiles or in pairs: z is rounded first."""
+    x, library = call.x, load()
+    if not isinstance(library, Library) or not x.numel():
+        return False
+    if x.dtype != torch.bfloat16 or any(w.dtype != x.dtype for w in call.weights):
+        return False
+    n = x.shape[-1]
+    return bool(library.rounds_first(x.numel() // n, n))
 
 
 def _fits_tiles(dtype: torch.dtype, n: int) -> bool:

@@ -3,5 +3,5 @@
 
 #include "tiled.h"
 
-extern const TileTable flashnorm_tiles;
-const TileTable flashnorm_tiles = {pack_part, tiled_part, packed_bytes};
+extern const PackedTable flashnorm_tiles;
+const PackedTable flashnorm_tiles = {pack_part, tiled_part, packed_bytes, rows_at_once, SIDE, 2};

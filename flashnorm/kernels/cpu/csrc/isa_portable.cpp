@@ -1,7 +1,9 @@
 #include "vec_portable.h"
 #include "attention.h"
+#include "panels.h"
 #include "rows.h"
 #include "table.h"
 
 extern const Table flashnorm_portable;
-const Table flashnorm_portable = {run_part, normalize_part, glu_part, read_part, attend_part};
+const Table flashnorm_portable = {run_part, normalize_part, glu_part, read_part, attend_part,
+                               panel_table<Float32>(HEIGHT)};

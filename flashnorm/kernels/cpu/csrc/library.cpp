@@ -19,7 +19,7 @@ DECLARE(avx2);
 DECLARE(avx512);
 DECLARE(neon);
 void flashnorm_pairs(const Product& p);
-extern const TileTable flashnorm_tiles;
+extern const PackedTable flashnorm_pair_panels, flashnorm_tiles;
 
 namespace {
 
@@ -27,7 +27,7 @@ struct Choice {
   const char* name;
   const Table* table;
   void (*pairs)(const Product&);
-  const TileTable* tiles;
+  const PackedTable *pair_panels, *tiles;  // of bf16, or null
   bool (*supported)();
 };
 
@@ -60,21 +60,23 @@ bool has_amx() {
 // Best first. The build defines FLASHNORM_HAS_* for what the compiler could make.
 const Choice choices[] = {
 #ifdef FLASHNORM_HAS_AMX
-    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_tiles, has_amx},
+    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels, &flashnorm_tiles,
+     has_amx},
 #endif
 #ifdef FLASHNORM_HAS_AVX512BF16
-    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, nullptr, has_avx512bf16},
+    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels,
+     nullptr, has_avx512bf16},
 #endif
 #ifdef FLASHNORM_HAS_AVX512
-    {"avx512", &flashnorm_avx512, nullptr, nullptr, has_avx512},
+    {"avx512", &flashnorm_avx512, nullptr, nullptr, nullptr, has_avx512},
 #endif
 #ifdef FLASHNORM_HAS_AVX2
-    {"avx2", &flashnorm_avx2, nullptr, nullptr, has_avx2},
+    {"avx2", &flashnorm_avx2, nullptr, nullptr, nullptr, has_avx2},
 #endif
 #ifdef FLASHNORM_HAS_NEON
-    {"neon", &flashnorm_neon, nullptr, nullptr, always},
+    {"neon", &flashnorm_neon, nullptr, nullptr, nullptr, always},
 #endif
-    {"portable", &flashnorm_portable, nullptr, nullptr, always},
+    {"portable", &flashnorm_portable, nullptr, nullptr, nullptr, always},
 };
 constexpr int count = sizeof choices / sizeof *choices;
 
@@ -155,21 +157,23 @@ Reads reads_of(const Op& op) {
   return reads;
 }
 
+int64_t columns_of(const Op& op) { return op.act ? op.segment[0].rows : all_rows(op); }
+
 // Output columns in pieces that are multiples of `least`; `whole` gives each thread one piece.
 WorkQueue queue_of(const Op& op, int64_t least, bool whole, int64_t threads) {
-  const int64_t total = op.act ? op.segment[0].rows : all_rows(op);
+  const int64_t total = columns_of(op);
   const int64_t bytes = row_bytes(op) * (op.act ? 2 : 1) * least;
   const int64_t pieces = whole ? (total + threads - 1) / threads / least + 1
                                : (BYTES_PER_PIECE + bytes - 1) / bytes;
   return {total, pieces * least, threads};
 }
 
-// How far ahead of reading; the weight rows that are read side by side share the distance.
-std::atomic<int64_t> prefetch_bytes{8192};
+// How far ahead of reading, at least.
+std::atomic<int64_t> prefetch_bytes{4096};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
 int32_t run_job(const Job& job, int64_t part, int64_t) {
-  const Options options{prefetch_bytes.load(std::memory_order_relaxed) / COLUMNS, job.use.pairs};
+  const Options options{prefetch_bytes.load(std::memory_order_relaxed), job.use.pairs};
   return job.use.table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
                             options, *job.queue, part);
 }
@@ -183,55 +187,71 @@ int32_t glu_job(const Job& job, int64_t part, int64_t parts) {
   return job.use.table->glu(*static_cast<const Glu*>(job.call), part, parts);
 }
 
-// Where products in tiles are faster, and fit.
-bool in_tiles(const Choice& use, const Op& op, const Call& call) {
-  return use.tiles && call.rows > 1 && op.n % 32 == 0 && op.x_type == BFLOAT16 &&
-         op.weight_type == BFLOAT16;
+// Rows that are worth packing into panels, by the dtype of weights; 0: as the table says.
+std::atomic<int64_t> panel_rows[3];
+
+// What multiplies rows that are packed first; null where they are multiplied as they come.
+const PackedTable* packed_table(const Choice& use, const Op& op, int64_t rows) {
+  const bool pairs = op.x_type == BFLOAT16 && op.weight_type == BFLOAT16;
+  if (pairs && use.tiles && op.n % 32 == 0) return rows >= use.tiles->least ? use.tiles : nullptr;
+  const PackedTable* panels = pairs && use.pair_panels ? use.pair_panels : &use.table->panels;
+  const int64_t asked = panel_rows[op.weight_type].load(std::memory_order_relaxed);
+  return rows >= (asked ? asked : panels->least) ? panels : nullptr;
 }
 
-constexpr int64_t FEW_ROWS = 32;          // each thread packs so many by itself: that takes less time
-constexpr int64_t PACKED_BYTES = 1 << 20;  // what of x stays in a core's cache beside the weights
+constexpr int64_t FEW_ROWS = 32;  // each thread packs so many by itself: that takes less time
 
-struct TiledWork {
+struct PackedWork {
+  const PackedTable& table;
   const Op& op;
   const Call& call;
   Packed packed;
 };
 
 int32_t pack_job(const Job& job, int64_t part, int64_t parts) {
-  const TiledWork& work = *static_cast<const TiledWork*>(job.call);
-  return job.use.tiles->pack(work.op, work.call, work.packed, part, parts);
+  const PackedWork& work = *static_cast<const PackedWork*>(job.call);
+  return work.table.pack(work.op, work.call, work.packed, part, parts);
 }
 
-int32_t tiled_job(const Job& job, int64_t part, int64_t) {
-  const TiledWork& work = *static_cast<const TiledWork*>(job.call);
-  const TileTable& tiles = *job.use.tiles;
+int32_t packed_job(const Job& job, int64_t part, int64_t) {
+  const PackedWork& work = *static_cast<const PackedWork*>(job.call);
   Packed packed = work.packed;
   if (!packed.memory) {
-    packed.memory = flashnorm_workspace(PACKED, tiles.bytes(work.op, packed.rows) / 4);
+    packed.memory = flashnorm_workspace(PACKED, work.table.bytes(work.op, packed.rows) / 4);
     if (!packed.memory) return NO_MEMORY;
-    const int32_t status = tiles.pack(work.op, work.call, packed, 0, 1);
+    const int32_t status = work.table.pack(work.op, work.call, packed, 0, 1);
     if (status != OK) return status;
   }
   const int64_t ahead = tile_prefetch.load(std::memory_order_relaxed);
-  return tiles.run(work.op, work.call, packed, ahead, *job.queue, part);
+  return work.table.run(work.op, work.call, packed, ahead, *job.queue, part);
 }
 
-int32_t run_tiled(const Choice& use, const Op& op, const Call& call, int64_t threads) {
-  const int64_t fit = PACKED_BYTES / (op.n * 2) / FEW_ROWS * FEW_ROWS;
-  const int64_t most = fit > FEW_ROWS ? fit : FEW_ROWS;
+// Rows first..first + rows of a call.
+int32_t run_block(const Choice& use, PackedWork& work, int64_t threads) {
+  Packed& packed = work.packed;
+  if (packed.rows > FEW_ROWS) {
+    packed.memory = flashnorm_workspace(PACKED, work.table.bytes(work.op, packed.rows) / 4);
+    if (!packed.memory) return NO_MEMORY;
+    Job pack{use, nullptr, &work, pack_job, {OK}, nullptr};
+    const int32_t status = parallel(pack, threads, work.call.rows);
+    if (status != OK) return status;
+  }
+  WorkQueue queue = packed.rows > FEW_ROWS
+                        ? WorkQueue(columns_of(work.op), work.table.columns, threads)
+                        : queue_of(work.op, work.table.columns, false, threads);
+  Job run{use, nullptr, &work, packed_job, {OK}, &queue};
+  return parallel(run, threads, work.call.rows);
+}
+
+// In blocks of rows that are equally large.
+int32_t run_packed(const Choice& use, const PackedTable& table, const Op& op, const Call& call,
+                   int64_t threads) {
+  const int64_t most = table.most(op), blocks = (call.rows + most - 1) / most;
   int32_t status = OK;
-  for (int64_t first = 0; first < call.rows && status == OK; first += most) {
-    TiledWork work{op, call, {nullptr, first, smaller(most, call.rows - first)}};
-    if (work.packed.rows > FEW_ROWS) {
-      work.packed.memory = flashnorm_workspace(PACKED, use.tiles->bytes(op, work.packed.rows) / 4);
-      if (!work.packed.memory) return NO_MEMORY;
-      Job pack{use, nullptr, &work, pack_job, {OK}, nullptr};
-      if ((status = parallel(pack, threads, call.rows)) != OK) break;
-    }
-    WorkQueue queue = queue_of(op, FEW_ROWS, false, threads);
-    Job run{use, nullptr, &work, tiled_job, {OK}, &queue};
-    status = parallel(run, threads, call.rows);
+  for (int64_t b = 0; b < blocks && status == OK; ++b) {
+    const int64_t first = call.rows * b / blocks, end = call.rows * (b + 1) / blocks;
+    PackedWork work{table, op, call, {nullptr, first, end - first}};
+    status = run_block(use, work, threads);
   }
   return status;
 }
@@ -307,6 +327,17 @@ EXPORT int32_t flashnorm_chosen_isa() {
 }
 
 EXPORT void flashnorm_set_prefetch(int64_t bytes) { prefetch_bytes.store(bytes); }
+EXPORT void flashnorm_set_panel_rows(int32_t dtype, int64_t rows) { panel_rows[dtype].store(rows); }
+
+// Whether bf16 rows [rows, n] are multiplied as bf16, for which they are rounded after their norm.
+EXPORT int32_t flashnorm_rounds_first(int64_t rows, int64_t n) {
+  Op op{};
+  op.x_type = op.weight_type = BFLOAT16;
+  op.n = n;
+  const Choice& use = choice();
+  const PackedTable* table = packed_table(use, op, rows);
+  return table && table != &use.table->panels;
+}
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
 // Up to how many rows the pool is asked, and how (thread_pool.h).
@@ -332,7 +363,8 @@ EXPORT int32_t flashnorm_run(const Op* op, const Call* call) {
   }
   const int64_t bytes = all_rows(*op) * row_bytes(*op);
   const int64_t threads = smaller(call->threads, 1 + bytes / BYTES_PER_THREAD);
-  if (in_tiles(use, *op, *call)) return run_tiled(use, *op, *call, threads);
+  if (const PackedTable* table = packed_table(use, *op, call->rows))
+    return run_packed(use, *table, *op, *call, threads);
   WorkQueue queue = queue_of(*op, COLUMNS, call->rows > MAX_ROWS, threads);
   const Reads reads = reads_of(*op);
   Job job{use, op, call, run_job, {OK}, &queue};

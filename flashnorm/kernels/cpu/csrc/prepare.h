@@ -18,11 +18,16 @@ inline float number(const void* p, int32_t type, int64_t i) {
   return widen(static_cast<const Fp16*>(p)[i]);
 }
 
-template <class T> inline void copy_row(const T* x, int64_t n, float* out) {
+template <class T> inline void copy_dense(const T* x, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + Vec::lanes <= n; i += Vec::lanes) Vec::load(x + i).store(out + i);
   for (; i < n; ++i) out[i] = widen(x[i]);
-  for (; i < padded(n); ++i) out[i] = 0.0f;
+}
+
+// The same, padded.
+template <class T> inline void copy_row(const T* x, int64_t n, float* out) {
+  copy_dense(x, n, out);
+  for (int64_t i = n; i < padded(n); ++i) out[i] = 0.0f;
 }
 
 // [n] of any dtype as float32, padded.

@@ -24,21 +24,28 @@ inline const char* offset(const void* p, int32_t type, int64_t elements) {
   return static_cast<const char*>(p) + elements * size_of(type);
 }
 
-inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
+// Row `at` of the weights of a segment, or null behind them.
+inline const void* weights_at(const Op& op, const Segment& s, int64_t at) {
+  return at < s.rows ? offset(s.weight, op.weight_type, at * s.stride) : nullptr;
+}
+
+inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out,
+                     const void* next) {
   const int32_t type = b.op.weight_type;
-  const int64_t n = b.op.n, ahead = smaller(b.options.ahead / size_of(type), n);
+  const int64_t n = b.op.n;
   const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
-  const void* weight = offset(s.weight, type, at * s.stride);
-  const Product p{weight, x, s.stride, padded(n), n, ahead, b.rows, count, out};
+  const void* weight = weights_at(b.op, s, at);
+  const Product p{weight, x, s.stride, padded(n), n, b.options.ahead, b.rows, count, out, next};
   if (b.pairs) b.options.pairs(p);
   else if (type == FLOAT32) products<Plain<float>>(p);
   else if (type == BFLOAT16) products<Plain<Bf16>>(p);
   else products<Plain<Fp16>>(p);
 }
 
-// `count` columns of one segment, scaled and with their bias: out[rows][CHUNK].
-inline void linear_chunk(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
-  multiply(b, s, at, count, out);
+// `count` columns of one segment, scaled and with their bias: out[rows][CHUNK]. `next` is read then.
+inline void linear_chunk(const Block& b, const Segment& s, int64_t at, int64_t count, float* out,
+                         const void* next) {
+  multiply(b, s, at, count, out, next);
   float bias[CHUNK];
   if (s.bias)
     for (int64_t c = 0; c < count; ++c) bias[c] = number(s.bias, b.op.bias_type, at + c);
@@ -63,7 +70,7 @@ inline void run_linear(const Block& b, Range range) {
     const int64_t end = smaller(range.end - first, s.rows);
     for (int64_t at = range.begin > first ? range.begin - first : 0; at < end; at += CHUNK) {
       const int64_t count = smaller(CHUNK, end - at);
-      linear_chunk(b, s, at, count, out);
+      linear_chunk(b, s, at, count, out, weights_at(b.op, s, at + count));
       store_chunk(b, b.call.out[i], out, at, count);
     }
   }
@@ -73,8 +80,9 @@ inline void run_glu(const Block& b, Range range) {
   alignas(64) float gate[MAX_ROWS * CHUNK], up[MAX_ROWS * CHUNK];
   for (int64_t at = range.begin; at < range.end; at += CHUNK) {
     const int64_t count = smaller(CHUNK, range.end - at);
-    linear_chunk(b, b.op.segment[0], at, count, gate);
-    linear_chunk(b, b.op.segment[1], at, count, up);
+    const Segment *a = b.op.segment, *c = a + 1;
+    linear_chunk(b, *a, at, count, gate, weights_at(b.op, *c, at));
+    linear_chunk(b, *c, at, count, up, weights_at(b.op, *a, at + count));
     for (int64_t m = 0; m < b.rows; ++m)
       glu_row(b.op.act, gate + m * CHUNK, up + m * CHUNK, count);
     store_chunk(b, b.call.out[0], gate, at, count);
@@ -116,12 +124,15 @@ inline void prepare(Block& b, const Affine& affine, float* space) {
   b.pairs = exact ? pairs : nullptr;
 }
 
-// Brings in what the first tile will read while the statistics are computed.
+// Brings in what is read first while the statistics are computed.
 inline void fetch_first(const Op& op, Range range, int64_t ahead) {
-  const Segment& s = op.segment[0];
-  for (int64_t row = range.begin; row < smaller(range.begin + COLUMNS, s.rows); ++row)
-    for (int64_t byte = 0; byte < smaller(ahead, op.n * size_of(op.weight_type)); byte += 64)
-      prefetch(offset(s.weight, op.weight_type, row * s.stride) + byte);
+  int64_t at = range.begin;
+  const Segment* s = op.segment;
+  if (!op.act)
+    for (; at >= s->rows; ++s) at -= s->rows;
+  const char* first = static_cast<const char*>(weights_at(op, *s, at));
+  const int64_t row = op.n * size_of(op.weight_type), rows = smaller(s->rows - at, ahead / row + 1);
+  for (int64_t byte = 0; byte < rows * row; byte += LINE) prefetch(first + byte);
 }
 
 inline void run_columns(const Block& b, Range range) {

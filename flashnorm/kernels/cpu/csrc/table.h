@@ -6,28 +6,21 @@
 constexpr int COLUMNS = 4;    // rows of weights that a tile reads side by side
 constexpr int CHUNK = 64;     // output columns between two epilogues
 constexpr int MAX_ROWS = 16;  // rows of x at most
+constexpr int64_t LINE = 64;  // bytes that come from memory at a time
 
 // out[m][c] = Σ_i x[m][i] weight[c][i], m < rows, c < count <= CHUNK; rows of out are CHUNK apart.
 struct Product {
   const void *weight, *x;
   int64_t stride, x_stride, n;
-  int64_t ahead;  // elements between reading and prefetching, at most n
+  int64_t ahead;  // bytes at least between reading and prefetching
   int64_t rows, count;
   float* out;
+  const void* next;  // the weights that are read after these, or null
 };
 
 struct Options {
-  int64_t ahead;                 // bytes of each weight row to prefetch
+  int64_t ahead;                 // bytes at least between reading and prefetching
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
-};
-
-// The entry points of one instruction set.
-struct Table {
-  int32_t (*run)(const Op&, const Call&, const Options&, WorkQueue&, int64_t part);
-  int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
-  int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
-  float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
-  int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
 };
 
 // Rows first..first + rows of x, normalized and transposed for tiles, in `TileTable::bytes` bytes.
@@ -36,11 +29,24 @@ struct Packed {
   int64_t first, rows;
 };
 
-// Products in tiles, for bf16 and widths of whole tiles: pack, then run on what all parts packed.
-struct TileTable {
+// Products of several rows that are packed first: pack, then run on what all parts packed.
+struct PackedTable {
   int32_t (*pack)(const Op&, const Call&, const Packed&, int64_t part, int64_t parts);
   int32_t (*run)(const Op&, const Call&, const Packed&, int64_t ahead, WorkQueue&, int64_t part);
   int64_t (*bytes)(const Op&, int64_t rows);
+  int64_t (*most)(const Op&);  // rows that are packed at once
+  int64_t columns;             // of a block of output; pieces of work are multiples of it
+  int64_t least;               // rows that are worth packing
+};
+
+// The entry points of one instruction set; `panels` takes everything that `run` takes.
+struct Table {
+  int32_t (*run)(const Op&, const Call&, const Options&, WorkQueue&, int64_t part);
+  int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
+  int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
+  float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
+  int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
+  PackedTable panels;
 };
 
 namespace {

@@ -1,8 +1,7 @@
 // Several rows of x in tiles: first every row is normalized and transposed, then each thread
-// multiplies its block of output columns. What is not exact as it came (a gain, a bias, a mean) is rounded to
-// bf16 once, as it is in a model that computes its norm by itself.
+// multiplies its block of output columns.
 #pragma once
-#include "run.h"
+#include "rounded.h"
 #include "tiles_amx.h"
 
 namespace {
@@ -21,32 +20,11 @@ int64_t packed_bytes(const Op& op, int64_t rows) {
   return groups(rows) * TILE * (static_cast<int64_t>(sizeof(float)) + op.n * 2);
 }
 
-// A power of two that brings a row away from the ends of the range, where products would be lost.
-inline float toward_one(const float* x, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-  if (most == 0 || !(most < INFINITY)) return 1.0f;
-  return most > 0x1p60f ? 0x1p-100f : most < 0x1p-60f ? 0x1p100f : 1.0f;
-}
-
-// Row m as bf16 into `out` [n]; returns what its products have to be multiplied by.
-inline float pack_row(const Op& op, const Affine& gains, const Call& call, int64_t m, float* space,
-                      Bf16* out) {
-  const int64_t at = m * call.x_stride;
-  const Scale scale = prepare_row(op, gains, call.x, at, space);
-  const bool touched = gains.gain || gains.shift || scale.wide || op.norm == NORM_LAYER ||
-                       op.norm == NORM_DYT;
-  const bool plain = op.norm == NORM_NONE;
-  if (!touched && (!plain || ordinary(sums(space, op.n).squares / static_cast<float>(op.n)))) {
-    const Bf16* x = static_cast<const Bf16*>(call.x) + at;
-    memcpy(static_cast<void*>(out), x, static_cast<size_t>(op.n) * sizeof(Bf16));
-    return scale.factor;
-  }
-  if (touched) scale_bias(space, scale.factor, nullptr, op.n);
-  const float factor = plain || scale.wide ? toward_one(space, op.n) : 1.0f;
-  scale_bias(space, factor, nullptr, op.n);
-  store_row(space, out, static_cast<const Bf16*>(nullptr), op.n);
-  return 1.0f / factor;
+// What of x stays in a core's cache beside the weights.
+int64_t rows_at_once(const Op& op) {
+  constexpr int64_t cache = 1 << 20;
+  const int64_t fit = cache / (op.n * 2) / SIDE * SIDE;
+  return fit > SIDE ? fit : SIDE;
 }
 
 // Groups of rows `part` of `parts`.
@@ -62,7 +40,7 @@ int32_t pack_part(const Op& op, const Call& call, const Packed& packed, int64_t 
     for (int64_t i = 0; i < TILE; ++i) {
       const int64_t m = g * TILE + i;
       if (m < packed.rows)
-        factors(packed)[m] = pack_row(op, gains, call, packed.first + m, row, rows + i * n);
+        factors(packed)[m] = rounded_row(op, gains, call, packed.first + m, row, rows + i * n);
       else memset(static_cast<void*>(rows + i * n), 0, static_cast<size_t>(n) * sizeof(Bf16));
     }
     Bf16* to = pairs_of(packed) + g * TILE * n;

@@ -7,7 +7,7 @@
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 8, max_rows = 2;
+  static constexpr int lanes = 8, max_rows = 2, columns = 6;
   __m256 v;
 
   static inline Vec set(float a) { return {_mm256_set1_ps(a)}; }

@@ -7,7 +7,7 @@
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 16, max_rows = 4;
+  static constexpr int lanes = 16, max_rows = 4, columns = 12;
   __m512 v;
 
   static inline Vec set(float a) { return {_mm512_set1_ps(a)}; }

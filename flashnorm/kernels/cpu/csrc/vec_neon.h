@@ -7,7 +7,7 @@
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 4, max_rows = 4;
+  static constexpr int lanes = 4, max_rows = 4, columns = 12;
   float32x4_t v;
 
   static inline Vec set(float a) { return {vdupq_n_f32(a)}; }

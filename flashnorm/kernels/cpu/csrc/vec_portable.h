@@ -6,7 +6,7 @@
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 8;
+  static constexpr int lanes = 8, columns = 4;
   static constexpr int max_rows = 2;  // rows of x whose sums fit the registers beside 4 columns
   float v[lanes];
 

@@ -1,0 +1,156 @@
+"""At how many rows of x the next way to multiply is faster: shipped, or measured on this machine.
+
+    few rows, as they come | from `packed` rows on in packed panels | above `library` rows torch's matmul
+
+What was measured is a JSON file, read once; `measure` (`flashnorm tune`) writes it:
+
+    {"version": 1, "machines": {key: {isa: {"bfloat16 narrow": {"packed": 16, "library": 512, ..}}}}}
+
+It is FLASHNORM_CPU_CACHE, or flashnorm/cpu.json in the user's cache folder; FLASHNORM_CPU_CACHE=off
+leaves what is shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION = 1
+NEVER = 2**40  # rows
+FEW = 16
+CACHE = "FLASHNORM_CPU_CACHE"
+NARROW = 1024  # features: a narrower x is one shape class, the others are another
+CPUINFO = Path("/proc/cpuinfo")
+_log = logging.getLogger("flashnorm")
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """packed: rows from which x is packed, 0 for the library's own; library: rows above which
+    torch's matmul is faster; note: what was measured, in words."""
+
+    packed: int
+    library: int
+    note: str = "shipped"
+
+
+def find(isa: str, dtype: torch.dtype, n: int) -> Crossover:
+    """Of an instruction set, for x [rows, n] and weights of one dtype."""
+    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype)
+
+
+def key(dtype: torch.dtype, n: int) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {'narrow' if n < NARROW else 'wide'}"
+
+
+def shipped(isa: str, dtype: torch.dtype) -> Crossover:
+    """By instruction set and maker, where nothing was measured on the machine itself.
+
+    Measured on a Zen 4 (all of x86 below AMX, forced) and on a Xeon with AMX; NEON is not measured.
+    """
+    if isa == "amx":
+        return Crossover(0, 128 if dtype == torch.bfloat16 else FEW)
+    if isa not in ("avx2", "avx512", "avx512bf16"):
+        return Crossover(0, FEW)
+    if dtype == torch.float32:
+        return Crossover(0, NEVER if cpu_name().startswith("AMD") else FEW)
+    if dtype == torch.bfloat16 and isa == "avx512bf16":
+        return Crossover(0, NEVER if cpu_name().startswith("AMD") else FEW)
+    return Crossover(0, NEVER)
+
+
+@cache
+def cpu_name() -> str:
+    """As the processor calls itself."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What measurements hold for: the processor, how many threads torch has, and its version."""
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def path() -> Path | None:
+    """The file of measurements, or None where it is switched off."""
+    named = os.environ.get(CACHE)
+    if named:
+        return None if named == "off" else Path(named)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "flashnorm" / "cpu.json"
+
+
+def measured() -> dict[str, dict[str, Crossover]]:
+    """By instruction set and `key`, what was measured on this machine."""
+    return _loaded().get(machine(), {})
+
+
+def forget() -> None:
+    """Read the file again."""
+    _loaded.cache_clear()
+
+
+@cache
+def _loaded() -> dict[str, dict[str, dict[str, Crossover]]]:
+    file = path()
+    return {} if file is None else _read(file)
+
+
+def _read(file: Path) -> dict[str, dict[str, dict[str, Crossover]]]:
+    try:
+        text = file.read_text("utf-8")
+    except OSError:
+        return {}
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
+        return {}
+
+
+def _parse(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Crossover]]]:
+    if found["version"] != VERSION:
+        raise ValueError(f"version {found['version']}, not {VERSION}")
+    return {
+        name: {isa: {k: _entry(v) for k, v in rows.items()} for isa, rows in isas.items()}
+        for name, isas in found["machines"].items()
+    }
+
+
+def _entry(value: dict[str, Any]) -> Crossover:
+    packed, library = value["packed"], value["library"]
+    if not all(type(rows) is int and 0 <= rows <= NEVER for rows in (packed, library)):
+        raise ValueError(f"no numbers of rows: {packed!r}, {library!r}")
+    return Crossover(packed, library, str(value["note"]))
+
+
+def store(isa: str, found: dict[str, Crossover]) -> Path | None:
+    """Write measurements into the file, in place of older ones; the file, or None where it is off."""
+    file = path()
+    if file is None:
+        return None
+    machines = {name: dict(isas) for name, isas in _read(file).items()}
+    mine = machines.setdefault(machine(), {})
+    mine[isa] = {**mine.get(isa, {}), **found}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = {
+        "version": VERSION,
+        "machines": {
+            name: {isa: {k: asdict(v) for k, v in rows.items()} for isa, rows in isas.items()}
+            for name, isas in machines.items()
+        },
+    }
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    partial.replace(file)
+    forget()
+    return file
