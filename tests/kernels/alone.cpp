@@ -271,7 +271,7 @@ int main(int count, char** given) {
             products({norm, static_cast<int32_t>(act), x, weight, rows[below(8)], n, columns[below(5)]});
   for (int32_t type : {BFLOAT16, FLOAT16}) every_number(type), rounding(type);
   const Heads shapes[] = {{1, 3, 3, 1, 64, 64}, {2, 6, 2, 17, 33, 7}, {1, 8, 1, 64, 1, 1},
-                          {2, 5, 1, 100, 80, 96}, {1, 9, 3, 301, 64, 64}, {1, 4, 2, 3, 66, 130}};
+                          {2, 5, 1, 100, 80, 96}, {1, 9, 3, 301, 64, 64}, {1, 4, 2, 1030, 66, 130}};
   for (int32_t type : TYPES)
     for (const Heads& shape : shapes)
       for (int mask = 0; mask < 3; ++mask) attention(type, shape, mask);

@@ -23,6 +23,7 @@ BROKEN = {
     "two sums change places": ("vec_neon.h", "v[0].v, v[1].v", "v[1].v, v[0].v"),
     "a row is read too far": ("skinny.h", "left >= D::lanes ?", "true ?"),
     "the mask is not added": ("attention.h", "s[t] += mask[t]", "s[t] += 0"),
+    "pieces are joined as they are": ("attention.h", "one[i] * scale", "one[i]"),
 }
 
 
