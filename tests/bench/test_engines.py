@@ -46,6 +46,16 @@ def test_an_engine_answers_one_question_at_a_time(child):
     assert child.ask("prefill", ids=[1]) == {"seconds": 0.25}
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_left_open(tmp_path):
+    child = Child("fake", [sys.executable, "-c", FAKE], tmp_path / "log")
+    child.ask("about")
+    child.close()
+    assert child.process.returncode == 0
+    assert child.process.stdin.closed
+    assert child.process.stdout.closed
+
+
 def test_an_error_is_told_and_the_engine_goes_on(child):
     with pytest.raises(RuntimeError, match="fake: ValueError: too long"):
         child.ask("prefill", ids=[1, 2, 3])

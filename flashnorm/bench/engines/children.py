@@ -147,8 +147,10 @@ class Child:
     def close(self) -> None:
         """End it by closing its stdin."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+        self.process.stdout.close()
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
