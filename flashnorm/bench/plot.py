@@ -30,12 +30,15 @@ def plot(result: Result, file: Path) -> str | None:
 
 
 def _decode(axes: Any, found: Measured) -> None:
-    """ms per token, one group of bars for each way to decode; the limit is a line."""
+    """ms per token after the first context, a group of bars for each way; the limit is a line."""
     kinds = (GENERATE, FORWARD)
-    names = list(dict.fromkeys(row.variant for row in found.rows if row.kind in kinds))
+    decoded = [row for row in found.rows if row.kind in kinds]
+    first = next((row.context for row in decoded), None)
+    decoded = [row for row in decoded if row.context == first]
+    names = list(dict.fromkeys(row.variant for row in decoded))
     width = 0.8 / max(1, len(names))
     for at, name in enumerate(names):
-        rows = [row for row in found.rows if row.variant == name and row.kind in kinds]
+        rows = [row for row in decoded if row.variant == name]
         places = [kinds.index(row.kind) + (at - (len(names) - 1) / 2) * width for row in rows]
         bars = axes.bar(places, [row.timing.median * 1e3 for row in rows], width, label=name)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)

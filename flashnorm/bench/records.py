@@ -8,6 +8,7 @@ from typing import Any
 
 EAGER, COMPILE, OURS, OURS_COMPILED = "eager", "compile", "flashnorm", "flashnorm+compile"
 VARIANTS = (EAGER, COMPILE, OURS, OURS_COMPILED)
+CHECKS, DECODE, MEMORY = "correctness", "decode", "memory"  # groups of figures, with PREFILL
 GENERATE, FORWARD, PREFILL = "decode, generate()", "decode, forward loop", "prefill"
 
 
@@ -18,13 +19,17 @@ class Settings:
     source: str
     dtypes: tuple[str, ...] = ("bf16",)
     threads: int = 1
-    rounds: int = 7
+    rounds: int = 5
     tokens: int = 32
-    context: int = 64
-    prefill: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+    contexts: tuple[int, ...] = (64,)
+    prefill: tuple[int, ...] = (16, 64, 512)
     variants: tuple[str, ...] = (EAGER, OURS)
     cache: int = 64 * 2**20
-    memory: bool = True
+    memory: bool = False
+    engines: tuple[str, ...] = ()  # names, or name=python where another environment has it
+    gguf: str | None = (
+        None  # what they read, where it is not `source`; {dtype} stands for the dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class Timing:
 class Row:
     """The time of one variant: per token for decoding, per pass over `tokens` for prefill.
 
-    `speedup` is eager's time over this one (None without eager). For decoding, `gigabytes` is the
-    rate at which weights were read in GB/s, and `of_memory` and `of_weights` are its parts of the
-    read bandwidths that were measured in the same rounds.
+    `context` is how many tokens stand before the decoded ones. `speedup` is eager's time over this
+    one (None without eager). For decoding, `gigabytes` is the rate at which weights were read in
+    GB/s (None for other engines, whose files may be of another size), and `of_memory` and
+    `of_weights` are its parts of the read bandwidths that were measured in the same rounds.
     """
 
     kind: str
@@ -64,6 +70,7 @@ class Row:
     gigabytes: float | None = None
     of_memory: float | None = None
     of_weights: float | None = None
+    context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name != "timing"}
@@ -86,6 +93,20 @@ class Check:
     margin: float | None
     pass_error: float
     decode_error: float
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Another engine: what it says of itself, and the `equal` first of `tokens` greedy tokens that
+    are eager's; `margin` as of a `Check`. What it computes is not held against float64."""
+
+    name: str
+    engine: str
+    note: str
+    file: str
+    equal: int
+    tokens: int
+    margin: float | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +145,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything about one dtype. `token_bytes` of weights are read for every decoded token."""
+    """Everything about one dtype. `token_bytes` of weights are read for every decoded token.
+
+    `bandwidth` is of the rounds of the first context.
+    """
 
     dtype: str
     parameter_bytes: int
@@ -134,6 +158,7 @@ class Measured:
     memory: tuple[Memory, ...]
     bandwidth: Bandwidth | None
     failures: tuple[Failure, ...]
+    engines: tuple[Engine, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.to_json() for row in self.rows]}
@@ -141,12 +166,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """A whole benchmark."""
+    """A benchmark, or as much of it as there is yet: then it is not `complete`."""
 
     settings: Settings
     machine: dict[str, str | int]
     measured: tuple[Measured, ...]
     notes: tuple[str, ...]
+    complete: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -154,4 +180,5 @@ class Result:
             "machine": self.machine,
             "measured": [found.to_json() for found in self.measured],
             "notes": list(self.notes),
+            "complete": self.complete,
         }

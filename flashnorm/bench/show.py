@@ -10,20 +10,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from flashnorm.bench.further import further
 from flashnorm.bench.records import Result
-from flashnorm.bench.tables import Table, heading, label, tables
+from flashnorm.bench.tables import Table, failures, heading, label, tables
 
 
-def show(result: Result) -> RenderableType:
-    """Everything, top to bottom, for a terminal."""
-    parts: list[RenderableType] = [Text(text) for text in heading(result)]
-    for found in result.measured:
-        parts.append(Text(f"\n{found.dtype}", style="bold"))
-        parts += [_rich(table) for table in tables(found)]
-    return Group(*parts)
+def begin(result: Result) -> RenderableType:
+    """What stands above the first group of figures."""
+    return Group(*(Text(text) for text in heading(result)))
 
 
-def _rich(table: Table) -> RenderableType:
+def end(result: Result) -> RenderableType:
+    """What stands below the last one: what was not measured, and what was not asked for."""
+    parts = [group(failures(found)) for found in result.measured if found.failures]
+    return Group(*parts, Text(further(result.settings)))
+
+
+def group(table: Table) -> RenderableType:
+    """One table for a terminal."""
     view = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for at, name in enumerate(table.header):
         view.add_column(name, justify="right" if at else "left", overflow="fold")
@@ -56,13 +60,23 @@ def _line(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def write_text(result: Result, prefix: Path) -> None:
+    """Write PREFIX.json and PREFIX.md, each at once: an interrupt leaves whole files."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in (
+        ("json", json.dumps(result.to_json(), indent=1) + "\n"),
+        ("md", markdown(result)),
+    ):
+        part = prefix.with_name(f"{prefix.name}.{ending}.part")
+        part.write_text(text, "utf-8")
+        part.replace(prefix.with_name(f"{prefix.name}.{ending}"))
+
+
 def write(result: Result, prefix: Path) -> tuple[list[Path], str | None]:
     """Write PREFIX.json, PREFIX.md and PREFIX.png; what was written, and why there is no plot."""
     from flashnorm.bench.plot import plot
 
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     files = [prefix.with_name(f"{prefix.name}.{ending}") for ending in ("json", "md", "png")]
-    files[0].write_text(json.dumps(result.to_json(), indent=1) + "\n", "utf-8")
-    files[1].write_text(markdown(result), "utf-8")
+    write_text(result, prefix)
     missing = plot(result, files[2])
     return files[: 2 if missing else 3], missing

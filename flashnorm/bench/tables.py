@@ -8,6 +8,8 @@ from pathlib import Path
 
 from flashnorm.bench.machine import line
 from flashnorm.bench.records import (
+    CHECKS,
+    DECODE,
     EAGER,
     FORWARD,
     GENERATE,
@@ -41,7 +43,8 @@ def heading(result: Result) -> list[str]:
     """What was measured, where and how."""
     asked = result.settings
     return [
-        f"Model: {asked.source}; {asked.tokens} tokens decoded after {asked.context}; medians of "
+        f"Model: {asked.source}; {asked.tokens} tokens decoded after "
+        f"{', '.join(map(str, asked.contexts))}; medians of "
         f"{asked.rounds} interleaved rounds (lowest to highest in brackets).",
         f"Machine: {line(result.machine)}.",
         *result.notes,
@@ -50,15 +53,37 @@ def heading(result: Result) -> list[str]:
 
 def tables(found: Measured) -> Iterator[Table]:
     """Everything about one dtype."""
-    yield _checks(found)
-    for kind in (GENERATE, FORWARD):
-        yield _decode(found, kind)
+    yield from groups(found, CHECKS)
+    for context in dict.fromkeys(row.context for row in found.rows if row.context is not None):
+        yield from groups(found, DECODE, context)
     yield _prefill(found)
     if found.memory:
         yield _memory(found)
     if found.failures:
-        rows = tuple((each.variant, each.step, each.error) for each in found.failures)
-        yield Table("not measured", ("variant", "step", "why"), rows)
+        yield failures(found)
+
+
+def groups(found: Measured, kind: str, place: int = 0) -> Iterator[Table]:
+    """What was measured together: `place` tokens of context, or of a prefill."""
+    if kind == CHECKS:
+        yield _checks(found)
+        if found.engines:
+            yield _engines(found)
+    elif kind == DECODE:
+        for way in (GENERATE, FORWARD):
+            rows = [row for row in found.rows if row.kind == way and row.context == place]
+            if rows:
+                yield _decode(found, f"{way}, after {place} tokens", rows)
+    elif kind == PREFILL:
+        yield _one_prefill(found, place)
+    else:
+        yield _memory(found)
+
+
+def failures(found: Measured) -> Table:
+    """What was not measured."""
+    rows = tuple((each.variant, each.step, each.error) for each in found.failures)
+    return Table("not measured", ("variant", "step", "why"), rows)
 
 
 def _checks(found: Measured) -> Table:
@@ -77,7 +102,23 @@ def _checks(found: Measured) -> Table:
     return Table("correctness", header, rows, note)
 
 
-def _decode(found: Measured, kind: str) -> Table:
+def _engines(found: Measured) -> Table:
+    rows = tuple(
+        (
+            each.name,
+            f"{each.equal} of {each.tokens}",
+            NOTHING if each.margin is None else f"{each.margin:.1e}",
+            each.engine,
+            Path(each.file).name,
+        )
+        for each in found.engines
+    )
+    header = ("engine", "greedy tokens as eager", "margin there", "what it is", "file")
+    note = "; ".join(f"{each.name}: {each.note}" for each in found.engines)
+    return Table("other engines", header, rows, note)
+
+
+def _decode(found: Measured, title: str, of: list[Row]) -> Table:
     rows = tuple(
         (
             row.variant,
@@ -87,11 +128,19 @@ def _decode(found: Measured, kind: str) -> Table:
             _percent(row.of_memory),
             _percent(row.of_weights),
         )
-        for row in found.rows
-        if row.kind == kind
+        for row in of
     )
     header = ("variant", "ms/token", "speedup", "GB/s", "of memory", "of weights")
-    return Table(kind, header, rows, _bandwidth(found))
+    return Table(title, header, rows, _bandwidth(found))
+
+
+def _one_prefill(found: Measured, count: int) -> Table:
+    rows = tuple(
+        (row.variant, _spread(row), _times(row.speedup))
+        for row in found.rows
+        if row.kind == PREFILL and row.tokens == count
+    )
+    return Table(f"{PREFILL} of {count}", ("variant", "ms", "speedup"), rows)
 
 
 def _bandwidth(found: Measured) -> str:

@@ -219,13 +219,20 @@ def bench_command(
     threads: Annotated[
         int | None, typer.Option(help="Threads; torch's own choice if left.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How often each thing is timed.")] = 7,
+    rounds: Annotated[int, typer.Option(help="How often each thing is timed.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens before them.")] = 64,
-    prefill: Annotated[
-        str, typer.Option(help="Token counts to prefill.")
-    ] = "1,2,4,8,16,32,64,128,256,512,2048",
-    memory: Annotated[bool, typer.Option(help="Measure memory, in processes of their own.")] = True,
+    context: Annotated[str, typer.Option(help="Tokens before them, as 64,2000,8000.")] = "64",
+    prefill: Annotated[str, typer.Option(help="Token counts to prefill.")] = "16,64,512",
+    memory: Annotated[
+        bool, typer.Option(help="Measure memory, in processes of their own.")
+    ] = False,
+    engines: Annotated[
+        str,
+        typer.Option(help="llama.cpp, openvino: here, or name=python of the environment with it."),
+    ] = "",
+    gguf: Annotated[
+        str | None, typer.Option(help="What these read; {dtype} stands for the dtype.")
+    ] = None,
     cache: Annotated[
         int | None, typer.Option(help="Bytes that no cache holds; the largest cache if left.")
     ] = None,
@@ -237,14 +244,17 @@ def bench_command(
 ) -> None:
     """Time a model as transformers runs it and as flashnorm does, after checking that it is right.
 
-    A bare config.json gets random weights. Leave the cores alone meanwhile.
+    Under two minutes for a small model; what a longer run adds is said at the end. A bare
+    config.json gets random weights. Leave the cores alone meanwhile.
     """
 
     def command() -> Result:
         from flashnorm.cli.bench import Asked, run_bench
 
-        asked = Asked(model, dtype, variants, threads, rounds, tokens, context, prefill, memory)
-        return run_bench(asked, cache, out)
+        asked = Asked(
+            model, dtype, variants, threads, rounds, tokens, context, prefill, memory, engines, gguf
+        )
+        return run_bench(asked, cache, out, as_json)
 
     run(command, Options(as_json, debug))
 

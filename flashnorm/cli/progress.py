@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Protocol
 
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -52,19 +54,58 @@ def waiting(words: str) -> Iterator[None]:
         yield
 
 
+class Steps:
+    """Names the step that is done now; `paused` while something else is written."""
+
+    def __init__(self, shown: _Shown) -> None:
+        self._shown = shown
+
+    def __call__(self, name: str) -> None:
+        self._shown(0, None, name)
+
+    def paused(self) -> AbstractContextManager[None]:
+        return self._shown.paused()
+
+
 @contextmanager
-def named_steps(first: str) -> Iterator[Callable[[str], None]]:
+def named_steps(first: str) -> Iterator[Steps]:
     """A spinner that names what is done now, where nobody knows how many steps there are.
 
     Such work is long: without a terminal there is a line for each step as it begins. What stands
     behind " | " in a name is how far the step is.
     """
     with _bar(first, TimeElapsedColumn(), soon=SOON) as report:
-        yield lambda name: report(0, None, name)
+        yield Steps(report)
+
+
+class _Shown(Protocol):
+    """A `Report` that can be paused."""
+
+    def __call__(self, done: int, total: int | None, name: str, /) -> None: ...
+
+    def paused(self) -> AbstractContextManager[None]: ...
+
+
+class _Bar:
+    """A moving line, which is taken away while it is paused."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self.bar, self.task = bar, task
+
+    def __call__(self, done: int, total: int | None, name: str, /) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=name)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.bar.stop()
+        try:
+            yield
+        finally:
+            self.bar.start()
 
 
 @contextmanager
-def _bar(first: str, *columns: ProgressColumn, soon: float = QUIET) -> Iterator[Report]:
+def _bar(first: str, *columns: ProgressColumn, soon: float = QUIET) -> Iterator[_Shown]:
     console = stderr_console()
     if not console.is_terminal:
         with _lines(first, soon) as report:
@@ -73,14 +114,11 @@ def _bar(first: str, *columns: ProgressColumn, soon: float = QUIET) -> Iterator[
     words = TextColumn("{task.description}", markup=False)
     bar = Progress(SpinnerColumn(), words, *columns, console=console, transient=True)
     with bar:
-        task = bar.add_task(first, total=None)
-        yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=name
-        )
+        yield _Bar(bar, bar.add_task(first, total=None))
 
 
 @contextmanager
-def _lines(first: str, soon: float) -> Iterator[Report]:
+def _lines(first: str, soon: float) -> Iterator[_Shown]:
     """Lines for a reader that is no terminal: work that is done within `soon` seconds says nothing.
 
     Where that is `SOON` every new step is a line as well.
@@ -89,7 +127,7 @@ def _lines(first: str, soon: float) -> Iterator[Report]:
     ticker = threading.Thread(target=lines.tick, args=(done,), daemon=True)
     ticker.start()
     try:
-        yield lines.report
+        yield lines
     finally:
         done.set()
         ticker.join()
@@ -104,11 +142,14 @@ class _Lines:
         self.due = self.start + soon
         self.out, self.lock = sys.stderr, threading.Lock()
 
-    def report(self, done: int, total: int | None, name: str) -> None:
+    def __call__(self, done: int, total: int | None, name: str, /) -> None:
         share = f" | {done / total:.0%}" if total else ""
         self.now = name + share
         late = time.monotonic() >= self.start + SOON
         self._write(self.every_step and late and _step(self.now) != _step(self.written))
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def tick(self, done: threading.Event) -> None:
         while not done.wait(max(0.05, self.due - time.monotonic())):

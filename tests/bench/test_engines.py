@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks.engines.compare import agreement, table
-from benchmarks.engines.protocol import Child
+from flashnorm.bench.engines.children import Child, our_command
+
+from .tiny import config
 
 FAKE = """
 import sys
-from benchmarks.engines.protocol import serve
+from flashnorm.bench.engines.serve import serve
 
 class Fake:
     def about(self):
@@ -44,6 +46,16 @@ def test_an_engine_answers_one_question_at_a_time(child):
     assert child.ask("prefill", ids=[1]) == {"seconds": 0.25}
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_left_open(tmp_path):
+    child = Child("fake", [sys.executable, "-c", FAKE], tmp_path / "log")
+    child.ask("about")
+    child.close()
+    assert child.process.returncode == 0
+    assert child.process.stdin.closed
+    assert child.process.stdout.closed
+
+
 def test_an_error_is_told_and_the_engine_goes_on(child):
     with pytest.raises(RuntimeError, match="fake: ValueError: too long"):
         child.ask("prefill", ids=[1, 2, 3])
@@ -53,6 +65,21 @@ def test_an_error_is_told_and_the_engine_goes_on(child):
 def test_an_engine_that_dies_leaves_its_last_words(child):
     with pytest.raises(RuntimeError, match="fake ended: out of memory"):
         child.ask("prefill", ids=[1, 2])
+
+
+def test_a_variant_of_ours_answers_as_the_others_do(tmp_path):
+    file = str(config(tmp_path))
+    child = Child("eager", our_command("eager", file, "fp32", 1), tmp_path / "log")
+    try:
+        assert "flashnorm" in child.ask("about")["engine"]
+        found = child.ask("decode", prompt=[1, 2, 3], tokens=4)
+        assert len(found["tokens"]) == 4
+        assert found["seconds"] > 0
+        assert child.ask("prefill", ids=[1, 2, 3])["seconds"] > 0
+        margins = child.ask("margins", prompt=[1, 2, 3], tokens=found["tokens"])["margins"]
+        assert all(margin > 0 for margin in margins)
+    finally:
+        child.close()
 
 
 def test_agreement_counts_from_the_beginning_and_tells_the_margin():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashnorm.bench.check import why_wrong
+from flashnorm.bench.check import why_far, why_wrong
 from flashnorm.bench.machine import describe, line
 from flashnorm.bench.measure import decode
 from flashnorm.bench.memory import forget_peak, in_child, peak_allocated, peak_resident, resident
@@ -81,7 +81,8 @@ def result_with(*rows):
 
 def test_tables_show_the_rows_where_we_lose():
     def timed(kind, tokens, name, seconds, speedup):
-        return Row(kind, tokens, name, Timing((seconds,)), speedup, 10.0, 0.5, 0.25)
+        context = 64 if kind == GENERATE else None
+        return Row(kind, tokens, name, Timing((seconds,)), speedup, 10.0, 0.5, 0.25, context)
 
     text = markdown(
         result_with(
@@ -184,6 +185,34 @@ def test_decoding_gives_a_rate_beside_the_bandwidth(tmp_path):
         assert row.gigabytes == pytest.approx(token_bytes(model) / row.timing.median / 1e9)
         if bandwidth is not None:
             assert row.of_memory == pytest.approx(row.gigabytes / bandwidth.memory)
+
+
+def test_a_long_prompt_is_read_once_and_decoded_as_if_it_were_read_again(tmp_path, monkeypatch):
+    model = open_model(str(config(tmp_path)), "fp32")
+    prompt, forced = torch.arange(20) % 7, torch.arange(20, 26)
+    with torch.no_grad():
+        variant = build(EAGER, model)
+        expected = variant.forced(prompt, forced)
+        monkeypatch.setattr("flashnorm.bench.variants.LONG", 16)
+        for _ in range(2):
+            torch.testing.assert_close(variant.forced(prompt, forced), expected, rtol=0, atol=0)
+        monkeypatch.setattr(variant, "start", None)  # not asked again
+        variant.loop(prompt, 4)
+        torch.testing.assert_close(variant.forced(prompt, forced), expected, rtol=0, atol=0)
+        variant.forget()
+        with pytest.raises(TypeError):
+            variant.loop(prompt, 4)
+
+
+def test_a_variant_that_leaves_eager_after_a_long_prompt_is_told(tmp_path):
+    model = open_model(str(config(tmp_path)), "fp32")
+    prompt = torch.arange(40) % 11
+    base = Check(EAGER, 4, 4, None, None, 1e-7, 1e-7)
+    with torch.no_grad():
+        expected = build(EAGER, model).forced(prompt, prompt.new_zeros(8))
+        assert why_far(build(EAGER, model), expected, prompt, base) is None
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.001)
+        assert "from eager's" in why_far(build(EAGER, model), expected, prompt, base)
 
 
 def test_a_static_cache_decodes_what_a_growing_one_does(tmp_path, monkeypatch):

@@ -269,3 +269,43 @@ def test_what_the_kernel_does_not_take():
         assert re.search(message, why_not(*given) or ""), (message, why_not(*given))
     assert why_not(q, k, v, mask) is None
     assert why_not(q[..., :1], k[..., 3:4], v) is None
+
+
+@pytest.mark.parametrize("length", [512, 513, 1024, 2100])
+@pytest.mark.parametrize("isa", ISAS)
+def test_pieces_are_joined_to_the_whole(isa, length):
+    """Scores that differ much between pieces, pieces that a mask hides, and none to be seen."""
+    q, k, v = made(2, (6, 2), length, (33, 70), torch.float32, scale=3)
+    k[:, :, : length // 2] *= 4
+    seen = torch.rand(2, 1, 1, length) > 0.3
+    seen[0, ..., : length // 4] = seen[1, ..., length // 3 :] = False
+    for mask in (None, seen):
+        assert_close(q, k, v, 0.2, mask, attended(isa, q, k, v, 0.2, mask), (length, mask))
+    seen[0] = False
+    assert not attended(isa, q, k, v, 0.2, seen)[0].any()
+    k[1, 0, length - 1, 0] = NAN
+    assert attended(isa, q, k, v, 0.2, None)[1, 0, :3].isnan().all()
+    k[0, 0, 0, 0] = INF
+    q[0, 0, 0, 0] = 1.0
+    assert attended(isa, q, k, v, 0.2, None)[0, 0, 0].isnan().all()
+
+
+def attended(isa, q, k, v, scale, mask):
+    with use_isa(isa):
+        return attend(q, k, v, scale, mask)
+
+
+def test_no_bit_depends_on_the_number_of_threads():
+    q, k, v = made(2, (6, 3), 3000, (64, 64), torch.float32)
+    seen = torch.rand(2, 1, 1, 3000) > 0.3
+    before = torch.get_num_threads()
+    try:
+        for mask in (None, seen):
+            torch.set_num_threads(1)
+            expected = attend(q, k, v, 0.125, mask)
+            for threads in (2, 3, 5):
+                torch.set_num_threads(threads)
+                for _ in range(10):
+                    assert torch.equal(attend(q, k, v, 0.125, mask), expected)
+    finally:
+        torch.set_num_threads(before)

@@ -9,14 +9,15 @@ constexpr int KEYS = 4;        // rows of k side by side
 constexpr int64_t VALUES = 64;  // rows of v that stay in the nearest cache between heads
 constexpr int VECTORS = 4;     // vectors of a row of v side by side
 
-// Rows of k or v of one kv head, `stride` elements apart, of which `ahead` are prefetched.
+// `count` rows of k or v of one kv head, `stride` elements apart; `ahead` rows are prefetched, up to
+// `last`: behind these rows the next piece begins.
 template <class T> struct Rows {
   const T* first;
-  int64_t stride, width, count, ahead;
+  int64_t stride, width, count, last, ahead;
 
   inline const T* row(int64_t t) const { return first + t * stride; }
   inline void fetch(int64_t t) const {
-    if (t + ahead >= count) return;
+    if (t + ahead >= last) return;
     const char* p = reinterpret_cast<const char*>(row(t + ahead));
     for (int64_t b = 0; b < width * static_cast<int64_t>(sizeof(T)); b += 64) prefetch(p + b);
   }
@@ -117,8 +118,9 @@ inline float largest(const float* s, int64_t end) {
   return top[0];
 }
 
-// s = exp(s + mask − max); returns their sum. Both are padded; what is behind `count` becomes zero.
-inline float exp_and_sum(float* s, const float* mask, int64_t count) {
+// s = exp(s + mask − max); returns max and their sum. Both are padded; what is behind `count` becomes zero.
+struct Sum { float most, total; };
+inline Sum exp_and_sum(float* s, const float* mask, int64_t count) {
   const int64_t end = padded(count);
   if (mask)
     for (int64_t t = 0; t < end; ++t) s[t] += mask[t];
@@ -127,7 +129,7 @@ inline float exp_and_sum(float* s, const float* mask, int64_t count) {
   for (int64_t t = 0; t < end; ++t) s[t] = exp_(s[t] - most);
   Vec sum = Vec::set(0);
   for (int64_t t = 0; t < end; t += Vec::lanes) sum = sum + Vec::load(s + t);
-  return sum.sum();
+  return {top, sum.sum()};
 }
 
 // What is added to the scores of sequence b: [length] as float32, padded.
@@ -162,28 +164,29 @@ inline Range shown(const float* mask, int64_t length) {
 // Where a thread keeps the mask of a sequence, and q, scores and sums of the heads of a group.
 struct Buffers {
   int64_t heads, apart;  // scores of two heads are so far apart
-  float *mask, *q, *scores, *out, *total;
+  float *mask, *q, *scores, *out, *most, *total;
 };
 
-inline int64_t buffer_floats(const Attend& a) {
-  const int64_t heads = a.heads / a.kv_heads, length = padded(a.length);
-  return length + PAD + heads * (padded(a.width) + length + padded(a.value_width) + 1);
+inline int64_t buffer_floats(const Attend& a, int64_t most) {
+  const int64_t heads = a.heads / a.kv_heads, apart = padded(most);
+  return padded(a.length) + PAD + heads * (padded(a.width) + apart + padded(a.value_width) + 2);
 }
 
-inline Buffers buffers(const Attend& a, float* space) {
-  const int64_t heads = a.heads / a.kv_heads, length = padded(a.length);
-  float* q = space + length + PAD;
+inline Buffers buffers(const Attend& a, int64_t most, float* space) {
+  const int64_t heads = a.heads / a.kv_heads, apart = padded(most);
+  float* q = space + padded(a.length) + PAD;
   float* scores = q + heads * padded(a.width);
-  float* out = scores + heads * length;
-  return {heads, length, space, q, scores, out, out + heads * padded(a.value_width)};
+  float* out = scores + heads * apart;
+  float* largest = out + heads * padded(a.value_width);
+  return {heads, apart, space, q, scores, out, largest, largest + heads};
 }
 
 template <class T>
 inline Rows<T> rows(const void* p, int64_t at, int64_t stride, int64_t width, Range range,
-                    int64_t ahead) {
+                    int64_t last, int64_t ahead) {
   const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
   return {static_cast<const T*>(p) + at + range.begin * stride, stride, width,
-          range.end - range.begin, ahead / bytes + 1};
+          range.end - range.begin, last - range.begin, ahead / bytes + 1};
 }
 
 // q · scale of the heads that share kv head g of sequence b.
@@ -217,45 +220,98 @@ template <class T> inline void mix(const Rows<T>& v, const Buffers& buf) {
   }
 }
 
-// The heads that share kv head g of sequence b, over `range` of the rows of k and v. Without any,
-// or where each score is −infinity, the result is zero.
+// out = Σ_t exp(score − most) v_t, most and total of the heads that share kv head g of sequence b, over
+// `range` of the rows of k and v, behind which there are more up to `last`.
 template <class T>
-inline void attend_group(const Attend& a, const Buffers& buf, int64_t b, int64_t g, Range range,
-                         int64_t ahead) {
-  const auto k = rows<T>(a.k, b * a.k_batch + g * a.k_head, a.k_row, a.width, range, ahead);
-  const auto v = rows<T>(a.v, b * a.v_batch + g * a.v_head, a.v_row, a.value_width, range, ahead);
+inline void attend_rows(const Attend& a, const Buffers& buf, int64_t b, int64_t g, Range range,
+                        int64_t last, int64_t ahead) {
+  const int64_t first_k = b * a.k_batch + g * a.k_head, first_v = b * a.v_batch + g * a.v_head;
+  const auto k = rows<T>(a.k, first_k, a.k_row, a.width, range, last, ahead);
+  const auto v = rows<T>(a.v, first_v, a.v_row, a.value_width, range, last, ahead);
   copy_queries<T>(a, buf, b, g);
   score(k, buf);
-  for (int64_t h = 0; h < buf.heads; ++h)
-    buf.total[h] =
-        exp_and_sum(buf.scores + h * buf.apart, a.mask ? buf.mask + range.begin : nullptr, k.count);
+  for (int64_t h = 0; h < buf.heads; ++h) {
+    const float* mask = a.mask ? buf.mask + range.begin : nullptr;
+    const Sum sum = exp_and_sum(buf.scores + h * buf.apart, mask, k.count);
+    buf.most[h] = sum.most;
+    buf.total[h] = sum.total;
+  }
   mix(v, buf);
-  T* out = static_cast<T*>(a.out) + (b * a.heads + g * buf.heads) * a.value_width;
+}
+
+inline void attend_rows(const Attend& a, const Buffers& buf, int64_t b, int64_t g, Range range,
+                        int64_t last, int64_t ahead) {
+  if (a.type == FLOAT32) attend_rows<float>(a, buf, b, g, range, last, ahead);
+  else if (a.type == BFLOAT16) attend_rows<Bf16>(a, buf, b, g, range, last, ahead);
+  else attend_rows<Fp16>(a, buf, b, g, range, last, ahead);
+}
+
+// Without a row to see, or where each score is −infinity, the result is zero.
+inline void store_group(const Attend& a, const Buffers& buf, int64_t group) {
   for (int64_t h = 0; h < buf.heads; ++h) {
     float* row = buf.out + h * padded(a.value_width);
     scale_bias(row, buf.total[h] == 0.0f ? 0.0f : 1.0f / buf.total[h], nullptr, a.value_width);
-    store_row<T>(row, out + h * a.value_width, nullptr, a.value_width);
+    const int64_t at = (group * buf.heads + h) * a.value_width;
+    store(a.type, row, a.out, at, nullptr, 0, a.value_width);
   }
 }
 
-// Groups of heads part / parts of all sequences.
-int32_t attend_part(const Attend& a, int64_t ahead, int64_t part, int64_t parts) {
-  const int64_t groups = a.batch * a.kv_heads;
-  const int64_t begin = groups * part / parts, end = groups * (part + 1) / parts;
-  if (begin == end) return OK;
-  float* space = workspace(buffer_floats(a));
-  if (!space) return NO_MEMORY;
-  const Buffers buf = buffers(a, space);
-  Range range{0, a.length};
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
-    if (a.mask && (i == begin || (g == 0 && a.mask_batch))) {
-      copy_mask(a, b, buf.mask);
-      range = shown(buf.mask, a.length);
+// What a piece found, as [heads][value_width + 2].
+inline void keep(const Attend& a, const Buffers& buf, float* found) {
+  for (int64_t h = 0; h < buf.heads; ++h, found += a.value_width + 2) {
+    const float* row = buf.out + h * padded(a.value_width);
+    for (int64_t i = 0; i < a.value_width; ++i) found[i] = row[i];
+    found[a.value_width] = buf.most[h];
+    found[a.value_width + 1] = buf.total[h];
+  }
+}
+
+// Of all pieces of a group, in their order: each is scaled from its largest score to that of all.
+inline void join(const Attend& a, const Pieces& p, const Buffers& buf, int64_t group) {
+  const int64_t width = a.value_width, step = p.floats;
+  for (int64_t h = 0; h < buf.heads; ++h) {
+    const float* first = p.found + group * p.each * step + h * (width + 2);
+    float* row = buf.out + h * padded(width);
+    for (int64_t i = 0; i < padded(width); ++i) row[i] = 0.0f;
+    float top = -INFINITY, total = 0.0f;
+    for (int64_t c = 0; c < p.each; ++c) top = larger(first[c * step + width], top);
+    for (int64_t c = 0; c < p.each; ++c) {
+      const float* one = first + c * step;
+      const float scale = exp_(one[width] - (top == -INFINITY ? 0.0f : top));
+      for (int64_t i = 0; i < width; ++i) row[i] += one[i] * scale;
+      total += one[width + 1] * scale;
     }
-    if (a.type == FLOAT32) attend_group<float>(a, buf, b, g, range, ahead);
-    else if (a.type == BFLOAT16) attend_group<Bf16>(a, buf, b, g, range, ahead);
-    else attend_group<Fp16>(a, buf, b, g, range, ahead);
+    buf.total[h] = total;
+  }
+}
+
+// Pieces of groups of heads, until all are taken.
+int32_t attend_part(const Attend& a, Pieces& p, int64_t ahead) {
+  int64_t i = p.next.fetch_add(1, std::memory_order_relaxed);
+  if (i >= p.count) return OK;
+  const int64_t most = smaller(p.rows, a.length);
+  float* space = workspace(buffer_floats(a, most));
+  if (!space) return NO_MEMORY;
+  const Buffers buf = buffers(a, most, space);
+  Range seen{0, a.length};
+  for (int64_t masked = -1; i < p.count; i = p.next.fetch_add(1, std::memory_order_relaxed)) {
+    const int64_t group = i / p.each, b = group / a.kv_heads, g = group % a.kv_heads;
+    if (a.mask && (masked < 0 || (masked != b && a.mask_batch))) {
+      copy_mask(a, b, buf.mask);
+      seen = shown(buf.mask, a.length);
+      masked = b;
+    }
+    const int64_t from = i % p.each * p.rows;
+    Range range{from > seen.begin ? from : seen.begin, smaller(from + p.rows, seen.end)};
+    if (range.begin > range.end) range.begin = range.end;
+    attend_rows(a, buf, b, g, range, seen.end, ahead);
+    if (p.each > 1) {
+      keep(a, buf, p.found + i * p.floats);
+      // Whoever does the last piece of a group sees what the others have left.
+      if (p.left[group].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      join(a, p, buf, group);
+    }
+    store_group(a, buf, group);
   }
   return OK;
 }

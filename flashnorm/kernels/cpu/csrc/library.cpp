@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 
+#include "pieces.h"
 #include "table.h"
 #include "thread_pool.h"
 #include "workspace.h"
@@ -271,16 +272,22 @@ int32_t run_packed(const Choice& use, const PackedTable& table, const Op& op, co
   return status;
 }
 
-int32_t attend_job(const Job& job, int64_t part, int64_t parts) {
+struct AttendWork {
+  const Attend& attend;
+  Pieces& pieces;
+};
+
+int32_t attend_job(const Job& job, int64_t, int64_t) {
   const int64_t ahead = prefetch_bytes.load(std::memory_order_relaxed);
-  return job.use.table->attend(*static_cast<const Attend*>(job.call), ahead, part, parts);
+  const AttendWork& work = *static_cast<const AttendWork*>(job.call);
+  return job.use.table->attend(work.attend, work.pieces, ahead);
 }
 
-// A thread for each group of heads at most, where there is enough to read.
-int64_t attend_threads(const Attend& a) {
-  const int64_t groups = a.batch * a.kv_heads, size = a.type == FLOAT32 ? 4 : 2;
-  const int64_t bytes = groups * a.length * (a.width + a.value_width) * size;
-  return smaller(smaller(a.threads, groups), 1 + bytes / BYTES_PER_THREAD);
+// A thread for each piece at most, where there is enough to read.
+int64_t attend_threads(const Attend& a, const Pieces& p) {
+  const int64_t size = a.type == FLOAT32 ? 4 : 2;
+  const int64_t bytes = a.batch * a.kv_heads * a.length * (a.width + a.value_width) * size;
+  return smaller(smaller(a.threads, p.count), 1 + bytes / BYTES_PER_THREAD);
 }
 
 constexpr int64_t MANY_ROWS = INT64_MAX;
@@ -407,8 +414,11 @@ EXPORT int32_t flashnorm_glu(const Glu* glu) {
 }
 
 EXPORT int32_t flashnorm_attend(const Attend* attend) {
-  Job job{choice(), nullptr, attend, attend_job, {OK}, nullptr};
-  return parallel(job, attend_threads(*attend), attend->batch);
+  Pieces pieces;
+  if (!cut(*attend, pieces)) return NO_MEMORY;
+  const AttendWork work{*attend, pieces};
+  Job job{choice(), nullptr, &work, attend_job, {OK}, nullptr};
+  return parallel(job, attend_threads(*attend, pieces), attend->batch);
 }
 
 EXPORT int32_t flashnorm_read(const char* data, int64_t bytes, int64_t threads) {

@@ -1,6 +1,7 @@
 // What the parts of the library say to each other.
 #pragma once
 #include "api.h"
+#include "pieces.h"
 #include "work_queue.h"
 
 constexpr int COLUMNS = 4;    // rows of weights that a tile reads side by side
@@ -45,7 +46,7 @@ struct Table {
   int32_t (*normalize)(const Op&, const Call&, int64_t part, int64_t parts);
   int32_t (*glu)(const Glu&, int64_t part, int64_t parts);
   float (*read)(const char*, int64_t bytes, int64_t ahead, int64_t part, int64_t parts);
-  int32_t (*attend)(const Attend&, int64_t ahead, int64_t part, int64_t parts);
+  int32_t (*attend)(const Attend&, Pieces&, int64_t ahead);
   PackedTable panels;
 };
 

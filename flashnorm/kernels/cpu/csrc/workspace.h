@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-enum WorkspaceUse { SCRATCH, PACKED, SUMS, WORKSPACE_USES };
+enum WorkspaceUse { SCRATCH, PACKED, SUMS, PIECES, WORKSPACE_USES };
 
 // At least `floats` floats, 64-byte aligned; null where there is no memory. The next call of the same
 // thread for the same use may give the same memory again.

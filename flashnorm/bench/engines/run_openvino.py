@@ -7,19 +7,16 @@ for. Times are its own metrics: per output token, and to the first one.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
 
-from benchmarks.engines.protocol import serve
-
 PRECISION = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 
 
-class OpenVino:
+class Engine:
     def __init__(self, model: str, threads: int, dtype: str) -> None:
         options = {
             "INFERENCE_NUM_THREADS": threads,
@@ -55,11 +52,6 @@ class OpenVino:
         return float(self._run(ids, 1).perf_metrics.get_ttft().mean / 1e3)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--context", type=int, required=True, help="not used: it grows")
-    parser.add_argument("--dtype", choices=list(PRECISION), required=True)
-    given = parser.parse_args()
-    serve(OpenVino(given.model, given.threads, given.dtype))
+def make(asked: dict[str, Any]) -> Engine:
+    """Its cache grows: `room` is not asked for."""
+    return Engine(asked["model"], asked["threads"], asked["dtype"])

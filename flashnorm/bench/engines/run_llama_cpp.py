@@ -5,17 +5,14 @@ Decoding calls llama_decode for one token at a time and takes the largest logit 
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from benchmarks.engines.protocol import serve
 
-
-class LlamaCpp:
+class Engine:
     def __init__(self, model: str, threads: int, context: int) -> None:
         self.model = llama_cpp.Llama(
             model,
@@ -26,6 +23,7 @@ class LlamaCpp:
             verbose=False,
         )
         self.vocabulary = self.model.n_vocab()
+        self.held: list[int] = []  # the prompt at the beginning of the cache
 
     def about(self) -> dict[str, Any]:
         system = llama_cpp.llama_print_system_info().decode().strip()
@@ -36,8 +34,7 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
-        self.model.reset()
-        self.model.eval(prompt)
+        self._start(prompt)
         written = [self._best()]
         start = time.perf_counter()
         for _ in range(tokens - 1):
@@ -45,7 +42,18 @@ class LlamaCpp:
             written.append(self._best())
         return (time.perf_counter() - start) / (tokens - 1), written
 
+    def _start(self, prompt: list[int]) -> None:
+        """The same prompt again is not read again but for its last token: it may be a long one."""
+        if prompt == self.held:
+            self.model.n_tokens = len(prompt) - 1
+            self.model.eval(prompt[-1:])
+            return
+        self.model.reset()
+        self.model.eval(prompt)
+        self.held = prompt
+
     def prefill(self, ids: list[int]) -> float:
+        self.held = []
         self.model.reset()
         start = time.perf_counter()
         self.model.eval(ids)
@@ -53,11 +61,6 @@ class LlamaCpp:
         return time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--context", type=int, required=True)
-    parser.add_argument("--dtype", required=True, help="that of the file, not used")
-    given = parser.parse_args()
-    serve(LlamaCpp(given.model, given.threads, given.context))
+def make(asked: dict[str, Any]) -> Engine:
+    """`dtype` is that of the file."""
+    return Engine(asked["model"], asked["threads"], asked["room"])

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 import transformers
 
 import flashnorm
-from benchmarks.engines.protocol import serve
-from flashnorm.bench.models import DTYPES, open_model
-from flashnorm.bench.records import VARIANTS
+from flashnorm.bench.models import open_model
 from flashnorm.bench.timing import stopwatch
 from flashnorm.bench.variants import build, many_compilations
 
 
-class Ours:
+class Engine:
     def __init__(self, variant: str, model: str, dtype: str) -> None:
-        self.name = variant
+        self.name, self.compilations = variant, many_compilations()
+        self.compilations.__enter__()  # for as long as this process lives
         self.variant = build(variant, open_model(model, dtype))
 
     def about(self) -> dict[str, Any]:
@@ -42,14 +40,8 @@ class Ours:
         return (best[:, 0] - best[:, 1]).tolist()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--context", type=int, required=True, help="not used: it grows")
-    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    with torch.no_grad(), many_compilations():
-        serve(Ours(given.variant, given.model, given.dtype))
+def make(asked: dict[str, Any]) -> Engine:
+    """Its cache grows: `room` is not asked for."""
+    torch.set_num_threads(asked["threads"])
+    torch.set_grad_enabled(False)
+    return Engine(asked["variant"], asked["model"], asked["dtype"])
