@@ -15,7 +15,7 @@ import torch
 
 from flashnorm.bench.memory import forget_peak, peak_resident, resident
 from flashnorm.bench.models import accelerate, open_model, token_ids
-from flashnorm.bench.records import OURS, OURS_COMPILED
+from flashnorm.bench.records import OURS, OURS_COMPILED, PACKAGED
 from flashnorm.bench.variants import Variant
 
 
@@ -25,8 +25,8 @@ def measure(request: dict[str, Any]) -> dict[str, int]:
     name, context = request["variant"], request["context"]
     model = open_model(request["source"], request["dtype"])
     ids = token_ids(request["source"], model, max(context, request["prefill"]))
-    if name in (OURS, OURS_COMPILED):
-        accelerate(model)
+    if name in (OURS, OURS_COMPILED, PACKAGED):
+        accelerate(model, name == PACKAGED)
     variant = Variant(name, model, compiled=False)
     with torch.no_grad():
         variant.generate(ids[:context], request["tokens"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,18 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def accelerated_copy(model: nn.Module) -> nn.Module:
+def accelerated_copy(model: nn.Module, packaged: bool = False) -> nn.Module:
     """A copy that shares its weights with `model` and runs on flashnorm's kernels."""
-    return accelerate(sharing_copy(model))
+    return accelerate(sharing_copy(model), packaged)
 
 
-def accelerate(model: nn.Module) -> nn.Module:
-    """`flashnorm.accelerate_`, found when it is called."""
+def accelerate(model: nn.Module, packaged: bool = False) -> nn.Module:
+    """`flashnorm.accelerate_`, found when it is called; a package is in the user's cache folder."""
     import flashnorm
 
-    done: nn.Module = flashnorm.accelerate_(model)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    where = folder / "flashnorm" / "packages" if packaged else None
+    done: nn.Module = flashnorm.accelerate_(model, package=where)
     return done
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 EAGER, COMPILE, OURS, OURS_COMPILED = "eager", "compile", "flashnorm", "flashnorm+compile"
-VARIANTS = (EAGER, COMPILE, OURS, OURS_COMPILED)
+PACKAGED = "flashnorm+package"
+VARIANTS = (EAGER, COMPILE, OURS, OURS_COMPILED, PACKAGED)
 CHECKS, DECODE, MEMORY = "correctness", "decode", "memory"  # groups of figures, with PREFILL
 GENERATE, FORWARD, PREFILL = "decode, generate()", "decode, forward loop", "prefill"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.bench.models import accelerated_copy, sharing_copy
-from flashnorm.bench.records import COMPILE, EAGER, OURS, OURS_COMPILED
+from flashnorm.bench.records import COMPILE, EAGER, OURS, OURS_COMPILED, PACKAGED
 from flashnorm.compat.torch_names import dynamo
 from flashnorm.compat.transformers_names import compile_everywhere_
 
@@ -165,8 +165,9 @@ def build(name: str, model: nn.Module, mode: str | None = None) -> Variant:
         return Variant(name, model, False)
     if name == COMPILE:
         return Variant(name, sharing_copy(model), True, mode)
-    assert name in (OURS, OURS_COMPILED), name
-    return Variant(name, accelerated_copy(model), name == OURS_COMPILED, mode)
+    assert name in (OURS, OURS_COMPILED, PACKAGED), name
+    ours = accelerated_copy(model, name == PACKAGED)
+    return Variant(name, ours, name == OURS_COMPILED, mode)
 
 
 @contextmanager

@@ -214,7 +214,8 @@ def bench_command(
         list[str] | None, typer.Option(help="bf16, fp32 or fp16; may be given several times.")
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="Of eager, compile, flashnorm, flashnorm+compile.")
+        str,
+        typer.Option(help="Of eager, compile, flashnorm, flashnorm+compile, flashnorm+package."),
     ] = "eager,flashnorm",
     threads: Annotated[
         int | None, typer.Option(help="Threads; torch's own choice if left.")
