@@ -102,7 +102,7 @@ def test_a_file_of_something_else_is_said_and_not_obeyed(file, text, caplog):
     crossovers.forget()
     isa = load().isa
     found = crossovers.find(isa, torch.float32, 64)
-    assert found == crossovers.shipped(isa, torch.float32, 64)
+    assert found == crossovers.shipped(isa, torch.float32)
     assert "is not a file of measurements" in caplog.text
 
 

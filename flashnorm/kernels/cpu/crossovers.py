@@ -47,7 +47,7 @@ class Crossover:
 
 def find(isa: str, dtype: torch.dtype, n: int) -> Crossover:
     """Of an instruction set, for x [rows, n] and weights of one dtype."""
-    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype, n)
+    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype)
 
 
 def apply(library: Any) -> None:
@@ -61,7 +61,7 @@ def key(dtype: torch.dtype, n: int) -> str:
     return f"{str(dtype).removeprefix('torch.')} {'narrow' if n < NARROW else 'wide'}"
 
 
-def shipped(isa: str, dtype: torch.dtype, n: int) -> Crossover:
+def shipped(isa: str, dtype: torch.dtype) -> Crossover:
     """By instruction set and maker, where nothing was measured on the machine itself.
 
     Measured on a Zen 4 (all of x86 below AMX, forced) and on a Xeon with AMX; NEON is not measured.
@@ -71,9 +71,8 @@ def shipped(isa: str, dtype: torch.dtype, n: int) -> Crossover:
         return Crossover(0, 128 if dtype == torch.bfloat16 else FEW)
     if isa not in ("avx2", "avx512", "avx512bf16"):
         return Crossover(0, FEW)
-    if dtype == torch.bfloat16 and isa == "avx512bf16":
-        return Crossover(0, NEVER if amd and n < NARROW else FEW)
-    return Crossover(0, NEVER if amd or dtype != torch.float32 else FEW)
+    fast = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512bf16")
+    return Crossover(0, NEVER if amd or not fast else FEW)  # torch is slow in the others
 
 
 @cache

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t VECTORS_HIGH = 2, HEIGHT = VECTORS_HIGH * Vec::lanes;  // rows of x in a panel
 constexpr int64_t ACROSS = Vec::columns;  // rows of weights whose sums fit the registers
 constexpr int64_t WIDTH = 48;             // output columns of a block
-constexpr int64_t DEPTH = 10240 / HEIGHT;  // units of a block: two thirds of the nearest cache
+constexpr int64_t DEPTH = 8192 / HEIGHT;  // units of a block: two thirds of the nearest cache
 constexpr int64_t ROW = DEPTH + 16;  // units from one row of a block to the next: no power of two
 static_assert(WIDTH % ACROSS == 0 && WIDTH <= CHUNK, "a block is made of tiles, and fits a chunk");
 
