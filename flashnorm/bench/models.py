@@ -79,10 +79,11 @@ def accelerate(model: nn.Module, packaged: bool = False) -> nn.Module:
     """`flashnorm.accelerate_`, found when it is called; a package is in the user's cache folder."""
     import flashnorm
 
+    if not packaged:
+        done: nn.Module = flashnorm.accelerate_(model)
+        return done
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    where = folder / "flashnorm" / "packages" if packaged else None
-    done: nn.Module = flashnorm.accelerate_(model, package=where)
-    return done
+    return flashnorm.accelerate_(model, package=folder / "flashnorm" / "packages")
 
 
 def parameter_bytes(model: nn.Module) -> int:
