@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from flashnorm.checkpoint.origin import open_origin
 from flashnorm.compat.transformers_names import builder
 from flashnorm.errors import FlashNormError
+from flashnorm.kernels import measurements
 from flashnorm.loading import load_model, load_tokenizer, model_class, quiet_transformers
 from flashnorm.verification.inputs import token_samples, writes_tokens
 
@@ -82,8 +82,7 @@ def accelerate(model: nn.Module, packaged: bool = False) -> nn.Module:
     if not packaged:
         done: nn.Module = flashnorm.accelerate_(model)
         return done
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return flashnorm.accelerate_(model, package=folder / "flashnorm" / "packages")
+    return flashnorm.accelerate_(model, package=measurements.folder() / "packages")
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashnorm.cli.app import app
-from flashnorm.kernels import dispatch
+from flashnorm.kernels import dispatch, measurements
 from flashnorm.kernels.cpu import crossovers, measure, policy
 from flashnorm.kernels.cpu.crossovers import NEVER, Crossover
 from flashnorm.kernels.cpu.library import load
@@ -108,7 +108,7 @@ def test_a_file_of_something_else_is_said_and_not_obeyed(file, text, caplog):
 
 def test_switched_off_there_is_no_file(monkeypatch):
     monkeypatch.setenv(crossovers.CACHE, "off")
-    assert crossovers.path() is None
+    assert measurements.path(crossovers.CACHE, crossovers.FILE) is None
     assert crossovers.store("avx2", {}) is None
 
 

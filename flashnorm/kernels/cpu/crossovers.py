@@ -13,9 +13,6 @@ leaves what is shipped.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import platform
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,15 +21,15 @@ from typing import Any
 
 import torch
 
+from flashnorm.kernels import measurements
 from flashnorm.kernels.weights import DTYPES
 
 VERSION = 1
 NEVER = 2**40  # rows
 FEW = 16
-CACHE = "FLASHNORM_CPU_CACHE"
+CACHE, FILE = "FLASHNORM_CPU_CACHE", "cpu.json"
 NARROW = 1024  # features: less is one shape class, as many and more another (WIDE in library.cpp)
 CPUINFO = Path("/proc/cpuinfo")
-_log = logging.getLogger("flashnorm")
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,6 @@ def machine() -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def path() -> Path | None:
-    """The file of measurements, or None where it is switched off."""
-    named = os.environ.get(CACHE)
-    if named:
-        return None if named == "off" else Path(named)
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "flashnorm" / "cpu.json"
-
-
 def measured() -> dict[str, dict[str, Crossover]]:
     """By instruction set and `key`, what was measured on this machine."""
     return _loaded().get(machine(), {})
@@ -109,25 +97,10 @@ def forget() -> None:
 
 @cache
 def _loaded() -> dict[str, dict[str, dict[str, Crossover]]]:
-    file = path()
-    return {} if file is None else _read(file)
-
-
-def _read(file: Path) -> dict[str, dict[str, dict[str, Crossover]]]:
-    try:
-        text = file.read_text("utf-8")
-    except OSError:
-        return {}
-    try:
-        return _parse(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
-        return {}
+    return measurements.read(measurements.path(CACHE, FILE), VERSION, _parse)
 
 
 def _parse(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Crossover]]]:
-    if found["version"] != VERSION:
-        raise ValueError(f"version {found['version']}, not {VERSION}")
     return {
         name: {isa: {k: _entry(v) for k, v in rows.items()} for isa, rows in isas.items()}
         for name, isas in found["machines"].items()
@@ -143,22 +116,17 @@ def _entry(value: dict[str, Any]) -> Crossover:
 
 def store(isa: str, found: dict[str, Crossover]) -> Path | None:
     """Write measurements into the file, in place of older ones; None where it is switched off."""
-    file = path()
+    file = measurements.path(CACHE, FILE)
     if file is None:
         return None
-    machines = {name: dict(isas) for name, isas in _read(file).items()}
+    held = measurements.read(file, VERSION, _parse)
+    machines = {name: dict(isas) for name, isas in held.items()}
     mine = machines.setdefault(machine(), {})
     mine[isa] = {**mine.get(isa, {}), **found}
-    file.parent.mkdir(parents=True, exist_ok=True)
     whole = {
-        "version": VERSION,
-        "machines": {
-            name: {isa: {k: asdict(v) for k, v in rows.items()} for isa, rows in isas.items()}
-            for name, isas in machines.items()
-        },
+        name: {isa: {k: asdict(v) for k, v in rows.items()} for isa, rows in isas.items()}
+        for name, isas in machines.items()
     }
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
-    partial.replace(file)
+    measurements.write(file, {"version": VERSION, "machines": whole})
     forget()
     return file

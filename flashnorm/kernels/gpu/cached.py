@@ -7,19 +7,16 @@ It is FLASHNORM_GPU_CACHE, or flashnorm/gpu.json in the user's cache folder. `me
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from flashnorm.kernels import measurements
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.launch import Device, Tile, power_of_two
 
 VERSION = 1
-_log = logging.getLogger("flashnorm")
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,6 @@ class Entry:
     way: str
     note: str
     tile: Tile | None = None
-
-
-def path() -> Path:
-    if named := os.environ.get("FLASHNORM_GPU_CACHE"):
-        return Path(named)
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "flashnorm" / "gpu.json"
 
 
 def key_of(call: Call) -> str:
@@ -64,24 +54,14 @@ def forget() -> None:
 
 @cache
 def _loaded() -> dict[str, dict[str, Entry]]:
-    return _read(path())
+    return measurements.read(path(), VERSION, _parse)
 
 
-def _read(file: Path) -> dict[str, dict[str, Entry]]:
-    try:
-        text = file.read_text("utf-8")
-    except OSError:
-        return {}
-    try:
-        return _parse(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
-        return {}
+def path() -> Path | None:
+    return measurements.path("FLASHNORM_GPU_CACHE", "gpu.json")
 
 
 def _parse(found: dict[str, Any]) -> dict[str, dict[str, Entry]]:
-    if found["version"] != VERSION:
-        raise ValueError(f"version {found['version']}, not {VERSION}")
     return {
         device: {key: _entry(value) for key, value in entries.items()}
         for device, entries in found["devices"].items()
@@ -95,21 +75,16 @@ def _entry(value: dict[str, Any]) -> Entry:
     return Entry(value["way"], str(value["note"]), None if tile is None else Tile(**tile))
 
 
-def store(device: Device, found: dict[str, Entry]) -> Path:
-    """Add measurements to the file, in place of older ones of the same calls."""
-    file = path()
-    devices = {name: dict(entries) for name, entries in _read(file).items()}
+def store(device: Device, found: dict[str, Entry]) -> Path | None:
+    """Add measurements to the file, in place of older ones of the same calls; None: it is off."""
+    if (file := path()) is None:
+        return None
+    devices = {n: dict(entries) for n, entries in measurements.read(file, VERSION, _parse).items()}
     devices.setdefault(device.name, {}).update(found)
-    file.parent.mkdir(parents=True, exist_ok=True)
     whole = {
-        "version": VERSION,
-        "devices": {
-            name: {key: asdict(entry) for key, entry in sorted(entries.items())}
-            for name, entries in devices.items()
-        },
+        name: {key: asdict(entry) for key, entry in sorted(entries.items())}
+        for name, entries in devices.items()
     }
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
-    partial.replace(file)
+    measurements.write(file, {"version": VERSION, "devices": whole})
     forget()
     return file
