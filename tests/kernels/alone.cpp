@@ -119,8 +119,8 @@ void products(const Case& c) {
 
   struct { Op op; Segment next; } op{operation(c.norm, c.act, c.x_type, c.weight_type, c.n, p), {}};
   op.op.segments = 2;
-  op.op.segment[0] = {first.data, nullptr, widths[0], stride};
-  op.next = {second.data, biased ? bias.data : nullptr, widths[1], stride};
+  op.op.segment[0] = {first.data, nullptr, widths[0], stride, 1};
+  op.next = {second.data, biased ? bias.data : nullptr, widths[1], stride, 1};
   struct { Call call; Output next; } call{
       {x.data, added ? residual.data : nullptr, z.data, c.rows, x_stride, widths[0], 1,
        {{y.data, widths[0]}}}, {more.data, widths[1]}};
