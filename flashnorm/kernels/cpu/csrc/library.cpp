@@ -185,9 +185,21 @@ WorkQueue turned_queue(const Op& op, int64_t threads) {
 std::atomic<int64_t> prefetch_bytes{4096};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
+// One row waits for memory alone, and gets the most of it with shorter vectors: on a Zen 4 AVX2 code
+// reads at 0.90 of the bandwidth in bf16, AVX-512 code, whose lines are asked for in bursts, at 0.75.
+const Table* one_row_table(const Choice& use) {
+#if defined(FLASHNORM_HAS_AVX512) && defined(FLASHNORM_HAS_AVX2)
+  if (use.table == &flashnorm_avx512) return &flashnorm_avx2;
+#endif
+  return use.table;
+}
+
 int32_t run_job(const Job& job, int64_t part, int64_t) {
-  const Options options{prefetch_bytes.load(std::memory_order_relaxed), job.use.pairs};
-  return job.use.table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
+  const bool one = static_cast<const Call*>(job.call)->rows == 1;
+  const Table* table = one ? one_row_table(job.use) : job.use.table;
+  const Options options{prefetch_bytes.load(std::memory_order_relaxed),
+                        table == job.use.table ? job.use.pairs : nullptr};
+  return table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
                             options, *job.queue, part);
 }
 
