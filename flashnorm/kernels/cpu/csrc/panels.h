@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t VECTORS_HIGH = 2, HEIGHT = VECTORS_HIGH * Vec::lanes;  // rows of x in a panel
 constexpr int64_t ACROSS = Vec::columns;  // rows of weights whose sums fit the registers
 constexpr int64_t WIDTH = 48;             // output columns of a block
-constexpr int64_t DEPTH = 8192 / HEIGHT;  // units of a block: two thirds of the nearest cache
+constexpr int64_t DEPTH = 256;  // units of a block: 16 to 32 KB of a panel
 constexpr int64_t ROW = DEPTH + 16;  // units from one row of a block to the next: no power of two
 static_assert(WIDTH % ACROSS == 0 && WIDTH <= CHUNK, "a block is made of tiles, and fits a chunk");
 
@@ -81,13 +81,13 @@ int32_t pack_panels(const Op& op, const Call& call, const Packed& packed, int64_
   return OK;
 }
 
-// out[c][m] (+)= Σ_i w[c][i] x[i][m] for ACROSS rows of weights and V vectors of rows of x.
+// out[c][m] (+)= Σ_i w[c][i] x[i][m], a sum of its own for each block: that rounds less than one long
+// one. For ACROSS rows of weights and V vectors of rows of x.
 template <class A, int V>
 inline void micro_tile(const float* x, const float* w, int64_t depth, bool add, float* out) {
   Vec sum[ACROSS][V];
   for (int c = 0; c < ACROSS; ++c)
-    for (int v = 0; v < V; ++v)
-      sum[c][v] = add ? Vec::load(out + c * HEIGHT + v * Vec::lanes) : Vec::set(0);
+    for (int v = 0; v < V; ++v) sum[c][v] = Vec::set(0);
   for (int64_t i = 0; i < depth; ++i) {
     Vec a[V];
     for (int v = 0; v < V; ++v) a[v] = Vec::load(x + i * HEIGHT + v * Vec::lanes);
@@ -97,7 +97,10 @@ inline void micro_tile(const float* x, const float* w, int64_t depth, bool add, 
     }
   }
   for (int c = 0; c < ACROSS; ++c)
-    for (int v = 0; v < V; ++v) sum[c][v].store(out + c * HEIGHT + v * Vec::lanes);
+    for (int v = 0; v < V; ++v) {
+      float* to = out + c * HEIGHT + v * Vec::lanes;
+      (add ? Vec::load(to) + sum[c][v] : sum[c][v]).store(to);
+    }
 }
 
 // What the products of one part work on. block: [WIDTH][ROW] units of weights.
