@@ -81,19 +81,20 @@ def _measure(
 
 def _ways(library: Library, x: Tensor, weights: list[Tensor]) -> dict[str, Way]:
     gain = torch.rand(x.shape[-1]).to(x.dtype) + 0.5
-    bound = [calls.pack(Call(x, (w,), eps=1e-5, gain=gain)) for w in weights]
+    held = [Call(x, (w,), eps=1e-5, gain=gain) for w in weights]  # for as long as they are run
+    bound = [calls.pack(call) for call in held]
     number, wide = DTYPES[x.dtype], int(x.shape[-1] >= crossovers.NARROW)
     width, z = [weights[0].shape[0]], torch.empty_like(x)
 
     def kernel(packed_from: int) -> Way:
         def run(i: int) -> object:
             library.set_panel_rows(number, wide, packed_from)
-            return calls.run_packed(bound[i], x, width, None)
+            return calls.run_packed(bound[i], held[i].x, width, None)
 
         return run
 
     def by_torch(i: int) -> object:
-        return F.linear(calls.normalize_packed(bound[i], x, z), weights[i])
+        return F.linear(calls.normalize_packed(bound[i], held[i].x, z), weights[i])
 
     ways = {"as they come": kernel(crossovers.NEVER), "packed": kernel(1), "library": by_torch}
     if x.shape[0] > AS_THEY_COME:
