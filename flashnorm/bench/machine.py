@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from datetime import date
@@ -12,6 +11,7 @@ import torch
 
 import flashnorm
 from flashnorm.kernels.cpu import calls as cpu
+from flashnorm.kernels.cpu.crossovers import cpu_name
 from flashnorm.kernels.cpu.library import Library
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -35,10 +35,9 @@ def describe() -> dict[str, str | int]:
     import transformers
 
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(names) or 1,
+        "cpu": cpu_name(),
+        "cores": sum(line.startswith("model name") for line in lines) or 1,
         "threads": torch.get_num_threads(),
         "kernels": cpu.available()[1],
         "torch": torch.__version__,

@@ -268,7 +268,7 @@ def tune_command(
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
-    """Measure which way to multiply is fastest on this machine, and remember it: about a minute.
+    """Measure which way to multiply is fastest on this machine, and remember it: half a minute.
 
     Models that are accelerated afterwards go by it. Leave the cores alone meanwhile.
     """

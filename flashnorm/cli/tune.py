@@ -26,8 +26,9 @@ def run_tune(threads: int | None) -> Result:
         found = measure.measure(progress=report)
     file = measure.store(found)
     machine = f"{crossovers.machine()}, {calls.available()[1]}"
-    data: dict[str, Any] = {"machine": machine, "file": file, "rows": [_row(row) for row in found]}
-    last = Text(f"written: {file}" if "=off" not in file else file)
+    rows = [_row(row) for row in found]
+    data: dict[str, Any] = {"machine": machine, "file": file and str(file), "rows": rows}
+    last = Text(f"written: {file}" if file else f"{crossovers.CACHE}=off: nothing is kept")
     return Result(data, Group(Text(machine), *(_table(row) for row in found), last))
 
 
@@ -39,17 +40,14 @@ def _table(row: Measured) -> Any:
     """Microseconds by rows and way; what is taken is marked."""
     from rich.table import Table
 
-    from flashnorm.kernels.cpu import crossovers
-
     chosen = row.crossover
     table = Table(title=row.key, title_justify="left", box=None)
     table.add_column("rows", justify="right")
     for way in row.seconds:
         table.add_column(f"{way}, µs", justify="right")
     for rows in row.seconds["packed"]:
-        inside = rows <= min(chosen.library, crossovers.NEVER)
         ours = "packed" if rows >= chosen.packed else "as they come"
-        taken = ours if inside else "library"
+        taken = ours if rows <= chosen.library else "library"
         cells = []
         for way, seconds in row.seconds.items():
             mark = " *" if way == taken else ""

@@ -4,6 +4,7 @@ What one test compiles counts for no other one: dynamo limits how often that is 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +40,9 @@ def backend(request) -> Iterator[Backend]:
 def calls(backend, monkeypatch) -> list[tuple[int, ...]]:
     """Grows by the widths of the results of every call of a kernel."""
     return recorded(backend, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory) -> Path:
+    """Where the packages of all tests are, so that what one compiles is loaded by the others."""
+    return tmp_path_factory.mktemp("packages")

@@ -2,8 +2,9 @@
 
 More rows go to torch's matmul, between a norm and a gate that take one pass each. y is rounded once
 from float32 sums; statistics, gain, bias, activation and residual are in float32. Where several
-rows are multiplied in tiles (AMX) and in torch's matmul, normalized rows are rounded to the dtype
-of x first, as in a model that computes its norm by itself; elsewhere they are not.
+rows are multiplied as bf16 (tiles with AMX, pairs with AVX-512-BF16) and in torch's matmul,
+normalized rows are rounded to the dtype of x first, as in a model that computes its norm by itself;
+elsewhere they are not.
 """
 
 from __future__ import annotations

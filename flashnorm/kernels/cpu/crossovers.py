@@ -44,7 +44,9 @@ class Crossover:
 
 def find(isa: str, dtype: torch.dtype, n: int) -> Crossover:
     """Of an instruction set, for x [rows, n] and weights of one dtype."""
-    return measured().get(isa, {}).get(key(dtype, n)) or shipped(isa, dtype)
+    held = _loaded()  # empty on most machines, and asked for at every call of a function
+    row = measured().get(isa, {}).get(key(dtype, n)) if held else None
+    return row or shipped(isa, dtype)
 
 
 def apply(library: Any) -> None:
@@ -58,6 +60,7 @@ def key(dtype: torch.dtype, n: int) -> str:
     return f"{str(dtype).removeprefix('torch.')} {'narrow' if n < NARROW else 'wide'}"
 
 
+@cache
 def shipped(isa: str, dtype: torch.dtype) -> Crossover:
     """By instruction set and maker, where nothing was measured on the machine itself.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -151,10 +152,10 @@ def _split(times: dict[int, tuple[float, float]]) -> int:
     return min(costs, key=lambda start: costs[start])
 
 
-def store(found: Sequence[Measured]) -> str:
-    """Remember measurements for this machine. Returns the file, or why there is none."""
+def store(found: Sequence[Measured]) -> Path | None:
+    """Remember measurements for this machine; None where that is switched off."""
     library = load()
     assert isinstance(library, Library)
     file = crossovers.store(library.isa, {row.key: row.crossover for row in found})
     crossovers.apply(library)
-    return f"{crossovers.CACHE}=off: nothing is kept" if file is None else str(file)
+    return file

@@ -1,99 +1,13 @@
-// The C interface: which instruction set, which threads, and the operations.
+// The C interface: which threads, and the operations.
 #include <atomic>
 #include <stdlib.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
+#include "instruction_sets.h"
 #include "pieces.h"
-#include "table.h"
 #include "thread_pool.h"
 #include "workspace.h"
 
-#define DECLARE(isa) extern const Table flashnorm_##isa
-DECLARE(portable);
-DECLARE(avx2);
-DECLARE(avx512);
-DECLARE(neon);
-void flashnorm_pairs(const Product& p);
-extern const PackedTable flashnorm_pair_panels, flashnorm_tiles;
-
 namespace {
-
-struct Choice {
-  const char* name;
-  const Table* table;
-  void (*pairs)(const Product&);
-  const PackedTable *pair_panels, *tiles;  // of bf16, or null
-  bool (*supported)();
-};
-
-bool always() { return true; }
-#if defined(__x86_64__)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// The tiles' registers have to be asked for, once for the process.
-bool has_amx() {
-#if defined(__linux__)
-  constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
-  constexpr long ask = 0x1023, tile_data = 18;
-  unsigned a, b, c, d;
-  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return (d & tile) && (d & bf16) && !syscall(SYS_arch_prctl, ask, tile_data);
-#else
-  return false;
-#endif
-}
-#endif
-
-// Best first. The build defines FLASHNORM_HAS_* for what the compiler could make.
-const Choice choices[] = {
-#ifdef FLASHNORM_HAS_AMX
-    {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels, &flashnorm_tiles,
-     has_amx},
-#endif
-#ifdef FLASHNORM_HAS_AVX512BF16
-    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels,
-     nullptr, has_avx512bf16},
-#endif
-#ifdef FLASHNORM_HAS_AVX512
-    {"avx512", &flashnorm_avx512, nullptr, nullptr, nullptr, has_avx512},
-#endif
-#ifdef FLASHNORM_HAS_AVX2
-    {"avx2", &flashnorm_avx2, nullptr, nullptr, nullptr, has_avx2},
-#endif
-#ifdef FLASHNORM_HAS_NEON
-    {"neon", &flashnorm_neon, nullptr, nullptr, nullptr, always},
-#endif
-    {"portable", &flashnorm_portable, nullptr, nullptr, nullptr, always},
-};
-constexpr int count = sizeof choices / sizeof *choices;
-
-int best() {
-  for (int i = 0; i < count; ++i)
-    if (choices[i].supported()) return i;
-  return count - 1;
-}
-
-std::atomic<int> chosen{-1};
-
-const Choice& choice() {
-  int i = chosen.load(std::memory_order_relaxed);
-  if (i < 0) chosen.store(i = best(), std::memory_order_relaxed);
-  return choices[i];
-}
 
 // The OpenMP runtime that torch runs on, so that both share one set of threads.
 using Number = int (*)();
@@ -184,15 +98,6 @@ WorkQueue turned_queue(const Op& op, int64_t threads) {
 // How far ahead of reading, at least.
 std::atomic<int64_t> prefetch_bytes{4096};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
-
-// One row waits for memory alone, and gets the most of it with shorter vectors: on a Zen 4 AVX2 code
-// reads at 0.90 of the bandwidth in bf16, AVX-512 code, whose lines are asked for in bursts, at 0.75.
-const Table* one_row_table(const Choice& use) {
-#if defined(FLASHNORM_HAS_AVX512) && defined(FLASHNORM_HAS_AVX2)
-  if (use.table == &flashnorm_avx512) return &flashnorm_avx2;
-#endif
-  return use.table;
-}
 
 int32_t run_job(const Job& job, int64_t part, int64_t) {
   const bool one = static_cast<const Call*>(job.call)->rows == 1;
