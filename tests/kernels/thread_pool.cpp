@@ -85,6 +85,19 @@ void what_followed_last_time_is_what_comes_next() {
   CHECK(place(ahead.streams[0]) == 3 << 20);
 }
 
+void what_was_read_in_between_is_known() {
+  static PrefetchHistory history;
+  history.note(reads(1 << 20, 1, 10));
+  CHECK(history.since() == 0);  // it is the first one
+  history.note(reads(2 << 20, 2, 10));
+  history.note(reads(3 << 20, 1, 7, true));
+  CHECK(history.since() == 0);
+  history.note(reads(1 << 20, 1, 10));
+  CHECK(history.since() == 8 * (2 * 10 + 7));
+  history.note(reads(1 << 20, 1, 10));
+  CHECK(history.since() == 0);
+}
+
 struct Counts { std::atomic<int> of[8]; };
 
 void count(void* data, int64_t part, int64_t) {
@@ -163,6 +176,7 @@ int main() {
   no_more_is_read_than_there_is_room_for();
   columns_lie_across_the_rows();
   what_followed_last_time_is_what_comes_next();
+  what_was_read_in_between_is_known();
   every_part_runs_once();
   a_sleeping_member_is_woken();
   after_many_rows_one_call_is_left_to_others();

@@ -20,6 +20,7 @@ struct Job {
   int32_t (*part)(const Job&, int64_t part, int64_t parts);
   std::atomic<int32_t> status;
   WorkQueue* queue;
+  bool passing = false;  // weights leave the caches before they are read again
 };
 
 void work(void* data, int64_t part, int64_t parts) {
@@ -38,7 +39,7 @@ int32_t parallel(Job& job, int64_t threads, int64_t rows, const Reads* reads = n
   if (threads <= 1 || !omp_parallel) return job.part(job, 0, 1);
   const bool few = rows <= thread_pool_rows.load(std::memory_order_relaxed);
   if (!few) flashnorm_thread_pool_skip_next();
-  if (few && flashnorm_thread_pool_run({work, &job, threads, reads}))
+  if (few && flashnorm_thread_pool_run({work, &job, threads, reads, &job.passing}))
     thread_pool_calls.fetch_add(1, std::memory_order_relaxed);
   else
     omp_parallel([](void* data) { work(data, omp_thread(), omp_threads()); }, &job,
@@ -103,7 +104,7 @@ int32_t run_job(const Job& job, int64_t part, int64_t) {
   const bool one = static_cast<const Call*>(job.call)->rows == 1;
   const Table* table = one ? one_row_table(job.use) : job.use.table;
   const Options options{prefetch_bytes.load(std::memory_order_relaxed),
-                        table == job.use.table ? job.use.pairs : nullptr};
+                        table == job.use.table ? job.use.pairs : nullptr, job.passing};
   return table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
                             options, *job.queue, part);
 }

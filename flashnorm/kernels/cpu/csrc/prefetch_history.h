@@ -5,8 +5,8 @@
 // Rows of bytes in memory: `rows` times `row_bytes`, `stride` apart. Or, where `column` is not 0, what
 // lies across them: `rows` columns of so many bytes each, in rows that are `stride` apart.
 struct Stream {
-  const char* first;
-  int64_t rows, row_bytes, stride, column = 0;
+  const char* first = nullptr;
+  int64_t rows = 0, row_bytes = 0, stride = 0, column = 0;
 
   // As much of its rows or columns begin..end as fits into `budget` bytes.
   Stream part(int64_t begin, int64_t end, int64_t budget) const {
@@ -33,12 +33,18 @@ struct Reads {
     for (int64_t i = 0; i < segments; ++i) all += segment[i].rows;
     return together ? segment[0].rows : all;
   }
+
+  int64_t bytes() const {
+    int64_t all = 0;
+    for (int64_t i = 0; i < segments; ++i) all += segment[i].rows * segment[i].row_bytes;
+    return all;
+  }
 };
 
 // What one thread will read next. Nothing depends on it, and fetching it can do no harm: it may even
 // name memory that is gone.
 struct PrefetchList {
-  static constexpr int MOST = 16;
+  static constexpr int MOST = 64;
   int count = 0;
   Stream streams[MOST];
 
@@ -71,11 +77,18 @@ class PrefetchHistory {
   int note(const Reads& reads) {
     const int place = place_of(reads.segment[0].first);
     Entry& entry = entries_[place];
-    if (entry.reads.segment[0].first != reads.segment[0].first) entry.next = NONE;
+    const bool known = entry.reads.segment[0].first == reads.segment[0].first;
+    if (!known) entry.next = NONE;
     entry.reads = reads;
     if (last_ != NONE) entries_[last_].next = place;
+    since_ = known ? bytes_ - entry.read : 0;
+    entry.read = bytes_ += reads.bytes();
     return last_ = place;
   }
+
+  // How many bytes other calls have read since one read the same as the call that was noted last; 0
+  // where none did.
+  int64_t since() const { return since_; }
 
   // What part `part` of `parts` will read in the calls after that one, `budget` bytes at most.
   void after(int place, int64_t part, int64_t parts, int64_t budget, PrefetchList& ahead) const {
@@ -90,9 +103,10 @@ class PrefetchHistory {
   }
 
  private:
-  static constexpr int BITS = 11, CALLS = 4;
+  static constexpr int BITS = 11, CALLS = 8;
   struct Entry {
     int next = NONE;
+    int64_t read = 0;  // bytes of all calls up to this one
     Reads reads;
   };
 
@@ -104,4 +118,5 @@ class PrefetchHistory {
 
   Entry entries_[1 << BITS];
   int last_ = NONE;
+  int64_t bytes_ = 0, since_ = 0;
 };

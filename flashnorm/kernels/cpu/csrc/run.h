@@ -37,7 +37,8 @@ inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count
   const int64_t n = b.op.n;
   const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
   const void* weight = weights_at(b.op, s, at);
-  const Product p{weight, x, s.stride, padded(n), n, b.options.ahead, b.rows, count, out, next};
+  const Product p{weight, x, s.stride, padded(n), n, b.options.ahead, b.rows, count, out, next,
+                  b.options.passing};
   if (b.pairs) b.options.pairs(p);
   else if (type == FLOAT32) products<Plain<float>>(p);
   else if (type == BFLOAT16) products<Plain<Bf16>>(p);

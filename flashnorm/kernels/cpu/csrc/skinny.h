@@ -35,9 +35,12 @@ template <class D> struct Tile {
   const char* fetch;  // where as many rows lie as the tile has, which will be read later
 };
 
-// Whether what a tile fetches goes to the nearest cache, to the second one, or is not fetched.
-enum class Fetch { NO, NEAR, FAR };
-template <Fetch F> inline void fetch_line(const char* p) { __builtin_prefetch(p, 0, F == Fetch::NEAR ? 3 : 2); }
+// Whether what a tile fetches goes to the nearest cache, to that alone, to the second one, or is not
+// fetched.
+enum class Fetch { NO, NEAR, PASSING, FAR };
+template <Fetch F> inline void fetch_line(const char* p) {
+  __builtin_prefetch(p, 0, F == Fetch::NEAR ? 3 : F == Fetch::FAR ? 2 : 0);
+}
 
 // The last n % lanes elements, with zeros behind them.
 template <class D> inline auto tail(const typename D::Weight* p, int64_t count) {
@@ -91,6 +94,10 @@ template <class D, int C, int R, int U, Fetch F> inline void tile(const Tile<D>&
     }
 }
 
+template <class D, int C, Fetch F> inline int64_t one_row(const Tile<D>& t) {
+  return tile<D, C, 1, C < COLUMNS ? 4 : 2, F>(t), 1;
+}
+
 // `rows` rows of x against C rows of weights, as many at a time as the registers hold.
 template <class D, int C, Fetch F> inline int64_t some_rows(const Tile<D>& t, int64_t rows) {
   if constexpr (D::max_rows >= 4) {
@@ -98,15 +105,16 @@ template <class D, int C, Fetch F> inline int64_t some_rows(const Tile<D>& t, in
     if (rows == 3) return tile<D, C, 3, 1, F>(t), 3;
   }
   if (rows >= 2) return tile<D, C, 2, 1, F>(t), 2;
-  return tile<D, C, 1, C < COLUMNS ? 4 : 2, F>(t), 1;
+  return one_row<D, C, F>(t);
 }
 
 // The first tile fetches; the others find the weights in the cache.
 template <class D, int C> inline void columns(Tile<D> t, Fetch fetch, int64_t rows) {
   for (; rows > 0; fetch = Fetch::NO) {
-    const int64_t done = fetch == Fetch::NEAR  ? some_rows<D, C, Fetch::NEAR>(t, rows)
-                         : fetch == Fetch::FAR ? some_rows<D, C, Fetch::FAR>(t, rows)
-                                               : some_rows<D, C, Fetch::NO>(t, rows);
+    const int64_t done = fetch == Fetch::NEAR      ? some_rows<D, C, Fetch::NEAR>(t, rows)
+                         : fetch == Fetch::FAR     ? some_rows<D, C, Fetch::FAR>(t, rows)
+                         : fetch == Fetch::PASSING ? one_row<D, C, Fetch::PASSING>(t)
+                                                   : some_rows<D, C, Fetch::NO>(t, rows);
     rows -= done;
     t.x += done * t.x_stride;
     t.out += done * CHUNK;
@@ -138,7 +146,8 @@ template <class D> __attribute__((noinline)) void products(const Product& p) {
   const int64_t row = p.n * size;
   const int64_t ahead = (p.ahead / row / COLUMNS + 1) * COLUMNS;
   const bool fits = 2 * ahead * row + p.rows * p.n * 4 <= NEAREST_CACHE;
-  const Fetch fetch = p.stride != p.n ? Fetch::NO : fits ? Fetch::NEAR : Fetch::FAR;
+  const Fetch near = p.passing && p.rows == 1 ? Fetch::PASSING : Fetch::NEAR;
+  const Fetch fetch = p.stride != p.n ? Fetch::NO : fits ? near : Fetch::FAR;
   Tile<D> t{static_cast<const typename D::Weight*>(p.weight), p.stride,
             static_cast<const typename D::Input*>(p.x), p.x_stride, p.n, p.out, nullptr};
   // Of one short row two columns at a time are nearest to the order of the stream; of a long one x is

@@ -17,11 +17,13 @@ struct Product {
   int64_t rows, count;
   float* out;
   const void* next;  // the weights that are read after these, or null
+  bool passing;      // weights go by all caches but the nearest
 };
 
 struct Options {
   int64_t ahead;                 // bytes at least between reading and prefetching
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
+  bool passing;                  // weights leave the caches before they are read again
 };
 
 // Rows first..first + rows of x, normalized and transposed for tiles, in `TileTable::bytes` bytes.

@@ -1,8 +1,7 @@
 // Threads of the library's own, for calls with so few rows that reading weights is all they do.
 //
 // Between two calls they read ahead: the weights of the calls that followed this one the last time
-// go into a core's second cache while the caller does something else. Then they wait a while, ready,
-// and sleep. A thread that has not begun when the work is done is not waited for.
+// go into a core's caches while the caller does something else. Then they wait a while, ready, and sleep. A thread that has not begun when the work is done is not waited for.
 #pragma once
 #include "prefetch_history.h"
 
@@ -11,6 +10,9 @@ struct PoolJob {
   void* data;
   int64_t parts;
   const Reads* reads;  // what the job reads, all parts together; or null
+  // Set before the parts run, or null: whether none of it stays in the caches until it is read again,
+  // so that it had better leave there what others have.
+  bool* passing;
 };
 
 // Runs all parts, the first one on this thread. False, with nothing done, where the pool serves
