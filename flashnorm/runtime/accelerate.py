@@ -30,6 +30,7 @@ from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
+from flashnorm.runtime.growing import Growing
 from flashnorm.runtime.package.make import packaged
 from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.stand import Stand, retire
@@ -107,7 +108,8 @@ def accelerate_(
     Every norm that is a module of its own computes its linear readers in the same call (q, k and v;
     gate, up and activation), every linear layer reads its weight at the speed of memory, and a new
     token attends by a kernel, through transformers' attention interface, where that is sdpa, and
-    reads its experts by one, through the interface of experts, where they are in one tensor. No
+    reads its experts by one, through the interface of experts, where they are in one tensor. With
+    that attention a growing cache is appended to in place, instead of being copied. No
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
@@ -162,6 +164,9 @@ def accelerate_(
         reason = attention if isinstance(attention, str) else ""
         left = "" if isinstance(experts, UsedExperts) else experts
         where = "" if package is None else _package(model, package, change, forwards)
+        if isinstance(attention, UsedAttention) and "forward" not in model.__dict__:
+            forwards[model] = Growing(model)
+            change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
         undo = _Undo(list(forwards.items()), attention, experts, found)
         change.item(model.__dict__, RECORD, undo)

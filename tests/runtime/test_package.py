@@ -324,6 +324,18 @@ def test_copies_of_a_cache_go_their_own_ways(pair):
     assert close(found[1], found[0])
 
 
+def test_data_that_is_swapped_is_read(pair):
+    """`keys.data = other` leaves the object as it was."""
+    original, model = pair()
+    found = []
+    for m in (original, model):
+        cache = prefill(m)
+        step(m, cache, 3)
+        cache.layers[1].keys.data = cache.layers[1].keys.clone() * 3
+        found.append(step(m, cache, 4))
+    assert close(found[1], found[0])
+
+
 def test_a_gradient_is_the_models_own(pair):
     original, model = pair()
     found = []

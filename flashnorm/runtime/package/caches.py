@@ -8,6 +8,8 @@ than the last views, it is given another room.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,13 +59,14 @@ class Room:
         self.layers, self.used = list(layers), used
         same = len({*zip(shapes.sizes, shapes.dtypes, strict=True)}) == 1
         if same:  # one tensor, so that all views are made by two operations
-            whole = torch.zeros((len(shapes.sizes), *shapes.sizes[0]), dtype=shapes.dtypes[0])
+            whole = _zeros((len(shapes.sizes), *shapes.sizes[0]), shapes.dtypes[0])
             self.whole: Tensor | None = whole
             self.tensors = list(whole.unbind(0))
         else:
             self.whole = None
             pairs = zip(shapes.sizes, shapes.dtypes, strict=True)
-            self.tensors = [torch.zeros(size, dtype=dtype) for size, dtype in pairs]
+            self.tensors = [_zeros(size, dtype) for size, dtype in pairs]
+        self.places = [tensor.data_ptr() for tensor in self.tensors]
         self.lengths = [torch.tensor(used) for _ in layers]
         held = [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
         for tensor, found in zip(self.tensors, held, strict=True):
@@ -86,7 +89,11 @@ class Room:
         if len(layers) != len(self.layers) or not all(map(_is, layers, self.layers)):
             return False
         held = [layer.keys for layer in layers] + [layer.values for layer in layers]
-        return all(map(_is, held, self.views))
+        # `keys.data = other` keeps the object.
+        return all(map(_is, held, self.views)) and all(
+            view.data_ptr() == place and view.shape[2] == self.used
+            for view, place in zip(held, self.places, strict=True)
+        )
 
     def stepped(self) -> None:
         """Show one more position, which the step has written."""
@@ -95,6 +102,19 @@ class Room:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_room, ()  # a copy of the cache gets its own
+
+
+def _zeros(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory where they are written: a sequence seldom fills its room.
+
+    Huge pages would come faster, but in them strips of 2ⁿ bytes share the sets of the caches: after
+    8000 tokens of SmolLM2-135M in float32 a token took 52 ms instead of 40.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(size, dtype=dtype)
+    count = math.prod(size)
+    pages = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(size)
 
 
 def _no_room() -> None:

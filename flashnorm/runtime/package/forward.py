@@ -14,6 +14,7 @@ from flashnorm.compat.torch_names import (
     forward_pre_hooks_of_all,
 )
 from flashnorm.kernels import dispatch
+from flashnorm.runtime import growing
 from flashnorm.runtime.package.arguments import PLACES, Given, Masks, read
 from flashnorm.runtime.package.caches import Shapes, find
 from flashnorm.runtime.package.still import HOOKED, Still
@@ -105,10 +106,7 @@ class Packaged(Stand):
                 return given
             if given is not None:
                 dispatch.fell_back(STEP.format(given))
-        return self.original(*args, **kwargs)
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return growing.run(self.module, args, kwargs)
 
     def step(self, given: Given) -> Any:
         """What the model returns for one more token, or why the package cannot say."""

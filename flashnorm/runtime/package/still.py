@@ -51,12 +51,11 @@ class Still:
         # What can change within a value of a config, which its dictionary does not notice.
         self.open = [v for c in self.configs for v in vars(c).values() if isinstance(v, _OPEN)]
         self.open_values = copy.deepcopy(self.open)
-        self.dicts = [
+        self.dicts: list[Any] = [
             *map(vars, self.inner),
             *(part._parameters for part in parts),
             # Of those without any, which are most, code cannot have read one.
             *(table for part in parts for table in (part._buffers, part._modules) if table),
-            *self.hooks,
             *self.spaces,
             *map(vars, self.configs),
         ]
@@ -69,9 +68,9 @@ class Still:
         """Why the model is not what it was; empty where it is."""
         try:
             versions = self._versions()
+            if any(self.hooks):
+                return HOOKED
             if versions != self.versions:
-                if any(self.hooks):
-                    return HOOKED
                 if not self._same():
                     return CHANGED
                 self.versions = versions
