@@ -2,6 +2,7 @@
 
     python -m benchmarks.layouts olmoe --dtype bf16
     python -m benchmarks.layouts gpt2 --dtype fp32 --seconds 30
+    python -m benchmarks.layouts gpt2 --package build/packages
 
 Shapes of the real models with random weights and few layers (`--layers`), so that the weights of a
 token are beyond any cache; the vocabulary is small, so that it is the layers that are timed. Eager
@@ -24,6 +25,7 @@ from flashnorm.bench.machine import describe, line
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4  # of decoding, between two looks at the clock
 CONTEXT = 32
+LENGTH = 512  # tokens that a package takes
 VOCABULARY = 1024
 
 
@@ -108,16 +110,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--package", metavar="DIR", help="decode from a package that is kept there")
     parser.add_argument("--seconds", type=float, default=20)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(line(describe()))
     model = random_model(config_of(given.model, given.layers), DTYPES[given.dtype])
-    flashnorm.accelerate_(model)
+    package = flashnorm.Package(given.package, LENGTH) if given.package else None
+    flashnorm.accelerate_(model, package=package)
     eager, ours, apart = measure(model, given.seconds)
+    way = "from a package" if package else "accelerated"
     before, now = statistics.median(eager), statistics.median(ours)
     print(
-        f"{given.model} {given.dtype}: eager {before:.2f} ms, accelerated {now:.2f} ms "
+        f"{given.model} {given.dtype}: eager {before:.2f} ms, {way} {now:.2f} ms "
         f"({before / now:.2f}x), {len(ours)} rounds of {STEPS} tokens, {given.threads} threads, "
         f"logits {apart:.1e} apart"
     )

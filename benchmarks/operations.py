@@ -36,6 +36,7 @@ from flashnorm.kernels.cpu.library import Library, load
 SHAPES = ((576, 960), (576, 3072), (2048, 3072), (2048, 16384), (4096, 6144), (4096, 28672))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 EPS = 1e-5
+BYTES = 300_000_000  # of weights that one timing of a way reads with few rows
 CONTROLS = ("eager", "fused", "compiled")
 
 
@@ -92,7 +93,8 @@ def prepared(calls: list[Call]) -> Callable[[int], list[Tensor]]:
 
 def timed(run: Callable[[], Any], calls: int) -> Callable[[], float]:
     def seconds() -> float:
-        run()  # wakes its threads
+        for _ in range(1 + calls // 4):  # wakes its threads, and lets those of the way before sleep
+            run()
         start = time.perf_counter()
         for _ in range(calls):
             run()
@@ -137,7 +139,7 @@ def measure(
         "linear": lambda: F.linear(normed, turn.copies[turn.next()]),
         "read": read,
     }
-    calls = max(1, min(len(turn.copies), 50_000_000 // (turn.bytes * max(1, rows // 4))))
+    calls = max(1, BYTES // (turn.bytes * max(1, rows // 4)))
     clocks = {name: timed(run, calls) for name, run in runs.items()}
     for isa in isas:
         clocks[isa] = on(isa, library, timed(lambda: ours(turn.next()), calls))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flashnorm.bench.memory import forget_peak, peak_resident, resident
-from flashnorm.bench.models import accelerate, open_model, token_ids
+from flashnorm.bench.models import accelerate, open_model, package_length, token_ids
 from flashnorm.bench.records import OURS, OURS_COMPILED, PACKAGED
 from flashnorm.bench.variants import Variant
 
@@ -26,7 +26,7 @@ def measure(request: dict[str, Any]) -> dict[str, int]:
     model = open_model(request["source"], request["dtype"])
     ids = token_ids(request["source"], model, max(context, request["prefill"]))
     if name in (OURS, OURS_COMPILED, PACKAGED):
-        accelerate(model, name == PACKAGED)
+        accelerate(model, package_length(context + request["tokens"]) if name == PACKAGED else 0)
     variant = Variant(name, model, compiled=False)
     with torch.no_grad():
         variant.generate(ids[:context], request["tokens"])

@@ -14,6 +14,7 @@ from flashnorm.compat.transformers_names import builder
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import measurements
 from flashnorm.loading import load_model, load_tokenizer, model_class, quiet_transformers
+from flashnorm.runtime.package.options import Package
 from flashnorm.verification.inputs import token_samples, writes_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -70,19 +71,26 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def accelerated_copy(model: nn.Module, packaged: bool = False) -> nn.Module:
+def accelerated_copy(model: nn.Module, package: int = 0) -> nn.Module:
     """A copy that shares its weights with `model` and runs on flashnorm's kernels."""
-    return accelerate(sharing_copy(model), packaged)
+    return accelerate(sharing_copy(model), package)
 
 
-def accelerate(model: nn.Module, packaged: bool = False) -> nn.Module:
-    """`flashnorm.accelerate_`, found when it is called; a package is in the user's cache folder."""
+def accelerate(model: nn.Module, package: int = 0) -> nn.Module:
+    """`flashnorm.accelerate_`, found when it is called; with a package, in the user's cache folder,
+    where it is for so many tokens."""
     import flashnorm
 
-    if not packaged:
+    if not package:
         done: nn.Module = flashnorm.accelerate_(model)
         return done
-    return flashnorm.accelerate_(model, package=measurements.folder() / "packages")
+    asked = flashnorm.Package(measurements.folder() / "packages", length=package)
+    return flashnorm.accelerate_(model, package=asked)
+
+
+def package_length(tokens: int) -> int:
+    """For how many tokens a package is made that has to take so many: few lengths, so few files."""
+    return -(-tokens // Package.length) * Package.length
 
 
 def parameter_bytes(model: nn.Module) -> int:

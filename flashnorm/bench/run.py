@@ -213,8 +213,9 @@ class _Bench:
 
     def _check(self, name: str, truth: Truth) -> tuple[Variant, Check] | None:
         self.progress(f"checking {name}")
+        tokens = max(self.settings.contexts) + self.settings.tokens
         try:
-            variant = build(name, self.model)
+            variant = build(name, self.model, tokens=tokens)
             return variant, check(variant, truth)
         except Exception as error:
             self._fail(name, "check", error)

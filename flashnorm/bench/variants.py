@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashnorm.bench.models import accelerated_copy, sharing_copy
+from flashnorm.bench.models import accelerated_copy, package_length, sharing_copy
 from flashnorm.bench.records import COMPILE, EAGER, OURS, OURS_COMPILED, PACKAGED
 from flashnorm.compat.torch_names import dynamo
 from flashnorm.compat.transformers_names import compile_everywhere_
 
 LONG = 512  # tokens of a prompt that is read once, and its cache copied for every run
+NEVER = 2**31 - 1  # a token that no model writes
 LIMIT = 64  # compiled forms of one forward: lengths, caches and variants share it
 
 
@@ -135,7 +136,7 @@ class Variant:
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=tokens,
-            min_new_tokens=tokens,
+            eos_token_id=NEVER,  # all write as many; `min_new_tokens` takes time at each
             pad_token_id=0,
             streamer=clock,
             **self._static(),
@@ -159,14 +160,17 @@ def finish(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def build(name: str, model: nn.Module, mode: str | None = None) -> Variant:
-    """The variant `name` of `model`, which is left as it is; weights are shared."""
+def build(name: str, model: nn.Module, mode: str | None = None, tokens: int = 1) -> Variant:
+    """The variant `name` of `model`, which is left as it is; weights are shared.
+
+    A package takes so many `tokens` or more.
+    """
     if name == EAGER:
         return Variant(name, model, False)
     if name == COMPILE:
         return Variant(name, sharing_copy(model), True, mode)
     assert name in (OURS, OURS_COMPILED, PACKAGED), name
-    ours = accelerated_copy(model, name == PACKAGED)
+    ours = accelerated_copy(model, package_length(tokens) if name == PACKAGED else 0)
     return Variant(name, ours, name == OURS_COMPILED, mode)
 
 
