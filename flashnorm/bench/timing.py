@@ -25,8 +25,8 @@ def interleaved(
 ) -> tuple[dict[Key, Timing], dict[Key, str]]:
     """The timings of all `runs`, which return seconds, and why those that raised have none.
 
-    Every round calls each of them once, beginning with another one each time. A first round warms
-    up and is not counted. There are fewer than `rounds` where these would take over `budget`.
+    Every round calls each of them once, beginning with another one each time, and every second one
+    backwards. A first round warms up and is not counted. There are fewer than `rounds` where these would take over `budget`.
     Before each run there are `settle` seconds of rest, which nothing on a GPU needs. `progress` is
     told which of them runs, and about how long the rest will take.
     """
@@ -65,9 +65,12 @@ def _ahead(number: int, rounds: int, took: float, budget: float) -> str:
     return f"round {number} of {rounds}, about {left:.0f} s left"
 
 
-def _turned(keys: list[Key], by: int) -> list[Key]:
-    by = by % len(keys) if keys else 0
-    return keys[by:] + keys[:by]
+def _turned(keys: list[Key], number: int) -> list[Key]:
+    """Each round begins with another one, and every second one runs backwards: what runs next to
+    what leaves traces, such as threads that spin on."""
+    by = number % len(keys) if keys else 0
+    turned = keys[by:] + keys[:by]
+    return turned[::-1] if number % 2 else turned
 
 
 def stopwatch(run: Callable[[], object]) -> Callable[[], float]:
