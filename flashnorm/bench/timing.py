@@ -26,9 +26,9 @@ def interleaved(
     """The timings of all `runs`, which return seconds, and why those that raised have none.
 
     Every round calls each of them once, beginning with another one each time, and every second one
-    backwards. A first round warms up and is not counted. There are fewer than `rounds` where these would take over `budget`.
-    Before each run there are `settle` seconds of rest, which nothing on a GPU needs. `progress` is
-    told which of them runs, and about how long the rest will take.
+    backwards. A first round warms up and is not counted. There are fewer than `rounds` where these
+    would take over `budget`. Before each run there are `settle` seconds of rest, which nothing on a
+    GPU needs. `progress` is told which of them runs, and about how long the rest will take.
     """
     left, errors = dict(runs), dict[Key, str]()
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
