@@ -157,17 +157,20 @@ def _growing(kwargs: dict[str, Any]) -> Any:
         found = found.self_attention_cache  # the other one does not grow
     if type(found) is not DynamicCache or found.offloading or "update" in vars(found):
         return None
-    return (
-        found if _concatenates(growing_layer().update, type(found).update, Cache.update) else None
-    )
+    if type(found).update is not Cache.update or not is_theirs(Cache):
+        return None
+    return found if is_theirs(growing_layer()) and _concatenates(growing_layer().update) else None
+
+
+def is_theirs(kind: type[Any]) -> bool:
+    """Whether `update` of a class of transformers' caches still is the code of its own file."""
+    code = getattr(kind.update, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
 @cache
-def _concatenates(of_layer: Any, of_cache: Any, of_all: Any) -> bool:
-    """Whether the code of caches is what this stands for: nobody's other, and nothing beside it."""
-    theirs = sys.modules[growing_layer().__module__].__file__
-    if of_cache is not of_all or any(f.__code__.co_filename != theirs for f in (of_layer, of_all)):
-        return False
+def _concatenates(of_layer: Any) -> bool:
+    """Whether a layer's `update` does what this stands for, and nothing beside it."""
     layer, numbers = growing_layer()(), torch.arange(24.0).view(1, 2, 3, 4)
     for given in (numbers, numbers[:, :, 1:]):
         before = dict(vars(layer))

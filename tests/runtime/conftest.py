@@ -12,6 +12,8 @@ import torch
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.kernels.cpu.backend import CPU
+from tests.runtime.models import LLAMA
+from tests.runtime.packages import accelerated
 from tests.runtime.recorded import recorded
 from tests.toys.numpy_backend import NumpyBackend
 
@@ -46,3 +48,17 @@ def calls(backend, monkeypatch) -> list[tuple[int, ...]]:
 def directory(tmp_path_factory) -> Path:
     """Where the packages of all tests are, so that what one compiles is loaded by the others."""
     return tmp_path_factory.mktemp("packages")
+
+
+@pytest.fixture
+def only_compiled(backend) -> None:
+    if backend is not CPU:  # the one in numpy has neither attention nor operators for packages
+        pytest.skip("a backend that runs products alone")
+
+
+@pytest.fixture
+def pair(directory):
+    """A model as it is, and one like it with a package."""
+    return lambda config=LLAMA, dtype=torch.float32, batch=1: accelerated(
+        directory, config, dtype, batch
+    )

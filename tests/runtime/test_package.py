@@ -6,38 +6,28 @@ All tests share one directory, so that what is compiled once is loaded by the ot
 from __future__ import annotations
 
 import copy
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache, GemmaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import flashnorm
 from flashnorm.kernels import dispatch
-from flashnorm.kernels.cpu.backend import CPU
 from flashnorm.runtime.package import make
 from tests.errors import relative
 from tests.runtime.models import LLAMA, QWEN3, SIZES, close, ids, logits
-from tests.runtime.packages import LENGTH, accelerated
+from tests.runtime.packages import LENGTH
+
+pytestmark = pytest.mark.usefixtures("only_compiled")
 
 SLOW = pytest.mark.slow  # each compiles a package more
 GEMMA = GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16)
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gemma": GEMMA}
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 FIXED = {"cache_implementation": "static", "max_cache_len": LENGTH}
-
-
-@pytest.fixture(autouse=True)
-def only_where_there_are_operators(backend):
-    if backend is not CPU:
-        pytest.skip("a backend without packages")
-
-
-@pytest.fixture
-def pair(directory):
-    return lambda config=LLAMA, dtype=torch.float32, batch=1: accelerated(
-        directory, config, dtype, batch
-    )
 
 
 def step(model, cache, token=7, **options):
@@ -332,6 +322,25 @@ def test_data_that_is_swapped_is_read(pair):
         cache = prefill(m)
         step(m, cache, 3)
         cache.layers[1].keys.data = cache.layers[1].keys.clone() * 3
+        found.append(step(m, cache, 4))
+    assert close(found[1], found[0])
+
+
+@pytest.mark.parametrize("of_class", [False, True])
+def test_a_cache_whose_code_was_replaced_runs_it(pair, monkeypatch, of_class):
+    original, model = pair()
+    update, found = DynamicLayer.update, []
+
+    @wraps(update)
+    def doubled(self, key_states, value_states, *args, **kwargs):
+        return update(self, 2 * key_states, value_states)
+
+    caches = [prefill(m) for m in (original, model)]
+    if of_class:
+        monkeypatch.setattr(DynamicLayer, "update", doubled)
+    for m, cache in zip((original, model), caches, strict=True):
+        if not of_class:
+            cache.layers[1].update = doubled.__get__(cache.layers[1])
         found.append(step(m, cache, 4))
     assert close(found[1], found[0])
 

@@ -11,23 +11,11 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 import flashnorm
-from flashnorm.kernels.cpu.backend import CPU
 from flashnorm.runtime.package import make
 from tests.runtime.models import LLAMA, QWEN3, SIZES, tiny
-from tests.runtime.packages import LENGTH, accelerated
+from tests.runtime.packages import LENGTH
 
-
-@pytest.fixture(autouse=True)
-def only_where_there_are_operators(backend):
-    if backend is not CPU:
-        pytest.skip("a backend without packages")
-
-
-@pytest.fixture
-def pair(directory):
-    return lambda config=LLAMA, dtype=torch.float32, batch=1: accelerated(
-        directory, config, dtype, batch
-    )
+pytestmark = pytest.mark.usefixtures("only_compiled")
 
 
 def damaged(place):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.compat.transformers_names import fixed_layer, growing_layer
+from flashnorm.runtime.growing import is_theirs
 
 ROOM = "_flashnorm_room"
 FULL = "the cache is full, or longer than the package"
@@ -142,14 +143,15 @@ def find(cache: Any, shapes: Shapes) -> Fixed | Room | str:
 
 
 def _names_more(cache: Any) -> bool:
-    """Whether a class of somebody else's may do more than keep what it is given."""
-    return type(cache).update is not _update() or "update" in vars(cache)
-
-
-def _update() -> Any:
+    """Whether somebody else's code may do more than keep what it is given."""
     from transformers import Cache
 
-    return Cache.update
+    kinds = (Cache, type(cache.layers[0]))
+    return (
+        type(cache).update is not Cache.update
+        or not all(map(is_theirs, kinds))
+        or any("update" in vars(held) for held in (cache, *cache.layers))
+    )
 
 
 def _fixed(layers: Sequence[Any], shapes: Shapes) -> Fixed | str:
