@@ -8,7 +8,7 @@ from torch import Tensor
 from flashnorm.kernels import backend, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
-from flashnorm.kernels.gpu import calls, policy, ways
+from flashnorm.kernels.gpu import calls, counters, policy, ways
 
 
 class Unpacked:
@@ -47,7 +47,8 @@ class GpuBackend(backend.Backend):
 
     def available(self, device: torch.device) -> tuple[bool, str]:
         probe = torch.zeros(1, 16, device=device)
-        reason = ways.why_not(Call(probe, (probe,)))
+        if (reason := ways.why_not(Call(probe, (probe,)))) is None:
+            counters.reserve(probe.device)
         return (True, f"Triton kernels on {device}") if reason is None else (False, reason)
 
     def why_not(self, call: Call) -> str | None:

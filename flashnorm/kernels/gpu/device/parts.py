@@ -32,6 +32,19 @@ def narrow(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def is_last(counter, count):
+    """Whether this program is the last of `count` that ask; what the others stored is seen then.
+
+    The counter is left at zero. Load what they stored with cache_modifier=".cg".
+    """
+    tl.debug_barrier()  # all threads of this program have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
 def tanh(a):
     """Within three roundings of every a, relatively: `1 − 2/(e^2|a| + 1)`, near 0 a polynomial."""
     square = a * a

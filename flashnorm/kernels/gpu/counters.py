@@ -1,0 +1,33 @@
+"""Counters by which programs of one launch learn which of them is the last.
+
+They are zero before a launch, and the last program leaves them so. A launch outside of a capture
+is given new ones. A captured launch runs many times, and two graphs may run side by side: each is
+given a part of its own of what `reserve` has set to zero, which no other launch is ever given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIZE = 1 << 18  # counters of a device: for about a hundred graphs of a model
+
+_free: dict[torch.device, Tensor] = {}
+
+
+def reserve(device: torch.device) -> None:
+    """Set counters for captured launches to zero; outside of captures, and of what they allocate.
+
+    Without them a captured launch sets its own to zero, each time that it runs.
+    """
+    if device.type == "cuda" and device not in _free:
+        _free[device] = torch.zeros(SIZE, dtype=torch.int32, device=device)
+
+
+def take(count: int, device: torch.device) -> Tensor:
+    """[count] zeros, int32, for one launch on the current stream."""
+    free = _free.get(device)
+    if free is None or len(free) < count or not torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _free[device] = free[count:]
+    return free[:count]
