@@ -83,8 +83,7 @@ def compile_ahead(jobs: list[tuple[Call, str, Any]]) -> None:
     """Compile the kernels of (call, way, tile) on all cores; what fails will fail again."""
 
     def compile_one(step: Any) -> None:
-        options = {"num_warps": step.warps, "num_stages": step.stages}
-        step.kernel.warmup(**step.arguments, **options, grid=step.grid)
+        step.kernel.warmup(**step.arguments, **step.options(), grid=step.grid)
 
     different = {_alike(step): step for job in jobs if job[1] in WAYS for step in _steps_of(*job)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -24,7 +24,8 @@ SCHEMA = (
 
 
 def _run(*args: Any) -> list[Tensor]:
-    return dispatch.norm_linear(_call(args))
+    # Dense, as compiled graphs are told (`_fake`): what is beside others in a product is not.
+    return [y.contiguous() for y in dispatch.norm_linear(_call(args))]
 
 
 def _call(args: Sequence[Any]) -> Call:

@@ -7,7 +7,7 @@ decodes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +108,21 @@ def turned(weight: AnyWeight) -> bool:
     if isinstance(weight, Weight):
         return False
     return weight.stride(0) == 1 and not dense_rows(weight) and weight.stride(1) > 1
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie one behind the other in memory, as one along the first axis; or None."""
+    first, rows = tensors[0], 0
+    for tensor in tensors:
+        place = first.storage_offset() + rows * first.stride(0)
+        if not (tensor.is_contiguous() and tensor.shape[1:] == first.shape[1:]):
+            return None
+        if tensor.dtype != first.dtype or tensor.storage_offset() != place:
+            return None
+        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        rows += tensor.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def packed(weights: Any) -> Weight | None:

@@ -28,6 +28,7 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
+from flashnorm.runtime.adjacent import lay_out_, take_apart_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
 from flashnorm.runtime.growing import Growing
@@ -90,6 +91,7 @@ class _Undo:
     attention: UsedAttention | str
     experts: UsedExperts | str | None
     acceleration: Acceleration
+    moved: list[nn.Parameter]
 
 
 def accelerate_(
@@ -99,6 +101,7 @@ def accelerate_(
     fold: bool = False,
     training: bool = False,
     huge_pages: bool = True,
+    adjacent_weights: bool = False,
     package: str | os.PathLike[str] | Package | None = None,
 ) -> Model:
     """Let a model run on fused norm + linear kernels, in place; returns the model.
@@ -118,6 +121,10 @@ def accelerate_(
     `fold` the gains are folded first (`fold_`), which is needed for nothing but saves loading
     them. With `huge_pages` Linux moves the weights into huge pages, where they are: a few seconds
     per GB, once.
+
+    With `adjacent_weights` those that share x (q, k and v; gate and up) are laid out as views of
+    one buffer, so that on a GPU a library multiplies more rows than the kernels take by all of them
+    at once. Parameters stay, by identity, name, shape and value, and so does the state dict.
 
     With `training` a gradient saves less, in every floating dtype and on every device: of a norm x
     and one number per row (LayerNorm: two), of a gated pair the two products; z = norm(x) and
@@ -159,6 +166,7 @@ def accelerate_(
             change.item(module.__dict__, "forward", forward)
         for made in builder.made.values():
             made.install()
+        moved = _lay_out(builder, change) if adjacent_weights and available else []
         attention = _attend(model, change)
         experts = _route(model, change)
         reason = attention if isinstance(attention, str) else ""
@@ -168,7 +176,7 @@ def accelerate_(
             forwards[model] = Growing(model)
             change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
-        undo = _Undo(list(forwards.items()), attention, experts, found)
+        undo = _Undo(list(forwards.items()), attention, experts, found, moved)
         change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
@@ -186,6 +194,15 @@ def _fold(model: nn.Module, example_inputs: Any, change: Transaction) -> bool:
     if plan.folded:
         apply_plan_(model, plan, within=change)
     return bool(plan.folded)
+
+
+def _lay_out(builder: Builder, change: Transaction) -> list[nn.Parameter]:
+    """`lay_out_` for all that one call multiplies, as a part of a transaction."""
+    moved: list[nn.Parameter] = []
+    change.step(lambda: take_apart_(moved))
+    for made in builder.made.values():
+        lay_out_(made.kernels(), moved)
+    return moved
 
 
 def _package(
@@ -237,6 +254,7 @@ def restore_(model: Model) -> Model:
         restore_attention_(model, undo.attention)
     if isinstance(undo.experts, UsedExperts):
         restore_experts_(model)
+    take_apart_(undo.moved)
     if undo.acceleration.folded:
         unfold_(model)
     del model.__dict__[RECORD]

@@ -76,6 +76,10 @@ class Fused(Stand):
             return self.fall_back(MORE, x, *args, **kwargs)
         return self.eager(x)
 
+    def kernels(self) -> list[Kernel]:
+        """All that this forward calls."""
+        return [self.kernel]
+
     def eager(self, x: Any) -> Any:
         if reason := self.why_not(x):
             return self.fall_back(reason, x)
@@ -272,6 +276,9 @@ class FusedNorm(Fused):
         self.readers = tuple(readers)
         # Elements, dtypes and devices whose kernels are loaded, as they have to be in a capture.
         self._loaded: frozenset[tuple[int, torch.dtype, int | None]] = frozenset()
+
+    def kernels(self) -> list[Kernel]:
+        return [self.kernel, *(kernel for kernel, _, _ in self.readers)]
 
     def why_not(self, x: Any) -> str:
         if reason := super().why_not(x):

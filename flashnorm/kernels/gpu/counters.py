@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SIZE = 1 << 18  # counters of a device: for about a hundred graphs of a model
+ALIGNED = 4  # counters: 16 bytes, because Triton compiles another kernel for other addresses
 
 _free: dict[torch.device, Tensor] = {}
 
@@ -29,5 +30,5 @@ def take(count: int, device: torch.device) -> Tensor:
     free = _free.get(device)
     if free is None or len(free) < count or not torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    _free[device] = free[count:]
+    _free[device] = free[-(-count // ALIGNED) * ALIGNED :]
     return free[:count]

@@ -7,7 +7,7 @@ been timed. What was measured on a card is in the file that `measured` reads, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -32,6 +32,19 @@ class Device:
     name: str
     capability: tuple[int, int]
     processors: int
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether kernels start before those in front of them have ended; not when interpreted."""
+        return self.capability >= (9, 0) and not interpreted()
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU in this process."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 # Stands in for the GPU where there is none: in the interpreter and where kernels are compiled only.
@@ -63,7 +76,7 @@ def power_of_two(number: int, least: int = 1) -> int:
 def skinny_tile(
     rows: int, n: int, widths: Sequence[int], dtype: torch.dtype, gated: bool, device: Device
 ) -> Tile:
-    """Few columns each, so that every multiprocessor streams weights; parts of n where k is small.
+    """Tiles that the multiprocessors have equally much of; parts of n where k is small.
 
     widths: columns of the results of one launch.
     """
@@ -71,16 +84,11 @@ def skinny_tile(
         return _one_row(n, widths, dtype, gated, device)
     height = power_of_two(rows, 16)
     if dtype == torch.float32:  # multiplied without matrix units, from registers
-        splits = _splits(n, 16, widths, device.processors)
-        return Tile(height, 16, min(power_of_two(n, 16), 32), 4, 3, splits)
-    columns = _columns((64, 32, 16), widths, device.processors)
-    depth = min(power_of_two(n, 16), 128 if height <= 16 else 64)
-    if height > 16:  # x is read by every program: wider ones read it less often
-        columns = max(columns, height)
-    warps = max(1, columns // 16)
-    stages = 3 if height > 16 or columns > 32 else 4
-    splits = _splits(n, columns, widths, device.processors)
-    return Tile(height, columns, depth, warps, stages, splits)
+        tile = Tile(height, 16, min(power_of_two(n, 16), 32), 4, 3)
+    else:
+        depth = min(power_of_two(n, 16), 128 if height <= 16 else 64)
+        tile = Tile(height, 64, depth, 4, 3 if height > 16 or gated else 4)
+    return replace(tile, splits=_splits(n, tile.columns, widths, device.processors))
 
 
 def _one_row(
@@ -92,7 +100,9 @@ def _one_row(
         columns = 4 if gated else _columns((8, 4), widths, 2 * device.processors)
         depth = 4096 // columns
     depth = min(power_of_two(n, 16), depth)
-    return Tile(1, columns, depth, 4, 4, _splits(n, columns, widths, device.processors))
+    few = _blocks(columns, widths) < device.processors
+    splits = _splits(n, columns, widths, device.processors) if few else 1
+    return Tile(1, columns, depth, 4, 4, splits)
 
 
 def _columns(choices: Sequence[int], widths: Sequence[int], programs: int) -> int:
@@ -107,12 +117,35 @@ def _blocks(columns: int, widths: Sequence[int]) -> int:
     return sum(-(-width // columns) for width in widths)
 
 
+PARTS = 8  # of n, at most
+LEAST = 512  # elements of n in a part
+EXTRA = 96  # what a part costs beside its elements, in elements: it is stored and added up
+
+
 def _splits(n: int, columns: int, widths: Sequence[int], processors: int) -> int:
-    """Parts of n: a second kernel has to add them up, which only long rows are worth."""
-    if len(widths) > 1:
-        return 1
-    free = processors // max(1, _blocks(columns, widths))
-    return max(1, min(free, 8, n // 2048)) if free >= 2 else 1
+    """The parts of n with which the multiprocessor that has most of the programs has least to do.
+
+    Each works on one program at a time in this count; that it has room for more changes little
+    where all of them wait for the same memory.
+    """
+    blocks = _blocks(columns, widths)
+
+    def longest(splits: int) -> int:
+        length = -(-n // splits)
+        extra = EXTRA * splits if splits > 1 else 0
+        return -(-blocks * splits // processors) * length + extra
+
+    return min(range(1, max(1, min(PARTS, n // LEAST)) + 1), key=longest)
+
+
+AHEAD = 16 * 1024  # bytes of weights that a program asks for before it may begin
+
+
+def lines_ahead(tile: Tile, n: int, dtype: torch.dtype, gated: bool) -> int:
+    """Cache lines of 128 bytes of each weight row that a program asks for, a power of two."""
+    part = -(-n // tile.splits) * dtype.itemsize
+    most = AHEAD // ((1 + gated) * tile.columns * 128)
+    return max(1, min(power_of_two(-(-part // 128)), most))
 
 
 def gemm_tile(

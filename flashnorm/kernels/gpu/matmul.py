@@ -1,6 +1,12 @@
-"""A call on the library's product, between a norm and a gate that take one pass each."""
+"""A call on the library's product, between a norm and a gate that take one pass each.
+
+Weights that lie one behind the other are one product: halves of one weight, or what
+`accelerate_(adjacent_weights=True)` has laid out so.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +17,7 @@ from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.gemm import as_it_is, only_scales
 from flashnorm.kernels.gpu.rows import gate_step, normalize_step, row_scale_step
 from flashnorm.kernels.gpu.step import execute
+from flashnorm.kernels.weights import joined
 
 
 def scales_late(call: Call) -> bool:
@@ -26,17 +33,30 @@ def scales_late(call: Call) -> bool:
 
 def run(call: Call) -> list[Tensor]:
     """call.x: [rows, n] with dense rows, residual the same; returns [rows, k_i]."""
-    x, s, biases = call.x, None, call.biases or [None] * len(call.weights)
+    x, s, biases = call.x, None, list(call.biases or [None] * len(call.weights))
     if scales_late(call):
         s = x.new_empty(x.shape[0], dtype=torch.float32)
         execute([row_scale_step(x, norms.RMS, call.eps, s, None)])
     elif not as_it_is(call):
         x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         execute([normalize_step(call, x)])
-    found = [F.linear(x, w, bias) for w, bias in zip(call.dense_weights(), biases, strict=True)]
+    found = products(x, call.dense_weights(), biases)
     if call.activation is None and call.output_residual is None:
         return found
-    y = torch.empty_like(found[0])
+    y = x.new_empty(found[0].shape)
     if y.numel():
         execute([gate_step(call, found, s, y)])
     return [y]
+
+
+def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`[x W_iᵀ + c_i]`: one product where weights and biases lie one behind the other in memory.
+
+    Its results are views of one matrix then, [rows, k_i] with rows that lie apart.
+    """
+    given = [bias for bias in biases if bias is not None]
+    if len(weights) > 1 and len(given) in (0, len(biases)):
+        whole, bias = joined(weights), joined(given) if given else None
+        if whole is not None and (bias is not None or not given):
+            return list(F.linear(x, whole, bias).split([w.shape[0] for w in weights], dim=1))
+    return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]

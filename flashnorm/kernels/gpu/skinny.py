@@ -1,4 +1,4 @@
-"""Steps of a call with few rows: one kernel, and a second where parts of n are added up."""
+"""Steps of a call with few rows: one kernel for up to three weights that share x."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu.launch import Device, Tile, single, skinny_tile
+from flashnorm.kernels.gpu import counters
+from flashnorm.kernels.gpu.launch import Device, Tile, lines_ahead, single, skinny_tile
 from flashnorm.kernels.gpu.step import Step
 
 TOGETHER = 3  # weights that one launch takes
@@ -53,7 +54,7 @@ def steps(
         biases = [call.biases[i] if call.biases else None for i in group]
         found = [outputs[0]] if call.activation else [outputs[i] for i in group]
         if sum(y.numel() for y in found):
-            yield from _group(call, weights, biases, found, device, tile)
+            yield _group(call, weights, biases, found, device, tile)
 
 
 def _group(
@@ -63,57 +64,53 @@ def _group(
     outputs: list[Tensor],
     device: Device,
     tile: Tile | None,
-) -> Iterator[Step]:
-    from flashnorm.kernels.gpu.device.skinny import finish_splits, skinny
+) -> Step:
+    from flashnorm.kernels.gpu.device.skinny import skinny
 
     (rows, n), gated = call.x.shape, call.activation is not None
     widths = [y.shape[1] for y in outputs]
     if tile is None:
         tile = skinny_tile(rows, n, widths, call.x.dtype, gated, device)
-    splits = tile.splits if len(outputs) == 1 else 1
-    shared = _shared(call, tile, splits, len(weights))
-    if splits > 1:
-        size = splits * len(weights) * rows * widths[0]
-        shared["partial"] = call.x.new_empty(size, dtype=torch.float32)
-        shared["partial_squares"] = call.x.new_empty(splits * rows, dtype=torch.float32)
-    arguments = shared | _weights(weights, biases, outputs)
+    blocks, early = sum(-(-width // tile.columns) for width in widths), device.starts_early
+    residual = call.output_residual
+    arguments = _weights(weights, biases, outputs) | _parts(call.x, tile, blocks, 1 + gated)
     arguments |= {
+        "x": call.x,
+        "x_stride": call.x.stride(0),
         "gain": call.gain,
         "offset": single(call.gain_offset),
         "norm_bias": call.norm_bias,
         "alpha": call.alpha if call.norm.learns_alpha else None,
-        "NORM": call.norm.name,
-        "PRECISION": precision(),
-        "STAGES": tile.stages,
-    }
-    blocks = sum(-(-width // tile.columns) for width in widths)
-    yield Step(skinny, (blocks, splits), arguments, tile.warps, tile.stages)
-    if splits > 1:
-        rest = {"bias0": biases[0], "bias1": biases[-1], "y": outputs[0], "k": widths[0]}
-        yield Step(finish_splits, (blocks,), shared | rest, tile.warps)
-
-
-def _shared(call: Call, tile: Tile, splits: int, weights: int) -> dict[str, Any]:
-    """What both kernels are given."""
-    residual = call.output_residual
-    return {
-        "x": call.x,
-        "x_stride": call.x.stride(0),
-        "rows": call.x.shape[0],
-        "n": call.x.shape[1],
-        "eps": single(call.eps),
         "residual": residual,
         "residual_stride": None if residual is None else residual.stride(0),
-        "partial": None,
-        "partial_squares": None,
+        "rows": rows,
+        "n": n,
+        "eps": single(call.eps),
+        "NORM": call.norm.name,
         "STATISTICS": statistics(call, tile.rows),
         "ACTIVATION": call.activation,
-        "WEIGHTS": weights,
+        "PRECISION": precision(),
+        "WEIGHTS": len(weights),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
-        "SPLITS": splits,
+        "SPLITS": tile.splits,
+        "STAGES": tile.stages,
+        "PDL": early,
+        "LINES": lines_ahead(tile, n, call.x.dtype, gated) if early else 0,
     }
+    return Step(skinny, (blocks, tile.splits), arguments, tile.warps, tile.stages, early)
+
+
+def _parts(x: Tensor, tile: Tile, blocks: int, products: int) -> dict[str, Any]:
+    """Where programs that have a part of n each leave their sums, and count themselves."""
+    names = ("partial", "partial_squares", "counters")
+    if tile.splits == 1:
+        return dict.fromkeys(names)
+    programs = tile.splits * blocks
+    made = x.new_empty(programs * products * tile.columns * tile.rows, dtype=torch.float32)
+    squares = x.new_empty(programs * tile.rows, dtype=torch.float32)
+    return dict(zip(names, (made, squares, counters.take(blocks, x.device)), strict=True))
 
 
 def _weights(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import cached
-from flashnorm.kernels.gpu.launch import MOST_ROWS, Tile, device_of
+from flashnorm.kernels.gpu.launch import MOST_ROWS, Tile, device_of, interpreted
 from flashnorm.kernels.weights import DTYPES, HALVES, packed
 
 MOST_FEATURES = 2**16  # a row is one program's tile
@@ -78,14 +78,6 @@ def _no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed, which the kernels for GPUs need (pip install triton)"
     return None
-
-
-@cache
-def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU in this process."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _wrong_device(x: Tensor) -> str | None:

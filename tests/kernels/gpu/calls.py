@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,12 +15,12 @@ from flashnorm.kernels import gpu
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import matmul
 from flashnorm.kernels.gpu.gemm import as_it_is, only_scales
-from flashnorm.kernels.gpu.launch import MOST_ROWS
-from flashnorm.kernels.gpu.ways import interpreted
+from flashnorm.kernels.gpu.launch import MOST_ROWS, interpreted
 from tests.kernels.bounds import assert_close
 
 DEVICE = "cpu" if interpreted() else "cuda"
 WAYS = ("skinny", "gemm", "matmul")
+BITS = {2: torch.int16, 4: torch.int32}  # a NaN is not equal to itself
 
 
 def on_device(value: Any) -> Any:
@@ -54,6 +58,34 @@ def check(call: Call, *chosen: str, what: object = "") -> None:
     assert gpu.why_not(moved) is None, what
     for way in chosen or ways(call):
         found = [y.cpu() for y in gpu.run(moved, way)]
+        if interpreted():  # an order of programs that no GPU would choose, and any could
+            with permuted(len(way)):
+                again = gpu.run(moved, way)
+            for y, other in zip(found, again, strict=True):
+                assert torch.equal(y.view(BITS[y.itemsize]), other.view(BITS[y.itemsize])), what
         assert_close(
             call, found, fused=way != "matmul", what=(way, what), first=rounds_first(call, way)
         )
+
+
+@contextmanager
+def permuted(seed: int) -> Iterator[None]:
+    """Within it the interpreter runs the programs of a launch in an order of chance."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    given, orders = builder.set_grid_idx, {}
+
+    def set_grid_idx(*place: int) -> None:
+        grid = tuple(builder.grid_dim)
+        if grid not in orders:
+            places = list(itertools.product(*map(range, grid)))
+            orders[grid] = dict(
+                zip(places, random.Random(seed).sample(places, len(places)), strict=True)
+            )
+        given(*orders[grid][place])
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx

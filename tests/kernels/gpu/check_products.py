@@ -14,7 +14,7 @@ from flashnorm.kernels.gpu import gemm, launch, skinny
 from flashnorm.kernels.gpu.step import execute
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import DTYPES, EVERY_ACTIVATION, EVERY_NORM, make, random
-from tests.kernels.gpu.calls import WAYS, check, rounds_first, there
+from tests.kernels.gpu.calls import WAYS, check, permuted, rounds_first, there
 
 # rows, n, widths: a tail of n, n = 1, several steps of n and k = 1, two launches of four weights.
 SHAPES = [
@@ -87,10 +87,10 @@ def test_one_row_that_takes_several_steps(dtype):
 @pytest.mark.parametrize("norm", EVERY_NORM)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_of_n(dtype, norm):
-    """Added up by a second kernel: a part may be empty, and statistics come before or after."""
+    """Added up by the last program: a part may be empty, and statistics come before or after."""
     for rows, splits in ((1, 3), (3, 6)):
         for options in ({}, {**ALL, "residual": True}, {"activation": "silu", "bias": True}):
-            widths = (9, 9) if "activation" in options else (9,)
+            widths = (19, 19) if "activation" in options else (19,)
             call = make((rows, 67), widths, dtype, norm, **options)
             tile = launch.Tile(1 if rows == 1 else 16, 16, 16, 1, 2, splits)
             split_check(call, tile, (rows, splits, options))
@@ -98,17 +98,67 @@ def test_parts_of_n(dtype, norm):
 
 def split_check(call: Call, tile: launch.Tile, what: object) -> None:
     moved = there(call)
-    y = moved.x.new_empty(moved.x.shape[0], moved.weights[0].shape[0])
-    steps = list(skinny.steps(moved, [y], launch.HOPPER, tile))
-    assert [step.kernel.__name__ for step in steps] == ["skinny", "finish_splits"]
-    execute(steps)
-    assert_close(call, [y.cpu()], what=what, first=rounds_first(call, "skinny"))
+    first = by_tile(moved, tile)
+    assert_close(call, [y.cpu() for y in first], what=what, first=rounds_first(call, "skinny"))
+    for seed in range(3) if launch.interpreted() else ():  # whoever is last, and whoever is not
+        with permuted(seed):
+            again = by_tile(moved, tile)
+        assert all(map(torch.equal, first, again)), (what, seed)
 
 
-def test_long_rows_and_few_columns_are_split_by_themselves():
-    tile = launch.skinny_tile(3, 4100, [5], torch.bfloat16, False, launch.HOPPER)
-    assert tile.splits == 2
+def by_tile(call: Call, tile: launch.Tile) -> list[torch.Tensor]:
+    """The results of one launch, whose counters are as they were at the end."""
+    outputs = [call.x.new_empty(call.x.shape[0], w.shape[0]) for w in call.results()]
+    (step,) = skinny.steps(call, outputs, launch.HOPPER, tile)
+    assert step.grid[1] == tile.splits
+    execute([step])
+    assert not step.arguments["counters"].any()
+    return outputs
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_parts_of_n_for_weights_that_share_x(norm):
+    call = make((3, 67), (9, 33, 17), torch.bfloat16, norm, gain=True, bias=True)
+    split_check(call, launch.Tile(16, 16, 16, 1, 2, 3), norm)
+
+
+def test_every_order_is_another_one():
+    """That the checks above see different programs end last."""
+    last = set()
+    for seed in range(3):
+        with permuted(seed):
+            from triton.runtime.interpreter import interpreter_builder as builder
+
+            builder.set_grid_dim(2, 3, 1)
+            for place in itertools.product(range(2), range(3), range(1)):
+                builder.set_grid_idx(*place)
+            last.add(tuple(builder.grid_idx))
+    assert len(last) > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "widths", "gated", "programs", "parts"),
+    [
+        (16, 2048, [2048], False, 32, 4),  # 128 programs for 132 multiprocessors
+        (16, 2048, [2048, 512, 512], False, 48, 2),
+        (16, 2048, [8192], True, 128, 1),
+        (16, 4096, [14336], True, 224, 4),  # 7 rounds of a quarter, in place of two whole ones
+        (3, 4100, [5], False, 1, 7),
+        (64, 512, [64], False, 1, 1),
+    ],
+)
+def test_few_rows_are_cut_so_that_all_multiprocessors_have_as_much(
+    rows, n, widths, gated, programs, parts
+):
+    tile = launch.skinny_tile(rows, n, widths, torch.bfloat16, gated, launch.HOPPER)
+    assert (tile.columns, tile.warps) == (64, 4)
+    assert sum(-(-width // tile.columns) for width in widths) == programs
+    assert tile.splits == parts
+
+
+def test_long_rows_are_split_by_themselves():
     check(make((3, 4100), (5,), torch.bfloat16), "skinny")
+    check(make((2, 1100), (70, 5, 3), torch.bfloat16, "layer", bias=True), "skinny")
 
 
 def test_the_same_call_gives_the_same_bits():
