@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from flashnorm.kernels.gpu import switches
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -36,7 +38,7 @@ class Device:
     @property
     def starts_early(self) -> bool:
         """Whether kernels start before those in front of them have ended; not when interpreted."""
-        return self.capability >= (9, 0) and not interpreted()
+        return self.capability >= (9, 0) and switches.on("early") and not interpreted()
 
 
 @cache
@@ -84,7 +86,7 @@ def skinny_tile(
         return _one_row(n, widths, dtype, gated, device)
     height = power_of_two(rows, 16)
     if dtype == torch.float32:  # multiplied without matrix units, from registers
-        tile = Tile(height, 16, min(power_of_two(n, 16), 32), 4, 3)
+        tile = Tile(height, 16, min(power_of_two(n, 16), 16 if height <= 16 else 32), 4, 3)
     else:
         depth = min(power_of_two(n, 16), 128 if height <= 16 else 64)
         tile = Tile(height, 64, depth, 4, 3 if height > 16 or gated else 4)
