@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,9 @@ DRY_ROWS = 64  # of a dry run, at most
 EPS = 1e-5
 LEAST_COPIES = 8
 OURS, OURS_GAIN = "ours", "ours, gain on load"
+# Ours without a part of it, to see what that is worth.
+LATE, WHOLE, APART = "ours, started late", "ours, n in one part", "ours, weights apart"
+WITHOUT = (LATE, WHOLE, APART)
 TORCH, TRITON, COMPILED = "torch norm + matmul", "triton norm + matmul", "torch.compile"
 LINEAR = "matmul alone"
 SECONDS = 2.0  # for the rounds of one row, at most
@@ -175,11 +179,40 @@ def _ours(given: baselines.Inputs) -> tuple[Runs, dict[str, str]]:
             failed[name] = reason
         else:
             runs[name] = partial(_run_one, calls)
+    if OURS in runs:
+        runs |= _without(calls_of(given, False))
     return runs, failed
 
 
 def _run_one(calls: list[Call], i: int) -> list[Tensor]:
     return ours.run(calls[i])
+
+
+def _without(calls: list[Call]) -> Runs:
+    """The same without one part each, where the call has it."""
+    call = calls[0]
+    runs: Runs = {}
+    way = ours.way_of(call, ours.CHOSEN)
+    if way == "skinny":
+        if ours.starts_early(call):
+            runs[LATE] = partial(_run_late, calls)
+        if (tile := ours.skinny_tile(call)).splits > 1:
+            runs[WHOLE] = partial(_run_tile, calls, replace(tile, splits=1))
+    elif (
+        way == "matmul" and call.activation is not None
+    ):  # the halves of one weight, in an order that is not theirs
+        turned = [each._replace(weights=tuple(reversed(each.weights))) for each in calls]
+        runs[APART] = partial(_run_one, turned)
+    return runs
+
+
+def _run_late(calls: list[Call], i: int) -> list[Tensor]:
+    with ours.switched_off("early"):
+        return ours.run(calls[i])
+
+
+def _run_tile(calls: list[Call], tile: Any, i: int) -> list[Tensor]:
+    return ours.run(calls[i], "skinny", tile)
 
 
 def _others(given: baselines.Inputs, mode: str, device: str) -> Runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +29,31 @@ def kernels() -> Any | None:
     from flashnorm.kernels import gpu
 
     return gpu
+
+
+def switched_off(*names: str) -> AbstractContextManager[None]:
+    """A context without these parts of the GPU's kernels; nothing where there are none."""
+    if kernels() is None:
+        return nullcontext()
+    from flashnorm.kernels.gpu import switches
+
+    return switches.off(*names)
+
+
+def starts_early(call: Call) -> bool:
+    """Whether the kernel of a call starts before the one in front of it has ended."""
+    from flashnorm.kernels.gpu import launch
+
+    return launch.device_of(call.x).starts_early
+
+
+def skinny_tile(call: Call) -> Any:
+    """The tile that the kernel for few rows is cut into by default."""
+    from flashnorm.kernels.gpu import launch
+
+    gated, (rows, n) = call.activation is not None, call.x.shape
+    widths = [w.shape[0] for w in call.results()]
+    return launch.skinny_tile(rows, n, widths, call.x.dtype, gated, launch.device_of(call.x))
 
 
 def ways(rows: int, device: str) -> tuple[str, ...]:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu import correctness, models, operations, scaled
-from benchmarks.gpu.operations import COMPILED, LINEAR, OURS, OURS_GAIN, TORCH, TRITON
+from benchmarks.gpu.operations import (
+    COMPILED,
+    LINEAR,
+    OURS,
+    OURS_GAIN,
+    TORCH,
+    TRITON,
+    WITHOUT,
+)
 from benchmarks.gpu.records import CEILINGS
 from benchmarks.gpu.store import Row, Store
 from benchmarks.gpu.variants import PAIRS
@@ -50,6 +58,7 @@ def machine(store: Store) -> str:
 def tables(store: Store) -> Iterator[Table]:
     yield _correctness(store)
     yield _operations(store)
+    yield _without(store)
     yield _decode(store)
     yield _held(store)
     yield _prefill(store)
@@ -109,6 +118,26 @@ def _operation(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['of_roofline']:.0%} ({row['limit']})",
         row["way"],
     )
+
+
+def _without(store: Store) -> Table:
+    """What a part of our kernel is worth: a line for each that a call has."""
+    lines = [
+        (
+            row["shape"],
+            row["dtype"],
+            str(row["rows"]),
+            name,
+            f"{row['microseconds'][OURS]:.2f}",
+            f"{row['microseconds'][name]:.2f}",
+            ratio(row["microseconds"][name], row["microseconds"][OURS]),
+        )
+        for row in store.rows(operations.STAGE)
+        for name in WITHOUT
+        if name in row.get("microseconds", {})
+    ]
+    header = ("shape", "dtype", "rows", "what is missing", "with it, µs", "without, µs", "worth")
+    return Table("Norm + linear, each part with and without", header, tuple(lines))
 
 
 def _figure(value: float | None, form: str) -> str:

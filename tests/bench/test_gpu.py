@@ -349,3 +349,32 @@ def test_the_readme_says_what_each_stage_answers(tmp_path):
     until = [stage.name for stage in stages].index("decode-mistral-7b")
     wanted = sum(stage.seconds for stage in stages[: until + 1] if stage.name != "tune")
     assert wanted <= 9 * 60 - 60  # what is asked for first fits, with a minute for the rest
+
+
+def test_ours_is_timed_without_each_part_that_a_call_has(monkeypatch):
+    from flashnorm.kernels.gpu import switches
+
+    seen = []
+
+    def run(call, way=ours.CHOSEN, tile=None):
+        seen.append((way, tile and tile.splits, switches.turned_off(), call.weights))
+
+    monkeypatch.setattr(ours, "run", run)
+    monkeypatch.setattr(ours, "starts_early", lambda call: True)
+    call = make((16, 2048), (64,), torch.bfloat16)
+    monkeypatch.setattr(ours, "way_of", lambda call, way: "skinny")
+    found = operations._without([call])
+    assert list(found) == [operations.LATE, operations.WHOLE]
+    for each in found.values():
+        each(0)
+    assert [(way, splits, off) for way, splits, off, _ in seen] == [
+        (ours.CHOSEN, None, ("early",)),
+        ("skinny", 1, ()),
+    ]
+    short = make((16, 64), (64,), torch.bfloat16)
+    assert list(operations._without([short])) == [operations.LATE]
+    monkeypatch.setattr(ours, "way_of", lambda call, way: "matmul")
+    assert not operations._without([call])
+    gated = make((64, 64), (16, 16), torch.bfloat16, activation="silu")
+    operations._without([gated])[operations.APART](0)
+    assert seen[-1][3] == tuple(reversed(gated.weights))
