@@ -67,8 +67,7 @@ class GpuBackend(backend.Backend):
         return policy.rows(dtype, compiled)
 
     def explain(self, call: Call) -> str:
-        way = ways.choose(call)
-        return f"{way.way}: {way.reason}"
+        return calls.explain(call)
 
     def elsewhere(self, x: Tensor) -> str:
         return f"x is on {x.device}, and the model was accelerated on a GPU"

@@ -8,7 +8,7 @@ from torch import Tensor
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import gemm, matmul, rows, skinny
-from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of
+from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of, skinny_tile
 from flashnorm.kernels.gpu.step import execute
 from flashnorm.kernels.gpu.ways import choose, tile_for
 from flashnorm.kernels.norms import NormKind
@@ -49,6 +49,33 @@ def _results(flat: Call, way: str) -> list[Tensor]:
         make = skinny.steps if way == "skinny" else gemm.steps
         execute(make(flat, outputs, device_of(x), tile_for(flat, way)))
     return outputs
+
+
+def explain(call: Call) -> str:
+    """The way of a call that `why_not` has nothing against, why, and how it is run there."""
+    way = choose(call)
+    said = f"{way.way}: {way.reason}"
+    if way.way == "skinny":
+        return f"{said}; {_launches(call)}"
+    weights, biases = call.dense_weights(), [bias for bias in call.biases or () if bias is not None]
+    several = way.way == "matmul" and len(weights) > 1
+    if several and matmul.as_one(weights, biases):
+        return f"{said}; the weights lie side by side and are one product"
+    return said
+
+
+def _launches(call: Call) -> str:
+    """How the skinny kernel is cut into programs, launch by launch."""
+    device, rows, n = device_of(call.x), call.x.numel() // call.x.shape[-1], call.x.shape[-1]
+    found, gated = [], call.activation is not None
+    for group in skinny.groups(call):
+        widths = [call.weights[i].shape[0] for i in (group[:1] if gated else group)]
+        tile = tile_for(call, "skinny") or skinny_tile(rows, n, widths, call.x.dtype, gated, device)
+        blocks = sum(-(-width // tile.columns) for width in widths)
+        parts = f", n in {tile.splits} parts" if tile.splits > 1 else ""
+        found.append(f"{blocks * tile.splits} programs of {tile.columns} columns{parts}")
+    early = " that start before the kernel in front ends" if device.starts_early else ""
+    return f"{' and '.join(found)}{early}"
 
 
 def dense_rows(x: Tensor) -> Tensor:

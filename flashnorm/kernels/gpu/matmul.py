@@ -49,14 +49,25 @@ def run(call: Call) -> list[Tensor]:
     return [y]
 
 
+def as_one(
+    weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """All weights and biases as one of each, where they lie one behind the other in memory.
+
+    biases: those that are given, for all weights or for none.
+    """
+    if len(biases) not in (0, len(weights)) or (whole := joined(weights)) is None:
+        return None
+    bias = joined(biases) if biases else None
+    return (whole, bias) if bias is not None or not biases else None
+
+
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """`[x W_iᵀ + c_i]`: one product where weights and biases lie one behind the other in memory.
+    """`[x W_iᵀ + c_i]`: one product where `as_one` has it.
 
     Its results are views of one matrix then, [rows, k_i] with rows that lie apart.
     """
-    given = [bias for bias in biases if bias is not None]
-    if len(weights) > 1 and len(given) in (0, len(biases)):
-        whole, bias = joined(weights), joined(given) if given else None
-        if whole is not None and (bias is not None or not given):
-            return list(F.linear(x, whole, bias).split([w.shape[0] for w in weights], dim=1))
-    return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+    whole = as_one(weights, [bias for bias in biases if bias is not None])
+    if whole is None or len(weights) == 1:
+        return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+    return list(F.linear(x, *whole).split([w.shape[0] for w in weights], dim=1))

@@ -14,7 +14,7 @@ import flashnorm
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import dispatch, gpu, norms
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu import cached, launch, measure, ways
+from flashnorm.kernels.gpu import cached, launch, measure, skinny, ways
 from flashnorm.kernels.gpu.backend import GPU, GpuBackend
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.bounds import STEPS, assert_close, wide
@@ -237,8 +237,22 @@ def test_dispatch_asks_the_kernels_and_says_the_way(interpreted):
     call = there(make((3, 40), (9,), torch.bfloat16, gain=True))
     choice = flashnorm.explain(call.x, call.weights[0], gain=call.gain, gain_offset=1.0)
     assert choice.backend == "interpreted"
-    assert choice.reason == f"skinny: {gpu.choose(call).reason}"
+    assert choice.reason.startswith(f"skinny: {gpu.choose(call).reason}; ")
     assert torch.equal(dispatch.norm_linear(call)[0], gpu.run(call, "skinny")[0])
     double = wide(call)
     refused = flashnorm.explain(double.x, double.weights[0])
     assert refused == dispatch.Choice("reference", gpu.why_not(double))
+
+
+def test_what_is_said_of_a_call_is_what_runs(interpreted):
+    few = there(make((16, 2048), (2048, 512, 512), torch.bfloat16))
+    said = dispatch.explain(few).reason
+    assert said.endswith("; 96 programs of 64 columns, n in 2 parts")
+    outputs = [few.x.new_empty(16, w.shape[0]) for w in few.weights]
+    steps = list(skinny.steps(few, outputs, launch.HOPPER))
+    assert [step.grid for step in steps] == [(48, 2)]
+    many = there(make((20, 16), (8, 8), torch.bfloat16))
+    assert "side by side" not in dispatch.explain(many).reason
+    whole = torch.cat(list(many.weights))
+    beside = many._replace(weights=whole.split([8, 8]))
+    assert dispatch.explain(beside).reason.endswith("side by side and are one product")
