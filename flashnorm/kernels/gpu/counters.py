@@ -7,6 +7,8 @@ given a part of its own of what `reserve` has set to zero, which no other launch
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ SIZE = 1 << 18  # counters of a device: for about a hundred graphs of a model
 ALIGNED = 4  # counters: 16 bytes, because Triton compiles another kernel for other addresses
 
 _free: dict[torch.device, Tensor] = {}
+_lock = threading.Lock()
 
 
 def reserve(device: torch.device) -> None:
@@ -27,8 +30,10 @@ def reserve(device: torch.device) -> None:
 
 def take(count: int, device: torch.device) -> Tensor:
     """[count] zeros, int32, for one launch on the current stream."""
-    free = _free.get(device)
-    if free is None or len(free) < count or not torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    _free[device] = free[-(-count // ALIGNED) * ALIGNED :]
-    return free[:count]
+    if device in _free and torch.cuda.is_current_stream_capturing():
+        with _lock:
+            free = _free[device]
+            if len(free) >= count:
+                _free[device] = free[-(-count // ALIGNED) * ALIGNED :]
+                return free[:count]
+    return torch.zeros(count, dtype=torch.int32, device=device)
