@@ -21,15 +21,17 @@ def run(call: Call, way: str | None = None) -> list[Tensor]:
     FlashNormError for a way that cannot take the call.
     """
     lead = call.x.shape[:-1]
-    call = call.added()
-    residual = call.output_residual
-    flat = call._replace(
-        x=dense_rows(call.x),
-        output_residual=None if residual is None else dense_rows(residual),
-    )
-    count = flat.x.shape[0]
     if way is None:
         way = choose(call).way
+    if way == "skinny":
+        call = call.added()  # the others add while they take the statistics
+    before, behind = call.input_residual, call.output_residual
+    flat = call._replace(
+        x=dense_rows(call.x),
+        input_residual=None if before is None else dense_rows(before),
+        output_residual=None if behind is None else dense_rows(behind),
+    )
+    count = flat.x.shape[0]
     if way not in ("skinny", "gemm", "matmul"):
         raise FlashNormError(f"there is no way {way!r}; the ways are skinny, gemm and matmul")
     if way == "skinny" and count > MOST_ROWS:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.launch import GROUP, Device, Tile, gemm_tile
-from flashnorm.kernels.gpu.rows import normalize_step, row_scale_step
+from flashnorm.kernels.gpu.rows import add_stats_step, normalize_step, row_scale_step
 from flashnorm.kernels.gpu.skinny import precision
 from flashnorm.kernels.gpu.step import Step
 
@@ -25,6 +25,19 @@ def as_it_is(call: Call) -> bool:
     return call.norm is norms.NONE and call.gain is None and call.norm_bias is None
 
 
+def scaled_rows(call: Call) -> tuple[Tensor, Tensor, Step]:
+    """What is multiplied, the scales of its rows, and the pass that makes both.
+
+    x is read only; of x + r the pass that adds them takes the statistics as well.
+    """
+    x, r = call.x, call.input_residual
+    s = x.new_empty(x.shape[0], dtype=torch.float32)
+    if r is None:
+        return x, s, row_scale_step(x, norms.RMS, call.eps, s, None)
+    total = x.new_empty(x.shape)
+    return total, s, add_stats_step(x, r, total, norms.RMS, call.eps, s, None)
+
+
 def steps(
     call: Call, outputs: Sequence[Tensor], device: Device, tile: Tile | None = None
 ) -> Iterator[Step]:
@@ -32,14 +45,16 @@ def steps(
 
     A LayerNorm takes its mean off x and not, as `μ u`, off the product: no digit is lost by that.
     """
-    x, s = call.x, None
+    s = None
     if only_scales(call):
-        s = x.new_empty(x.shape[0], dtype=torch.float32)
-        yield row_scale_step(x, norms.RMS, call.eps, s, None)
-    elif not as_it_is(call):
-        z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        yield normalize_step(call, z)
-        x = z
+        x, s, step = scaled_rows(call)
+        yield step
+    else:
+        call = call.added()
+        x = call.x
+        if not as_it_is(call):
+            x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            yield normalize_step(call, x)
     for i, y in enumerate(outputs):
         if y.numel():
             yield _product(call, x, s, i, y, device, tile)

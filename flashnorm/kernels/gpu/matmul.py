@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu.gemm import as_it_is, only_scales
-from flashnorm.kernels.gpu.rows import gate_step, normalize_step, row_scale_step
+from flashnorm.kernels.gpu.gemm import as_it_is, only_scales, scaled_rows
+from flashnorm.kernels.gpu.rows import gate_step, normalize_step
 from flashnorm.kernels.gpu.step import execute
 from flashnorm.kernels.weights import joined
 
@@ -33,13 +32,17 @@ def scales_late(call: Call) -> bool:
 
 def run(call: Call) -> list[Tensor]:
     """call.x: [rows, n] with dense rows, residual the same; returns [rows, k_i]."""
-    x, s, biases = call.x, None, list(call.biases or [None] * len(call.weights))
+    s = None
     if scales_late(call):
-        s = x.new_empty(x.shape[0], dtype=torch.float32)
-        execute([row_scale_step(x, norms.RMS, call.eps, s, None)])
-    elif not as_it_is(call):
-        x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        execute([normalize_step(call, x)])
+        x, s, step = scaled_rows(call)
+        execute([step])
+    else:
+        call = call.added()
+        x = call.x
+        if not as_it_is(call):
+            x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            execute([normalize_step(call, x)])
+    biases = list(call.biases or [None] * len(call.weights))
     found = products(x, call.dense_weights(), biases)
     if call.activation is None and call.output_residual is None:
         return found

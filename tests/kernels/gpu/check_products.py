@@ -183,6 +183,21 @@ def test_strides(norm):
     check(Call(repeated, halves[:1], None, kind, 1e-5, output_residual=rows))
 
 
+@pytest.mark.parametrize("norm", EVERY_NORM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_before_the_norm_is_added_first(dtype, norm):
+    """Rounded, as in a model; where only s is needed, in the pass that takes the statistics."""
+    for options in ({}, ALL, {"activation": "silu"}):
+        widths = (9, 9) if "activation" in options else (9,)
+        call = make((3, 67), widths, dtype, norm, **options)
+        before = random(67, 3, dtype=dtype, scale=2, seed=7).t()
+        summed = call._replace(x=call.x + before)
+        for way in WAYS:
+            found = gpu.run(there(call._replace(input_residual=before)), way)
+            expected = gpu.run(there(summed), way)
+            assert all(map(torch.equal, found, expected)), (way, options)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_to_do(way):
     for shape in ((0, 16), (2, 0, 16)):
