@@ -28,9 +28,9 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
+from flashnorm.runtime import growing
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
-from flashnorm.runtime.growing import Growing
 from flashnorm.runtime.package.make import packaged
 from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.stand import Stand, retire
@@ -164,8 +164,9 @@ def accelerate_(
         reason = attention if isinstance(attention, str) else ""
         left = "" if isinstance(experts, UsedExperts) else experts
         where = "" if package is None else _package(model, package, change, forwards)
-        if isinstance(attention, UsedAttention) and "forward" not in model.__dict__:
-            forwards[model] = Growing(model)
+        appends = isinstance(attention, UsedAttention) and backend.device == growing.DEVICE
+        if appends and "forward" not in model.__dict__:
+            forwards[model] = growing.Growing(model)
             change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
         undo = _Undo(list(forwards.items()), attention, experts, found)

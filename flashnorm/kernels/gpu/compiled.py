@@ -26,6 +26,7 @@ from flashnorm.kernels.norms import NormKind
 
 TARGETS = {80: Device("sm_80", (8, 0), 108), 90: Device("sm_90", (9, 0), 132)}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+POINTERS = {**TYPES, torch.int32: "i32", torch.bool: "i1"}
 USED = re.compile(r"Function \w+:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -48,14 +49,14 @@ def compile_step(step: Step, capability: int) -> Any:
         elif aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(step.kernel, signature, constants, attributes)
-    options = {"num_warps": step.warps, "num_stages": step.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=step.options())
 
 
 def _type(value: Any, constant: bool) -> tuple[str, bool]:
     """How Triton sees an argument, and whether it knows that 16 divides it."""
     if isinstance(value, torch.Tensor):
-        return f"*{TYPES[value.dtype]}", True
+        return f"*{POINTERS[value.dtype]}", True
     if constant or value is None or (isinstance(value, int) and value == 1):
         return "constexpr", False
     if isinstance(value, int):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,3 +61,26 @@ def check(call: Call, *chosen: str, what: object = "") -> None:
         assert_close(
             call, found, fused=way != "matmul", what=(way, what), first=rounds_first(call, way)
         )
+
+
+@contextmanager
+def permuted(seed: int) -> Iterator[None]:
+    """Within it the interpreter runs the programs of a launch in an order of chance."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    given, orders = builder.set_grid_idx, {}
+
+    def set_grid_idx(*place: int) -> None:
+        grid = tuple(builder.grid_dim)
+        if grid not in orders:
+            places = list(itertools.product(*map(range, grid)))
+            orders[grid] = dict(
+                zip(places, random.Random(seed).sample(places, len(places)), strict=True)
+            )
+        given(*orders[grid][place])
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx
