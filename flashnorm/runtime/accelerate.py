@@ -109,7 +109,7 @@ def accelerate_(
     gate, up and activation), every linear layer reads its weight at the speed of memory, and a new
     token attends by a kernel, through transformers' attention interface, where that is sdpa, and
     reads its experts by one, through the interface of experts, where they are in one tensor. With
-    that attention a growing cache is appended to in place, instead of being copied. No
+    that attention a growing cache is appended to in place, on a CPU, instead of being copied. No
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code

@@ -327,6 +327,7 @@ def test_the_operator(kind):
     torch.library.opcheck(torch.ops.flashnorm.attend_gpu.default, given)
 
 
+@pytest.mark.skipif(not interpreted(), reason="sdpa on a GPU has bounds of its own")
 def test_the_operator_falls_back_where_no_kernel_runs(monkeypatch):
     from flashnorm.kernels.fallback import fallbacks
     from flashnorm.kernels.gpu import ways

@@ -1,4 +1,4 @@
-"""Attention compiled for GPUs that are not there: nothing spills, and T and B are not compiled in."""
+"""Attention compiled for GPUs that are not there: no spills, and no kernel for a length alone."""
 
 from __future__ import annotations
 
