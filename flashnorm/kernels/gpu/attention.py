@@ -28,6 +28,7 @@ from flashnorm.kernels.gpu.step import Step, execute
 OPERATOR = "flashnorm::attend_gpu"
 WIDEST = 512  # features of a head: the sums of 16 heads are in registers
 MOST_STRIDE = 2**31  # of the mask, whose stride is not compiled into the kernel
+MOST_ROW = 2**24  # from a row of k or v to the next: a block of them is addressed by 32 bits
 TOGETHER = 16  # heads that the matrix units take at a time
 SCANNED = 1024  # positions of the mask that are looked at before the loop, at a time
 WAVES = 2  # programs per multiprocessor: one loads where the other computes
@@ -55,14 +56,14 @@ def cut_for(heads: int, width: int, value_width: int, dtype: torch.dtype) -> Cut
     wide = power_of_two(max(width, value_width), 16)
     if heads == 1:
         half = dtype != torch.float32
-        numbers = 4096 if half else 2048
+        numbers = 4096 if half and wide <= 128 else 2048
         positions = min(max(numbers // wide, 4), 64)
         return Cut(1, positions, power_of_two(width, 16), 8 if half else 4, 2)
     if dtype == torch.float32:
         depth = min(power_of_two(width, 16), 32)
         return Cut(TOGETHER, 16, depth, 8 if wide > 128 else 4, 2)
     positions = min(max(8192 // wide, 16), 64)
-    depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 256 else 4
+    depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 128 else 4
     return Cut(TOGETHER, positions, depth, warps, 2 if wide > 128 else 3)
 
 
@@ -84,6 +85,9 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | 
     widest = max(q.shape[3], v.shape[3])
     if widest > WIDEST:
         return f"heads have {widest} features; the kernel takes {WIDEST} at most"
+    row = max(k.stride(2), v.stride(2))
+    if row > MOST_ROW:
+        return f"a row of k or v is {row} numbers from the next; the kernel takes {MOST_ROW}"
     if mask is not None and mask.stride(0) >= MOST_STRIDE:
         return f"the mask of the next sequence is {mask.stride(0)} numbers away"
     return None

@@ -295,6 +295,7 @@ def test_what_the_kernel_does_not_take():
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool, device=DEVICE)
     wide = torch.zeros(1, 1, 1, 513, device=DEVICE)
     far = torch.empty_strided((2, 1, 1, 5), (2**31, 1, 1, 1), dtype=q.dtype, device="meta")
+    apart = torch.empty_strided((2, 2, 5, 8), (8, 8, 2**24 + 1, 1), device="meta")
     refused = [
         ("2 tokens", (q.repeat(1, 1, 2, 1), k, v)),
         ("dtypes: torch.float64", (q.double(), k.double(), v.double())),
@@ -307,6 +308,8 @@ def test_what_the_kernel_does_not_take():
         ("the mask is torch.float64", (q, k, v, mask.double())),
         ("the mask is torch.bool on meta", (q, k, v, mask.to("meta"))),
         ("heads have 513 features; the kernel takes 512", (wide, wide, wide)),
+        ("is 16777217 numbers from the next", (q.to("meta"), apart, v.to("meta"))),
+        ("is 16777217 numbers from the next", (q.to("meta"), k.to("meta"), apart)),
         ("the next sequence is 2147483648 numbers away", (*(x.to("meta") for x in (q, k, v)), far)),
     ]
     for message, given in refused:

@@ -77,11 +77,13 @@ def part_of_one(
     for i in tl.range(first, end, num_stages=STAGES):
         t = (split + i * splits) * POSITIONS + steps
         seen, added = visible(mask_at, mask_step, t, length, MASK)
-        row = t.to(tl.int64)[:, None]
+        begin = ((split + i * splits) * POSITIONS).to(tl.int64)
         there = seen[:, None] & (deep < WIDTH)[None, :]
-        keys = tl.load(k_at + row * k_row + deep[None, :], mask=there, other=0.0)
+        at = steps[:, None] * k_row + deep[None, :]
+        keys = tl.load(k_at + begin * k_row + at, mask=there, other=0.0)
         there = seen[:, None] & (wide < VALUE_WIDTH)[None, :]
-        values = tl.load(v_at + row * v_row + wide[None, :], mask=there, other=0.0)
+        at = steps[:, None] * v_row + wide[None, :]
+        values = tl.load(v_at + begin * v_row + at, mask=there, other=0.0)
         scores = tl.sum(keys.to(tl.float32) * query, axis=1) * scale + added
         scores = tl.where(seen, scores, NOTHING)
         before = largest
@@ -100,19 +102,21 @@ def part_of_one(
 
 @triton.jit
 def keys_times(
-    q_at, query, k_at, row, k_row, seen,
+    q_at, query, k_at, k_row, seen,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q kᵀ: [ROWS, POSITIONS]. A width above DEPTH is read in parts, q as well."""
     scores = tl.zeros([ROWS, POSITIONS], tl.float32)
+    steps = tl.arange(0, POSITIONS)[:, None]
     for begin in tl.static_range(0, WIDTH, DEPTH):
         deep = begin + tl.arange(0, DEPTH)
         inside = (deep < WIDTH)[None, :]
         if DEPTH < WIDTH:
             query = tl.load(q_at[:, None] + deep[None, :], mask=inside, other=0.0)
         there = seen[:, None] & inside
-        keys = tl.load(k_at + row * k_row + deep[None, :], mask=there, other=0.0)
+        at = steps * k_row + deep[None, :]
+        keys = tl.load(k_at + at, mask=there, other=0.0)
         scores = product(query, tl.trans(keys), scores, PRECISION)
     return scores
 
@@ -157,12 +161,13 @@ def part_of_several(
     for i in tl.range(first, end, num_stages=STAGES):
         t = (split + i * splits) * POSITIONS + steps
         seen, added = visible(mask_at, mask_step, t, length, MASK)
-        row = t.to(tl.int64)[:, None]
+        begin = ((split + i * splits) * POSITIONS).to(tl.int64)
         scores = keys_times(
-            q_at, query, k_at, row, k_row, seen, WIDTH, DEPTH, ROWS, POSITIONS, PRECISION
+            q_at, query, k_at + begin * k_row, k_row, seen, WIDTH, DEPTH, ROWS, POSITIONS, PRECISION
         )
         there = seen[:, None] & (wide < VALUE_WIDTH)[None, :]
-        values = tl.load(v_at + row * v_row + wide[None, :], mask=there, other=0.0)
+        at = steps[:, None] * v_row + wide[None, :]
+        values = tl.load(v_at + begin * v_row + at, mask=there, other=0.0)
         scores = scores * scale
         if MASK == "added":
             scores += added[None, :]
