@@ -30,7 +30,7 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Attention
 from flashnorm.kernels.exporting import exporting
 
-NAME, BEFORE = "sdpa_decode_cpu", "sdpa"
+NAME, BEFORE = "sdpa_decode", "sdpa"
 
 # What models hand on that says nothing about one new token: a window is in the mask already.
 WITHOUT_MEANING = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window"})

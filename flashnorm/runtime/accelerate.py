@@ -28,10 +28,10 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.rewrite import apply_plan_, unfold_
+from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
-from flashnorm.runtime.growing import Growing
 from flashnorm.runtime.package.make import packaged
 from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.stand import Stand, retire
@@ -112,7 +112,7 @@ def accelerate_(
     gate, up and activation), every linear layer reads its weight at the speed of memory, and a new
     token attends by a kernel, through transformers' attention interface, where that is sdpa, and
     reads its experts by one, through the interface of experts, where they are in one tensor. With
-    that attention a growing cache is appended to in place, instead of being copied. No
+    that attention a growing cache is appended to in place, on a CPU, instead of being copied. No
     forward is rewritten and no weight is copied or changed: modules get another `forward`,
     parameters, names and state dict stay. Float32, bfloat16 and float16 on a CPU, without
     gradients; for everything else, and in every module that no kernel fits, the model's own code
@@ -172,8 +172,9 @@ def accelerate_(
         reason = attention if isinstance(attention, str) else ""
         left = "" if isinstance(experts, UsedExperts) else experts
         where = "" if package is None else _package(model, package, change, forwards)
-        if isinstance(attention, UsedAttention) and "forward" not in model.__dict__:
-            forwards[model] = Growing(model)
+        appends = isinstance(attention, UsedAttention) and backend.device == growing.DEVICE
+        if appends and "forward" not in model.__dict__:
+            forwards[model] = growing.Growing(model)
             change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
         undo = _Undo(list(forwards.items()), attention, experts, found, moved)

@@ -23,6 +23,7 @@ from flashnorm.kernels import dispatch
 from flashnorm.runtime.stand import Stand
 
 ROOM = "_flashnorm_room"
+DEVICE = "cpu"  # the type of the device on which caches are appended to
 LEAST, SHARE = 256, 8  # positions of room: so many, or this part of those in use
 
 

@@ -28,6 +28,7 @@ from tests.toys.numpy_backend import NumpyBackend
 
 GEMMA = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=16)
 PHI3 = Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
+ATTENTION = "numpy has no attention for a capture"
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "gemma": GEMMA, "phi3": PHI3}
 
 
@@ -38,7 +39,7 @@ class Capturing(NumpyBackend):
     name: str = "capturing"
     policy: Policy = gpu.POLICY
     compiled: CompiledPolicy = gpu.COMPILED
-    attention: str = gpu.ATTENTION
+    attention: str = ATTENTION
     capture: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(on=False, here=True))
 
     def claims(self, x):
@@ -145,7 +146,7 @@ def test_what_has_no_norm_before_it_keeps_its_forward(capture):
     reasons = {part.path: part.reason for part in flashnorm.acceleration(model).parts}
     assert reasons["model.layers.0.self_attn.o_proj"] == gpu.LIBRARY
     assert reasons["model.layers.0.self_attn.q_proj"] == ""
-    assert flashnorm.acceleration(model).attention == gpu.ATTENTION
+    assert flashnorm.acceleration(model).attention == ATTENTION
 
 
 def test_a_value_that_was_changed_in_place_is_seen(capture):

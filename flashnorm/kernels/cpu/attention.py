@@ -14,6 +14,7 @@ import struct
 import torch
 from torch import Tensor
 
+from flashnorm.kernels import attention
 from flashnorm.kernels.cpu.library import Library, load
 from flashnorm.kernels.weights import BOOLEAN, DTYPES
 
@@ -28,35 +29,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str 
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
     """The same where there are kernels: by types, shapes and strides alone."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not (q.is_cpu and k.is_cpu and v.is_cpu):
-        return "q, k and v are not [B, heads, length, width] on the CPU"
-    dtype = q.dtype
-    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
-        return f"q, k and v are not of one of the kernel's dtypes: {dtype}, {k.dtype}, {v.dtype}"
-    batch, heads, queries, width = q.shape
-    _, groups, length, value_width = v.shape
-    if queries != 1:
-        return f"q has {queries} tokens; the kernel takes one"
-    if k.shape != (batch, groups, length, width) or v.shape[0] != batch:
-        return f"q, k and v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-    if not (batch and heads and groups and length and width and value_width) or heads % groups:
-        return f"there is nothing to attend to, or {heads} heads are no multiple of {groups}"
-    if not (_dense(q) and _dense(k) and _dense(v)):
-        return "a row of q, k or v is not dense; .contiguous() has dense ones"
-    return None if mask is None else _why_not_mask(mask, dtype, batch, length)
-
-
-def _why_not_mask(mask: Tensor, dtype: torch.dtype, batch: int, length: int) -> str | None:
-    shape = mask.shape
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != (1, 1, length):
-        return f"the mask is {list(shape)}; the kernel takes [{batch} or 1, 1, 1, {length}]"
-    if mask.dtype not in (torch.bool, dtype) or not mask.is_cpu:
-        return f"the mask is {mask.dtype} on {mask.device}, not bool or {dtype} on the CPU"
-    return None
-
-
-def _dense(x: Tensor) -> bool:
-    return x.stride()[3] == 1 or x.shape[3] == 1
+    here = q.is_cpu and k.is_cpu and v.is_cpu
+    return attention.unfit(q, k, v, mask, here, "the CPU")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

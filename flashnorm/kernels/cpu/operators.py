@@ -15,6 +15,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from flashnorm.kernels import attention
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu.calls import ACTIVATION
 from flashnorm.kernels.cpu.library import load, torch_symbols
@@ -49,7 +50,6 @@ LINEAR = (
     "(Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, "
     "float gain_offset, int activation) -> Tensor[]"
 )
-ATTEND = "(Tensor q, Tensor k, Tensor v, Tensor[] mask, float scale) -> Tensor"
 
 
 def _fake_linear(
@@ -66,17 +66,10 @@ def _fake_linear(
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in made]
 
 
-def _fake_attend(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], scale: float) -> Tensor:
-    return q.new_empty((q.shape[0], 1, q.shape[1], v.shape[3]))
-
-
-for _name, _schema, _fake in (
-    ("norm_linear_cpu", LINEAR, _fake_linear),
-    ("attend_cpu", ATTEND, _fake_attend),
-):
-    _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    torch.library.define(f"flashnorm::{_name}", _schema, tags=_tags)
-    torch.library.register_fake(f"flashnorm::{_name}", _fake)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("flashnorm::norm_linear_cpu", LINEAR, tags=_TAGS)
+torch.library.register_fake("flashnorm::norm_linear_cpu", _fake_linear)
+attention.define("flashnorm::attend_cpu")
 
 
 def _register() -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from flashnorm.kernels import backend, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
-from flashnorm.kernels.gpu import calls, counters, policy, ways
+from flashnorm.kernels.gpu import attention, calls, counters, policy, ways
 
 
 class Unpacked:
@@ -37,6 +39,47 @@ class Unpacked:
 
     def normalize_and_run(self, x: Tensor, z: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         return self.normalize(x) if z is None else z, self.run(x)
+
+
+class GpuAttention(backend.Attention):
+    """`gpu.attention` in captures and compiled graphs; torch's own, one call, in eager calls."""
+
+    def __init__(self) -> None:
+        # Kinds of calls whose kernels are loaded, as they have to be in a capture.
+        self._loaded: set[Hashable] = set()
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+        """None in a capture, if the kernel is loaded. Outside it is run once of a kind to load it,
+        for nothing else: every call there has to give the bits of before."""
+        kind = attention.kind(q, k, v, mask)
+        loaded = kind in self._loaded
+        if self.capturing():
+            return attention.unfit(q, k, v, mask) if loaded else policy.NOT_LOADED
+        if loaded:
+            return policy.EAGER_ATTENTION
+        if reason := ways.unusable(q) or attention.unfit(q, k, v, mask):
+            return reason
+        attention.attend(q, k, v, 1.0, mask)
+        self._loaded.add(kind)
+        return policy.EAGER_ATTENTION
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    ) -> Tensor:
+        return attention.attend(q, k, v, scale, mask)
+
+    def why_not_in_graph(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> str | None:
+        return attention.unfit(q, k, v, mask)
+
+    def attend_in_graph(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    ) -> Tensor:
+        return attention.attend_in_graph(q, k, v, scale, mask)
 
 
 class GpuBackend(backend.Backend):
@@ -82,6 +125,6 @@ GPU = GpuBackend(
     policy.LIMITS,
     policy.POLICY,
     policy.COMPILED,
-    policy.ATTENTION,
+    GpuAttention(),
     keeps=False,
 )

@@ -3,7 +3,8 @@
 Called one by one, operations on a GPU wait for Python, and PyTorch's own take the least of it: the
 norm is one of them, and so are the products; with many rows, gate and activation are one pass.
 Where nothing waits for Python, a kernel that has the norm inside saves the rest of it: in a
-compiled graph, and while a CUDA graph is captured, a norm computes its readers in the same kernel.
+compiled graph, and while a CUDA graph is captured, a norm computes its readers in the same kernel,
+and a new token attends by one.
 Which of the two runs depends on shapes and on the capture alone, never on addresses or values.
 """
 
@@ -22,7 +23,8 @@ from flashnorm.kernels.weights import DTYPES, HALVES
 FEW = 64  # rows that a kernel with the norm inside may take
 FEW_COMPILED = 16  # of a compiled graph, in which a choice by measurement cannot be made
 LIBRARY = "no norm is before it: on a GPU its product is the library's"
-ATTENTION = "the model is on a GPU, where its own attention is one kernel"
+EAGER_ATTENTION = "called one by one, torch's own attention takes less of Python"
+NOT_LOADED = "a kernel for such an attention was not loaded before the capture"
 
 LIMITS = Limits(tuple(DTYPES), 8)
 POLICY = Policy(Precompute.IN_CAPTURE, LIBRARY, few=Way.LIBRARY, many=Way.KERNEL, captured_rows=FEW)

@@ -58,7 +58,7 @@ def tile_for(call: Call, way: str) -> Tile | None:
 def why_not(call: Call) -> str | None:
     """Why the kernels cannot take a call, or None where they can."""
     x = call.x
-    if reason := _no_triton() or _wrong_device(x):
+    if reason := unusable(x):
         return reason
     if call.norm.code is None:
         return f"the kernels do not know the norm {call.norm.name!r}"
@@ -71,6 +71,11 @@ def why_not(call: Call) -> str | None:
     if not call.weights:
         return "there is no weight"
     return _wrong_weight(call) or _wrong_vector(call)
+
+
+def unusable(x: Tensor) -> str | None:
+    """Why no kernel runs where x is, or None where they do."""
+    return _no_triton() or _wrong_device(x)
 
 
 @cache
