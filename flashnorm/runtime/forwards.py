@@ -102,7 +102,9 @@ class Fused(Stand):
             return False
         if dispatch.overridden():
             return False
-        return not (self.unlike(x) or self.changed_in_graph())
+        if self.unlike(x) or self.changed_in_graph():
+            return False
+        return not read_spec(kernel.written).fuses or fuse_graphs()
 
     def why_not(self, x: Any) -> str:
         """Why this call has to be the module's own; empty where the parameters may decide."""
@@ -247,6 +249,15 @@ def computed_in_graph(reader: Fused, x: Tensor) -> Tensor | None:
     if spec.alone and reader.in_graph(reader.kernel, x):
         return run_in_graph(reader.kernel.call(x))[0]
     return None
+
+
+@torch.compiler.assume_constant_result
+def fuse_graphs() -> bool:
+    """Have the graph that is traced now edited when it is compiled: loaded here, and never else."""
+    from flashnorm.runtime import inductor
+
+    inductor.install()
+    return True
 
 
 def run_in_graph(call: Call) -> list[Tensor]:
