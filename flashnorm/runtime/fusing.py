@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from flashnorm.kernels import dispatch, ops
 from flashnorm.kernels.call import Call
@@ -29,6 +30,7 @@ WEIGHTS, BIASES, ACTIVATION, RESIDUAL, INPUT_RESIDUAL = map(
 )
 ADD = torch.ops.aten.add.Tensor
 OPERATION = type(ADD)
+STRIDES = "eager_input_vals"  # under this name a node keeps tensors like its arguments
 # What is computed with lists and with shapes.
 PLAIN = frozenset(
     getattr(operator, name)
@@ -194,6 +196,8 @@ def _call(graph: Graph, arguments: Sequence[Any], like: Sequence[Node], old: Nod
     """A call of ours in the place of an old one, whose results are like those of other nodes."""
     call = graph.call_function(ops.operator, tuple(arguments))
     call.meta = {**old.meta, "val": [node.meta["val"] for node in like]}
+    if STRIDES in old.meta:  # Inductor takes as many arguments as these are
+        call.meta[STRIDES] = (map_arg(call.args, lambda node: node.meta["val"]), {})
     results = []
     for place, node in enumerate(like):
         item = graph.call_function(operator.getitem, (call, place))
