@@ -25,8 +25,8 @@ from torch.fx.node import map_arg
 from flashnorm.kernels import dispatch, ops
 from flashnorm.kernels.call import Call
 
-WEIGHTS, BIASES, ACTIVATION, RESIDUAL, INPUT_RESIDUAL = map(
-    Call._fields.index, ("weights", "biases", "activation", "output_residual", "input_residual")
+WEIGHTS, BIASES, ACTIVATION, RESIDUAL = map(
+    Call._fields.index, ("weights", "biases", "activation", "output_residual")
 )
 ADD = torch.ops.aten.add.Tensor
 OPERATION = type(ADD)
@@ -276,7 +276,7 @@ def _items(call: Node) -> list[Node]:
 def _joins(call: Node) -> bool:
     """Whether a call's weights can stand in one with those of others."""
     weights = _list(call, WEIGHTS)
-    if any(call.args[at] is not None for at in (ACTIVATION, RESIDUAL, INPUT_RESIDUAL)):
+    if call.args[ACTIVATION] is not None or call.args[RESIDUAL] is not None:
         return False
     if call.args[BIASES] is None or not _is_wanted(call):
         return False
