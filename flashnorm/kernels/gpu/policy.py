@@ -29,7 +29,7 @@ ATTENTION = "the model is on a GPU, where its own attention is one kernel"
 
 LIMITS = Limits(tuple(DTYPES), 8)
 POLICY = Policy(Precompute.IN_CAPTURE, LIBRARY, few=Way.LIBRARY, many=Way.KERNEL, captured_rows=FEW)
-COMPILED = CompiledPolicy(alone=True, precompute=True, fuses=True)
+COMPILED = CompiledPolicy(alone=True, precompute=True, fuses=True, defers=True)
 
 
 def rows(dtype: torch.dtype, compiled: bool) -> int:
