@@ -144,7 +144,9 @@ def _like(x: Tensor) -> Tensor:
 @contextmanager
 def _card() -> Iterator[None]:
     """What Inductor asks of a card is answered; nothing is kept, because nothing is compiled."""
-    hints = DeviceProperties(**{key: HINTS[key] for key in DeviceProperties._fields if key in HINTS})
+    hints = DeviceProperties(
+        **{key: HINTS[key] for key in DeviceProperties._fields if key in HINTS}
+    )
     answers = {
         "torch.cuda.is_available": True,
         "torch.cuda.device_count": 1,

@@ -1,9 +1,9 @@
 """Kernels of a layer in a decode graph: `python -m benchmarks.gpu.nodes`. It needs no GPU.
 
 A layer is what a model of three layers has more than one of two: norms, products, RoPE, cache and
-attention of one token on a static cache, in bf16. A call of ours counts once; it is one launch where
-the skinny kernel takes it, of up to three weights. "combined" is with Inductor's `combo_kernels`,
-which runs small kernels that do not depend on each other as one.
+attention of one token on a static cache, in bf16. A call of ours counts once; it is one launch
+where the skinny kernel takes it, of up to three weights. "combined" is with `combo_kernels` of
+Inductor, which runs small kernels that do not depend on each other as one.
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ def _with_dyt(config: PretrainedConfig, layers: int) -> nn.Module:
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "Llama": lambda layers: _made(LLAMA, layers),
-    "Qwen3": lambda layers: _made(
-        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=64), layers
-    ),
+    "Qwen3": lambda layers: _made(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=64), layers),
     "GPT-NeoX": lambda layers: _made(GPTNeoXConfig(**SIZES), layers),
     "DyT Llama": lambda layers: _with_dyt(LLAMA, layers),
 }
@@ -149,7 +147,7 @@ def _kernels(model: nn.Module, way: str) -> Counter[str]:
         flashnorm.accelerate_(model)
         if way == WAYS[2]:
             return _called(_decode(model))
-        with mock.patch.object(inductor, "fuse_", lambda graph: None):
+        with mock.patch.object(inductor, "fuse_"):
             return _called(_decode(model))
     finally:
         dispatch.unregister(STANDING)

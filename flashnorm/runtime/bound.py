@@ -59,9 +59,10 @@ class Product(NamedTuple):
 class KernelSpec(NamedTuple):
     """What a kernel is made of but for modules, and what a compiled graph has to know of it.
 
-    alone, precompute, fuses and defers: those of the backend's `CompiledPolicy`. most: (name of a dtype, elements
-    of x that it takes in a compiled graph); unknown: those dtypes in which it is called where the
-    number of elements is not known. (torch.compile cannot look into a dict of a constant.)
+    alone, precompute, fuses and defers: those of the backend's `CompiledPolicy`. most: (name of a
+    dtype, elements of x that it takes in a compiled graph); unknown: those dtypes in which it is
+    called where the number of elements is not known. (torch.compile cannot look into a dict of a
+    constant.)
     """
 
     norm: Norm

@@ -37,8 +37,6 @@ def gated(call: Call) -> Tensor:
     s = row_scale(call.x.float(), call.eps)
     biases = call.biases or (None, None)
     products = [s * F.linear(call.x, w).float() for w in call.dense_weights()]
-    gate, up = (
-        y if c is None else y + c.float() for y, c in zip(products, biases, strict=True)
-    )
+    gate, up = (y if c is None else y + c.float() for y, c in zip(products, biases, strict=True))
     assert call.activation is not None
     return (reference.ACTIVATIONS[call.activation](gate) * up).to(call.x.dtype)

@@ -32,10 +32,8 @@ ADD = torch.ops.aten.add.Tensor
 OPERATION = type(ADD)
 STRIDES = "eager_input_vals"  # under this name a node keeps tensors like its arguments
 # What is computed with lists and with shapes.
-PLAIN = frozenset(
-    getattr(operator, name)
-    for name in "getitem add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()
-)
+NAMES = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "lt", "le")
+PLAIN = frozenset(getattr(operator, name) for name in NAMES)
 
 
 def fuse_(graph: Graph) -> int:
@@ -109,7 +107,7 @@ def _sums(order: Order) -> Iterator[Sum]:
     for node in reversed(order.nodes):
         if node in taken or (found := _sum(order, node)) is None:
             continue
-        first = min(order.place[item.args[0]] for item in found.items)  # type: ignore[index]
+        first = min(order.place[item.args[0]] for item in found.items)
         if order.is_clear(first, order.place[node]):
             taken.update(found.adds)
             yield found

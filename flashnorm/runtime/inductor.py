@@ -1,4 +1,4 @@
-"""Where torch.compile's Inductor lets us edit its graphs: one pass of the process, after all others.
+"""Where Inductor, the compiler of torch.compile, lets us edit its graphs: one pass, after others.
 
 It is put there while a graph with our operator is traced, for the thread that traces, so that a
 process that compiles nothing loads nothing. A pass that is there already runs first, as it did.
@@ -27,7 +27,7 @@ _Aware: Any = getattr(_passes, "CustomInferenceAwareGraphPass", _passes.CustomGr
 _AWARE = _Aware is not _passes.CustomGraphPass
 
 
-class FuseNorms(_Aware):  # type: ignore[misc]
+class FuseNorms(_Aware):
     """Runs the pass that was there before, then ours."""
 
     def __init__(self, before: Any = None) -> None:

@@ -185,7 +185,9 @@ def _dynamo() -> None:
     assert callable(torch_names.dynamo().reset)
 
 
-@checks("torch._inductor.config", "torch._inductor.custom_graph_pass", "torch._guards.TracingContext")
+@checks(
+    "torch._inductor.config", "torch._inductor.custom_graph_pass", "torch._guards.TracingContext"
+)
 def _graph_pass() -> None:
     seen: list[tuple[list[str], bool | None]] = []
     passes, config = torch_names.graph_passes(), torch_names.inductor_config()

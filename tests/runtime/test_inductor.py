@@ -1,4 +1,4 @@
-"""Compiled graphs of the GPU's policy, on a backend in numpy: what the pass leaves, and when it runs."""
+"""Compiled graphs of the GPU's policy, on a backend in numpy: what the pass does, and when."""
 
 import copy
 import logging
@@ -18,7 +18,7 @@ from flashnorm.runtime import fusing, inductor
 from tests.kernels.bounds import assert_close
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
 from tests.runtime.test_capture import Capturing
-from tests.runtime.test_fusing import N, OURS, inputs, product, residuals
+from tests.runtime.test_fusing import OURS, N, inputs, product, residuals
 from tests.runtime.test_training import dyt
 
 OLMO2 = Olmo2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)  # norms behind sublayers
@@ -99,7 +99,8 @@ def test_many_rows_are_the_library_s(graphs):
     model, ours = pair("llama")
     tokens = ids(1, 17)
     assert close(logits(edited(ours), tokens), logits(model, tokens), HALF)
-    assert graphs == [] and config.post_grad_custom_post_pass is None
+    assert graphs == []
+    assert config.post_grad_custom_post_pass is None
 
 
 def test_two_models_in_one_graph(graphs):
@@ -173,9 +174,11 @@ def test_a_pass_that_is_there_runs_first(graphs):
     theirs = config.post_grad_custom_post_pass = Noting()
     inductor.install()
     run()
-    assert theirs.sums == [True] and [saved for saved, _ in graphs] == [1]
+    assert theirs.sums == [True]
+    assert [saved for saved, _ in graphs] == [1]
     both = config.post_grad_custom_post_pass.uuid()
-    assert "noting" in both and both != inductor.FuseNorms(Noting("other")).uuid()
+    assert "noting" in both
+    assert both != inductor.FuseNorms(Noting("other")).uuid()
     # What is compiled with a pass that cannot be known again is not kept.
     assert inductor.FuseNorms(Noting(None)).uuid() is None
     assert inductor.FuseNorms(print).uuid() is None
@@ -190,7 +193,8 @@ def test_passes_in_a_list_stay_in_one(graphs):
     inductor.install()
     assert len(config.post_grad_custom_post_pass) == 2
     run()
-    assert theirs.sums == [True] and [saved for saved, _ in graphs] == [1]
+    assert theirs.sums == [True]
+    assert [saved for saved, _ in graphs] == [1]
 
 
 def test_a_pass_that_is_told_of_gradients_still_is(graphs):
@@ -198,11 +202,11 @@ def test_a_pass_that_is_told_of_gradients_still_is(graphs):
     if aware is None:
         pytest.skip("this torch tells no pass")
 
-    class Told(aware):
-        told = []
+    told = []
 
+    class Told(aware):
         def __call__(self, graph, is_inference):
-            self.told.append(is_inference)
+            told.append(is_inference)
 
         def uuid(self):
             return "told"
@@ -210,14 +214,16 @@ def test_a_pass_that_is_told_of_gradients_still_is(graphs):
     config.post_grad_custom_post_pass = Told()
     inductor.install()
     run()
-    assert Told.told == [True] and [saved for saved, _ in graphs] == [1]
+    assert told == [True]
+    assert [saved for saved, _ in graphs] == [1]
 
 
 def test_who_gives_a_pass_as_an_option_has_that_one(graphs):
     theirs = Noting()
     inductor.install()
     run(options={"post_grad_custom_post_pass": theirs})
-    assert theirs.sums == [True] and graphs == []
+    assert theirs.sums == [True]
+    assert graphs == []
     run()
     assert [saved for saved, _ in graphs] == [1]
 
