@@ -93,7 +93,9 @@ def code_for(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     with (
         torch.no_grad(),
         torch._functorch.config.patch(enable_autograd_cache=False),
-        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._inductor.config.patch(
+            fx_graph_cache=False, fx_graph_remote_cache=False, compile_threads=1
+        ),
         mock.patch.object(F, "scaled_dot_product_attention", _sdpa),
     ):
         compiled(*args, **kwargs)
@@ -157,6 +159,7 @@ def _card() -> Iterator[None]:
         "torch.cuda.set_rng_state": None,
         "torch.cuda._exchange_device": 0,
         "torch.cuda._maybe_exchange_device": 0,
+        "torch._subclasses.fake_tensor.init_gpu_context": None,
         "torch.utils._triton.has_triton": True,
         "torch.utils._triton.triton_backend": None,
         "torch.utils._triton.triton_hash_with_backend": "",
