@@ -86,7 +86,15 @@ def resolve(theirs: str) -> Any:
     raise ImportError(theirs)
 
 
-LATE = {"default_device", "hooks_of_all", "dynamo", "export_flag", "aot_compiler"}
+LATE = {
+    "default_device",
+    "hooks_of_all",
+    "dynamo",
+    "export_flag",
+    "aot_compiler",
+    "inductor_config",
+    "graph_passes",
+}
 
 
 @pytest.mark.parametrize("row", torch_names.NAMES, ids=lambda row: row.theirs)

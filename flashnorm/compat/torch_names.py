@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext as TracingContext
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad as forward_ad  # `_current_level` changes: it is read there
@@ -90,6 +91,20 @@ def dynamo() -> Any:
     from torch import _dynamo
 
     return _dynamo
+
+
+def inductor_config() -> Any:
+    """The options of torch.compile's compiler, for this thread. Imported late."""
+    from torch._inductor import config
+
+    return config
+
+
+def graph_passes() -> Any:
+    """The classes of what it calls with its graphs. Imported late."""
+    from torch._inductor import custom_graph_pass
+
+    return custom_graph_pass
 
 
 def aot_compiler() -> Any:
@@ -208,6 +223,21 @@ NAMES = (
         "torch._C._dynamo.guards.dict_version",
         "dict_version",
         "a number that is another one once a dict has another value or key",
+    ),
+    Private(
+        "torch._inductor.config",
+        "inductor_config",
+        "`post_grad_custom_post_pass` is called with every graph, before it is lowered",
+    ),
+    Private(
+        "torch._inductor.custom_graph_pass",
+        "graph_passes",
+        "`CustomGraphPass` is what such a pass has to be, for compiled graphs to be kept",
+    ),
+    Private(
+        "torch._guards.TracingContext",
+        "TracingContext",
+        "`try_get()` is what is compiled now; torch 2.11: `fw_metadata.is_train`",
     ),
     Private("torch._inductor.aot_compile", "aot_compiler", "writes a shared library for a graph"),
     Private("torch._dynamo", "dynamo", "limits of recompilation, and how to forget graphs"),

@@ -62,11 +62,16 @@ class CompiledPolicy:
 
     alone: linear layers and gated pairs call their kernels. precompute: norms compute their
     readers. unknown: dtypes in which they do for any number of rows, where that is not known.
+    fuses: calls of the operator take up the sums after them, and join (`runtime/fusing.py`).
+    defers: with more rows, a norm without a gain scales a gated pair's products instead of x
+    (`runtime/deferred.py`).
     """
 
     alone: bool
     precompute: bool
     unknown: tuple[torch.dtype, ...] = ()
+    fuses: bool = False
+    defers: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,10 @@ class Product(NamedTuple):
 class KernelSpec(NamedTuple):
     """What a kernel is made of but for modules, and what a compiled graph has to know of it.
 
-    alone and precompute: those of the backend's `CompiledPolicy`. most: (name of a dtype, elements
-    of x that it takes in a compiled graph); unknown: those dtypes in which it is called where the
-    number of elements is not known. (torch.compile cannot look into a dict of a constant.)
+    alone, precompute, fuses and defers: those of the backend's `CompiledPolicy`. most: (name of a
+    dtype, elements of x that it takes in a compiled graph); unknown: those dtypes in which it is
+    called where the number of elements is not known. (torch.compile cannot look into a dict of a
+    constant.)
     """
 
     norm: Norm
@@ -72,6 +73,8 @@ class KernelSpec(NamedTuple):
     precompute: bool
     most: list[tuple[str, int]]
     unknown: list[str]
+    fuses: bool
+    defers: bool
 
     def takes(self, x: Tensor) -> bool:
         """Whether a compiled graph should call the kernel on x: by place, dtype and size."""
@@ -137,7 +140,8 @@ class Kernel:
         device, policy = self.backend.device, self.backend.compiled
         unknown = [str(dtype) for dtype in policy.unknown]
         made = [astuple(self.norm), rows, self.activation]
-        return json.dumps([*made, device, policy.alone, policy.precompute, most, unknown])
+        rest = [policy.alone, policy.precompute, most, unknown, policy.fuses, policy.defers]
+        return json.dumps([*made, device, *rest])
 
     @staticmethod
     def _weight(product: Product) -> Tensor:

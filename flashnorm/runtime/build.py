@@ -69,10 +69,10 @@ class Builder:
         return self._without_idle(parts) if self.backend.policy.idle else parts
 
     def _without_idle(self, parts: Sequence[Part]) -> list[Part]:
-        """Linear layers have kernels only where a norm computes them."""
+        """Linear layers have kernels only where a norm computes them, or in compiled graphs."""
         used = {name for part in parts for name in part.precomputed}
         idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
-        for path in idle:
+        for path in () if self.backend.compiled.alone else idle:
             self.made.pop(path, None)
         return [
             replace(part, reason=part.reason or self.backend.policy.idle)

@@ -21,7 +21,7 @@ from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.backend import Bound, Precompute, Way
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.exporting import exporting
-from flashnorm.runtime import handoff, learn
+from flashnorm.runtime import deferred, handoff, learn
 from flashnorm.runtime.bound import Kernel, part, read_spec
 from flashnorm.runtime.handoff import Between, Places
 from flashnorm.runtime.stand import Stand
@@ -102,9 +102,14 @@ class Fused(Stand):
 
     def in_graph(self, kernel: Kernel, x: Tensor) -> bool:
         """Whether a compiled graph should call a kernel: no gradient, few rows, if known."""
-        if exporting() or torch.is_grad_enabled() or not read_spec(kernel.written).takes(x):
+        spec = read_spec(kernel.written)
+        if not spec.takes(x) or not self.is_free_in_graph(x):
             return False
-        if dispatch.overridden():
+        return not spec.fuses or fuse_graphs()
+
+    def is_free_in_graph(self, x: Tensor) -> bool:
+        """Whether a compiled graph may hold something else than the module's own operations."""
+        if exporting() or torch.is_grad_enabled() or dispatch.overridden():
             return False
         return not (self.unlike(x) or self.changed_in_graph())
 
@@ -253,6 +258,15 @@ def computed_in_graph(reader: Fused, x: Tensor) -> Tensor | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def fuse_graphs() -> bool:
+    """Have the graph that is traced now edited when it is compiled: loaded here, and never else."""
+    from flashnorm.runtime import inductor
+
+    inductor.install()
+    return True
+
+
 def run_in_graph(call: Call) -> list[Tensor]:
     """The operation as a compiled graph calls it: without Python where shapes are known."""
     if isinstance(call.x.numel(), int) and not fused.wants_torch(call.tensors()):
@@ -342,8 +356,18 @@ class FusedNorm(Fused):
             return z
         found: dict[Fused, Tensor] = {}
         for kernel, readers, between in self.readers:
-            if not between.is_heard() and self.in_graph(kernel, x):
+            if between.is_heard():
+                continue
+            if self.in_graph(kernel, x):
                 found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
+            elif self._defers_in_graph(kernel, x):
+                found[readers[0]] = deferred.gated(kernel.call(x))
         if found:
             handoff.leave_in_graph(z, found)
         return z
+
+    def _defers_in_graph(self, kernel: Kernel, x: Tensor) -> bool:
+        """Whether a graph should scale the products of x; not where others read norm(x) as well."""
+        if len(self.readers) > 1 or not deferred.defers(read_spec(kernel.written), x):
+            return False
+        return self.is_free_in_graph(x) and not fused.wants_torch(kernel.call(x).tensors())

@@ -183,3 +183,32 @@ def _dynamo() -> None:
         assert config.recompile_limit == before + 1
     assert config.recompile_limit == before
     assert callable(torch_names.dynamo().reset)
+
+
+@checks(
+    "torch._inductor.config", "torch._inductor.custom_graph_pass", "torch._guards.TracingContext"
+)
+def _graph_pass() -> None:
+    seen: list[tuple[list[str], bool | None]] = []
+    passes, config = torch_names.graph_passes(), torch_names.inductor_config()
+    aware = getattr(passes, "CustomInferenceAwareGraphPass", None)
+
+    class Noting(aware or passes.CustomGraphPass):
+        def __call__(self, graph: Any, is_inference: bool | None = None) -> None:
+            if aware is None:
+                is_inference = not torch_names.TracingContext.try_get().fw_metadata.is_train
+            seen.append(([str(node.target) for node in graph.nodes], is_inference))
+
+        def uuid(self) -> str:
+            return "noting"
+
+    def compiled(x: Tensor) -> None:
+        torch._dynamo.reset()
+        torch.compile(lambda x: x @ x, backend="inductor", fullgraph=True)(x)
+
+    with config.patch(post_grad_custom_post_pass=Noting(), force_disable_caches=True):
+        compiled(torch.ones(2, 2))
+        compiled(torch.ones(2, 2, requires_grad=True))
+    assert [told for _, told in seen] == [True, False]
+    assert all("aten.mm.default" in names for names, _ in seen)
+    assert torch_names.TracingContext.try_get() is None

@@ -22,13 +22,16 @@ from flashnorm.kernels.weights import DTYPES, HALVES
 
 FEW = 64  # rows that a kernel with the norm inside may take
 FEW_COMPILED = 16  # of a compiled graph, in which a choice by measurement cannot be made
-LIBRARY = "no norm is before it: on a GPU its product is the library's"
+LIBRARY = (
+    "no norm is before it: its product is the library's, but in a compiled graph with few rows, "
+    "where a kernel adds the residual too"
+)
 EAGER_ATTENTION = "called one by one, torch's own attention takes less of Python"
 NOT_LOADED = "a kernel for such an attention was not loaded before the capture"
 
 LIMITS = Limits(tuple(DTYPES), 8)
 POLICY = Policy(Precompute.IN_CAPTURE, LIBRARY, few=Way.LIBRARY, many=Way.KERNEL, captured_rows=FEW)
-COMPILED = CompiledPolicy(alone=False, precompute=True)
+COMPILED = CompiledPolicy(alone=True, precompute=True, fuses=True, defers=True)
 
 
 def rows(dtype: torch.dtype, compiled: bool) -> int:
