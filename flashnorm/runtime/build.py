@@ -52,10 +52,17 @@ class Builder:
     fusible: Fusible
     backend: Backend
     made: dict[str, Fused] = field(default_factory=dict)
+    idle: dict[str, Fused] = field(default_factory=dict)  # linear layers that keep their forward
 
     @property
     def forwards(self) -> list[tuple[nn.Module, Fused]]:
         return [(fused.module, fused) for fused in self.made.values()]
+
+    @property
+    def alone(self) -> list[Fused]:
+        """Those of the idle layers that no other forward stands for: captured steps have kernels."""
+        inner = {i.module for fused in self.made.values() for i in fused.inner if i.watch}
+        return [fused for fused in self.idle.values() if fused.module not in inner]
 
     @on_cpu()
     def build(self, sites: Sequence[Site]) -> list[Part]:
@@ -73,7 +80,8 @@ class Builder:
         used = {name for part in parts for name in part.precomputed}
         idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
         for path in idle:
-            self.made.pop(path, None)
+            if path in self.made:
+                self.idle[path] = self.made.pop(path)
         return [
             replace(part, reason=part.reason or self.backend.policy.idle)
             if part.path in idle

@@ -9,6 +9,7 @@ from flashnorm.kernels import backend, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
 from flashnorm.kernels.gpu import calls, counters, policy, ways
+from flashnorm.kernels.gpu.capture import CudaGraphs
 
 
 class Unpacked:
@@ -85,4 +86,5 @@ GPU = GpuBackend(
     policy.COMPILED,
     policy.ATTENTION,
     keeps=False,
+    captures=CudaGraphs(),
 )
