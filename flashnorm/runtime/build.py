@@ -60,7 +60,7 @@ class Builder:
 
     @property
     def alone(self) -> list[Fused]:
-        """Those of the idle layers that no other forward stands for: captured steps have kernels."""
+        """Idle layers that no other forward stands for, which have kernels in captured steps."""
         inner = {i.module for fused in self.made.values() for i in fused.inner if i.watch}
         return [fused for fused in self.idle.values() if fused.module not in inner]
 

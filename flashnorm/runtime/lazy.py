@@ -31,6 +31,7 @@ GONE = (
     "a result that a captured step left out was read after the capture had ended: in a graph there "
     "is no such value"
 )
+SHAPE = "a result that a captured step left out cannot be given another shape or dtype in place"
 Where = tuple[object, ...]
 
 
@@ -146,7 +147,7 @@ class Lazy(Tensor):
         return self.held
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # they may be left out
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -159,11 +160,27 @@ class Lazy(Tensor):
         result = function(*plain[0], **plain[1])
         for lazy in shown:
             lazy.written = True
+            lazy._check()
             if result is lazy.held:  # an operation in place returns the tensor that it was given
                 return lazy
         return result
 
-    # What reads memory without an operation.
+    def _check(self) -> None:
+        assert self.held is not None
+        held = self.held
+        if held.dtype != self.dtype or (held.shape, held.stride()) != (self.shape, self.stride()):
+            raise FlashNormError(SHAPE)
+
+    # What reads memory, or puts other memory in its place, without an operation.
+
+    @property
+    def data(self) -> Tensor:
+        return self._open().data
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        self._open().data = value(other)
+        self._check()
 
     def data_ptr(self) -> int:
         return self._open().data_ptr()
@@ -208,7 +225,7 @@ def value(x: Any) -> Any:
 
 def _shown(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Lazy]:
     """The lazy arguments that an operation writes into, or returns a view of."""
-    found = []
+    found: list[Any] = []
     for place, argument in enumerate(function._schema.arguments):
         given = args[place] if place < len(args) else kwargs.get(argument.name)
         if argument.alias_info is not None:

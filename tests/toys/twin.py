@@ -79,8 +79,9 @@ class Recording(TorchDispatchMode):
 
     def add(self, results, again):
         def entry():
-            for old, new in zip(results, [t for t in leaves(again()) if isinstance(t, Tensor)], strict=True):
-                old.copy_(new)
+            new = [t for t in leaves(again()) if isinstance(t, Tensor)]
+            for old, values in zip(results, new, strict=True):
+                old.copy_(values)
 
         self.entries.append(entry)
 

@@ -37,9 +37,7 @@ class Fixed:
         self.rooms = [layer.max_cache_len for layer in whole]
         self.lengths = [layer.cumulative_length for layer in whole]
         self.tensors = [
-            t
-            for layer in self.layers
-            for t in (layer.keys, layer.values, layer.cumulative_length)
+            t for layer in self.layers for t in (layer.keys, layer.values, layer.cumulative_length)
         ]
 
     def place(self) -> tuple[object, ...]:

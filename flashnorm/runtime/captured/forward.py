@@ -247,4 +247,5 @@ class Uncompiled:
                 self.module, compile_config
             )
             return made
-        return self.module.__call__  # type: ignore[no-any-return]
+        own: Callable[..., Any] = self.module.__call__
+        return own

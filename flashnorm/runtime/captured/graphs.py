@@ -46,7 +46,8 @@ class Graph:
             if name in given:
                 tensor.copy_(given[name])
             else:
-                assert (position := held.counted()) is not None
+                position = held.counted()
+                assert position is not None
                 tensor.fill_(position)
         self.replay()
         held.stepped()

@@ -25,24 +25,24 @@ def capture_(model: Model, *, graphs: int = 4) -> Model:
         logits, cache = graph(token, positions, mask, cache)
 
     A step of one new token per sequence, on a `StaticCache` that has been filled, is run once as it
-    is, captured as one CUDA graph by the second call like it, and replayed from then on: Python and
-    launches cost nothing, no norm is a kernel of its own, and products are added to their residual
-    in one. `generate(cache_implementation="static")` needs no other argument, and does not compile
-    unless it is given a `CompileConfig`. There is a graph for each cache, batch and form of the
-    arguments; `graphs` are kept, those used last, and each holds the memory that a step takes. Those
-    of a cache that is gone are freed.
+    is, captured as one CUDA graph by the second call like it, and replayed from then on: launches
+    take no Python, no norm is a kernel of its own, and products are added to their residual in one.
+    `generate(cache_implementation="static")` needs no other argument, and does not compile unless
+    it is given a `CompileConfig`. There is a graph for each cache, batch and form of the arguments;
+    `graphs` are kept, those used last, and each holds the memory that a step takes. Those of a
+    cache that is gone are freed.
 
     Weights may be changed in place: a graph reads them where they lie. Everything else that could
     make it another step (weights that are replaced, hooks, adapters, a changed module, class or
-    config, training, gradients, modes, tracing, inference mode) is noticed before each step, and the
-    model's own code runs; so it does for a prefill, another cache, a full one, and for steps that
-    cannot be captured, because they wait for the device or the host counts for them (a window
-    whose count chooses positions). `flashnorm.kernels.dispatch.fallbacks()` counts the reasons. The logits
-    of a step are a copy: the graph writes its own again.
+    config, training, gradients, modes, tracing, inference mode) is noticed before each step, and
+    the model's own code runs; so it does for a prefill, another cache, a full one, and for steps
+    that cannot be captured because they wait for the device, or the host counts for them.
+    `flashnorm.kernels.dispatch.fallbacks()` counts the reasons. The logits of a step are a copy:
+    the graph writes its own again.
 
-    `restore_` takes it away. Copies of the model capture for themselves. Raises FlashNormError where
-    the model was not accelerated, is captured already or has a package, where its devices capture
-    nothing (a CPU), or where it is no decoder of transformers.
+    `restore_` takes it away. Copies of the model capture for themselves. Raises FlashNormError
+    where the model was not accelerated, is captured already or has a package, where its devices
+    capture nothing (a CPU), or where it is no decoder of transformers.
     """
     undo = vars(model).get(RECORD)
     if undo is None:
@@ -55,8 +55,8 @@ def capture_(model: Model, *, graphs: int = 4) -> Model:
         raise FlashNormError("the steps of this model are captured already")
     if below is not None and type(below) is not Growing:
         raise FlashNormError(
-            "the model's forward is another one than its own (a package, or a wrapper), so that its "
-            "steps cannot be captured"
+            "the model's forward is another one than its own (a package, or a wrapper), so that "
+            "its steps cannot be captured"
         )
     forward = Captured(model, backend, below, undo.alone, graphs)
     undo.forwards.insert(0, (model, forward))

@@ -1,8 +1,9 @@
 """Linear layers that no norm computes, while a step is captured: one kernel with a residual.
 
-    y = r + x Wᵀ (+ c),   where r + product is what comes next; else y = x Wᵀ (+ c) as the layer has it
+    y = r + x Wᵀ (+ c)
 
-Outside of a capture they have their own forward.
+That is where r + product is what comes next; elsewhere, and outside of captures, they have their
+own forward.
 """
 
 from __future__ import annotations
