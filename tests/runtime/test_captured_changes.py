@@ -165,11 +165,40 @@ def test_a_gradient_is_the_models_own():
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
+def test_gradients_have_to_be_off(twin):
+    """Where none is wanted as well: what runs then is not what was captured."""
+    original, model = captured()
+    for each in (original, model):
+        each.requires_grad_(False)
+    cache, own = begun(model), begun(original)
+    token = torch.full((1, 1), 7)
+    for _ in range(3):
+        found, said = reasons(lambda: model(token, past_key_values=cache).logits)
+        assert close(found, original(token, past_key_values=own).logits)
+        assert "use torch.no_grad()" in said[0]
+    assert not twin.captures
+
+
 def test_training_is_the_models_own(twin):
     original, model = captured()
     said = run_steps(original, model, lambda m: m.model.layers[0].train())
     assert all(said)
     assert twin.captures == 1
+    original.eval(), model.eval()
+    run_steps(original, model, lambda _: None)
+    assert twin.captures == 2
+
+
+def test_a_model_that_begins_in_training_is_captured_once_it_is_not(twin):
+    original, model = captured()
+    model.train()
+    cache = begun(model)
+    for _ in range(3):
+        assert "another mode" in reasons(lambda: step(model, cache))[1][0]
+    assert not twin.captures
+    model.eval()
+    run_steps(original, model, lambda _: None)
+    assert twin.replays
 
 
 # The model as a whole.

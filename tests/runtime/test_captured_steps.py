@@ -10,7 +10,7 @@ import gc
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import flashnorm
 from flashnorm.kernels import dispatch
@@ -137,6 +137,29 @@ def test_a_cache_that_was_begun_again(twin):
     assert twin.captures == 1
 
 
+def test_a_count_that_is_asked_for_after_a_layer_has_counted_is_not_captured(twin):
+    held = []
+    act = lambda inner, x, _: inner(x) * vars(held[-1].layers[0])["cumulative_length_int"]  # noqa: E731
+    original, model = captured(MISTRAL)
+    for each in (original, model):
+        layer = each.model.layers[1].self_attn
+        layer.o_proj = Wrapped(layer.o_proj, act).eval()
+    caches = [StaticCache(config=MISTRAL, max_cache_len=16) for _ in "ab"]
+    for each, cache in zip((original, model), caches, strict=True):
+        held.append(cache)
+        with torch.no_grad():
+            each(ids(), past_key_values=cache)
+    mask = {"attention_mask": torch.ones(1, 1, 1, 8, dtype=torch.bool)}
+    for token in range(3):
+        held.append(caches[0])
+        expected = step(original, caches[0], token, **mask)
+        held.append(caches[1])
+        found, said = reasons(lambda token=token: step(model, caches[1], token, **mask))
+        assert close(found, expected)
+        assert not said if token == 0 else said
+    assert not twin.replays
+
+
 def test_another_batch_has_another_graph(twin):
     original, model = captured()
     for batch in (1, 2, 1):
@@ -252,6 +275,10 @@ def test_a_step_that_keeps_what_it_computed_is_not_captured(twin):
     original = wrapped("self_attn", "o_proj", keeps)
     model = flashnorm.capture_(flashnorm.accelerate_(copy.deepcopy(original)))
     run_steps(original, model, lambda _: None)
+    assert not twin.replays
+    cache = begun(model, length=64)
+    said = [reasons(lambda: step(model, cache))[1] for _ in range(40)]
+    assert "another one at every step" in said[-1][0]
     assert not twin.replays
 
 

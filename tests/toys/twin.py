@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flashnorm.kernels import backend as kernels
@@ -36,6 +37,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.entries: list[Any] = []
         self.made: dict[int, Tensor] = {}  # a tensor of each storage that began here
+        self.written: dict[int, Tensor] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what others held: it, and its copy
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -49,6 +51,7 @@ class Recording(TorchDispatchMode):
         written = [t for t in leaves(written) if isinstance(t, Tensor)]
         for tensor in written:
             self.keep(tensor)
+            self.written[id(tensor)] = tensor
         found = function(*args, **kwargs)
         is_view = not written and any(r.alias_info is not None for r in schema.returns)
         if not is_view:
@@ -126,7 +129,8 @@ class Twin(kernels.Captures):
 
         def replay():
             self.replays += 1
-            with torch.no_grad():
+            # Torch does not notice what a graph writes.
+            with torch.no_grad(), _unsafe_preserve_version_counter((*recording.written.values(),)):
                 for entry in recording.entries:
                     entry()
 

@@ -29,6 +29,8 @@ STEP = "decode step not captured: {}"
 INFERENCE = "torch.inference_mode() is on, in which no version says what was written (use no_grad)"
 MOVED = "a parameter or buffer was replaced: steps are captured anew"
 OTHERS = "somebody else captures this step"
+RESTLESS = "the model was another one at every step, and is not looked at any more"
+MOST_CHANGES = 16  # of the model, without a step from a graph in between
 BUSY = "another thread is in a step of this model"
 
 Key = tuple[object, ...]
@@ -64,9 +66,10 @@ class Model:
         self.trains = any(module.training for module in model.modules())
 
     def changed(self) -> str:
-        if self.trains:
-            return TRAINING
-        return self.still.changed() or self.memory.changed()
+        """Why the model is not what it was, or has no steps to capture; empty where it has."""
+        if reason := self.still.changed():
+            return reason
+        return TRAINING if self.trains else self.memory.changed()
 
 
 class Captured(Stand):
@@ -93,6 +96,7 @@ class Captured(Stand):
         self.graphs: OrderedDict[Key, Graph | None] = OrderedDict()
         self.refused: dict[Key, str] = {}
         self.ends: dict[int, weakref.ref[Any]] = {}
+        self.changes = 0  # of the model, since the last step from a graph
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,6 +151,7 @@ class Captured(Stand):
             self.graphs[key] = graph = found
         if graph.counts.is_full(held):
             return caches.FULL
+        self.changes = 0
         return graph.run(tensors, held)
 
     def _why_not(self, given: Given) -> str:
@@ -165,10 +170,14 @@ class Captured(Stand):
             return dispatch.TRANSFORM
         if forward_hooks_of_all or forward_pre_hooks_of_all:
             return HOOKED
+        if self.changes > MOST_CHANGES:
+            return RESTLESS
         if self.known is None:
             self.known = Model(self.module)
-        if reason := self.known.changed():
+        # Hooks and training may go again, and leave the model that it was.
+        if (reason := self.known.changed()) and reason not in (HOOKED, TRAINING):
             self.forget()
+            self.changes += 1
         return reason
 
     def _form(
