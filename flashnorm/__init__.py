@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flashnorm.runtime import accelerate_ as accelerate_
     from flashnorm.runtime import acceleration as acceleration
     from flashnorm.runtime import restore_ as restore_
+    from flashnorm.runtime.captured.make import capture_ as capture_
     from flashnorm.runtime.original import original as original
     from flashnorm.runtime.package.options import Package as Package
     from flashnorm.verification import verify as verify
@@ -39,6 +40,7 @@ _LAZY = {
     "accelerate_": "flashnorm.runtime",
     "acceleration": "flashnorm.runtime",
     "restore_": "flashnorm.runtime",
+    "capture_": "flashnorm.runtime.captured.make",
     "original": "flashnorm.runtime.original",
     "Package": "flashnorm.runtime.package.options",
     "verify": "flashnorm.verification",

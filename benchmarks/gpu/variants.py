@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import flashnorm
 from benchmarks.gpu import timing
 from flashnorm.bench.models import accelerated_copy, sharing_copy
 from flashnorm.bench.records import EAGER, OURS
 from flashnorm.bench.variants import Variant
 
 CAPTURED, REDUCED, TUNED, HUB = "captured", "reduce-overhead", "max-autotune", "hub kernels"
+STEPS = "captured steps"  # by `capture_`
 COMPILED = "compile"  # of a prefill: no CUDA graphs
 WARM = 3  # steps before a capture
 Graph = tuple[Callable[[], None], Tensor, Tensor]  # its replay, the token it reads, its logits
@@ -26,10 +28,10 @@ def is_ours(name: str) -> bool:
     return name.startswith(OURS)
 
 
-# What is measured in one go, beside eager and ours; the second of two is ours.
+# What is measured in one go, beside eager and ours; the others but for the first are ours.
 GROUPS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    CAPTURED: (CAPTURED, ours(CAPTURED)),
+    CAPTURED: (CAPTURED, ours(CAPTURED), ours(STEPS)),
     REDUCED: (REDUCED, ours(REDUCED)),
     TUNED: (TUNED, ours(TUNED)),
     HUB: (HUB,),
@@ -38,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 PAIRS = (
     (EAGER, OURS),
     (COMPILED, ours(COMPILED)),
-    *((pair[0], pair[1]) for pair in GROUPS.values() if len(pair) == 2),
+    *((names[0], own) for names in GROUPS.values() for own in names[1:]),
 )
 
 
@@ -84,6 +86,16 @@ class Captured(Static):
         return logits
 
 
+class Steps(Static):
+    """The same by `flashnorm.capture_`: `generate` replays graphs too, and nothing is by hand."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__(name, flashnorm.capture_(model))
+
+    def _static(self) -> dict[str, Any]:
+        return {"cache_implementation": "static"}
+
+
 def build(name: str, model: nn.Module, device: str) -> Variant:
     """The variant `name` of `model`, which is left as it is; weights are shared.
 
@@ -100,4 +112,6 @@ def build(name: str, model: nn.Module, device: str) -> Variant:
         return Static(name, made)
     if way == CAPTURED:
         return Captured(name, made)
+    if way == STEPS:
+        return Steps(name, made)
     return Variant(name, made, True, None if way == COMPILED else way)

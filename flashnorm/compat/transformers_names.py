@@ -187,6 +187,16 @@ def fixed_layer() -> type[Any]:
     return StaticLayer
 
 
+def window_layer() -> type[Any]:
+    """A fixed layer that keeps the last positions, and counts on the host as `WINDOW_COUNT`."""
+    from transformers.cache_utils import StaticSlidingWindowLayer
+
+    return StaticSlidingWindowLayer
+
+
+WINDOW_COUNT = "cumulative_length_int"
+
+
 # Continuous batching and compiled steps.
 
 
@@ -287,6 +297,11 @@ NAMES = (
         "cache_utils.StaticLayer",
         "fixed_layer",
         "written in place at cumulative_length, a tensor that counts on",
+    ),
+    _private(
+        "cache_utils.StaticSlidingWindowLayer",
+        "window_layer",
+        "its count on the host chooses by whether the window is full, and by nothing else of it",
     ),
     _private(
         f"{_BATCHING}.ContinuousMixin",

@@ -7,15 +7,17 @@ forwards of `accelerate_`) knows this file and no backend by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flashnorm.kernels.call import Call
+
+T = TypeVar("T")
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -173,10 +175,35 @@ class Packaging(ABC):
         """What compiled code depends on beside the model: processor, kernels."""
 
 
+class Captures(ABC):
+    """What records the work of a step, to run it again without Python."""
+
+    @abstractmethod
+    def capture(
+        self, function: Callable[[], T], device: torch.device
+    ) -> tuple[Callable[[], None], T]:
+        """(replay, what `function` returned): replay does again all that it launched on a device.
+
+        On the same memory: what was returned is written by replays, and has no values before the
+        first. Nothing is executed, so that memory is as it was, after an error too.
+        """
+
+    @abstractmethod
+    def position(self) -> object:
+        """How far the capture is: equal to an earlier one only where nothing came in between.
+
+        Where that is not known nothing is equal.
+        """
+
+    def settings(self) -> tuple[object, ...]:
+        """What of the process's settings chooses kernels or their precision."""
+        return ()
+
+
 @dataclass(frozen=True, eq=False)
 class Backend(ABC):
     """Kernels on one kind of device. attention: what attends there, or why nothing does; experts
-    the same for them, packaging for code that is compiled ahead of time.
+    the same for them, packaging for code that is compiled ahead of time, captures for steps.
 
     keeps: what `bind` returns depends on nothing but where the parameters lie, holds none of them,
     and may be kept; elsewhere every call binds anew.
@@ -191,6 +218,7 @@ class Backend(ABC):
     keeps: bool = True
     experts: Experts | str = field(default="the backend has no kernels for experts")
     packaging: Packaging | str = field(default="the backend has no operators for packages")
+    captures: Captures | str = field(default="the backend captures no steps")
 
     @abstractmethod
     def claims(self, x: Tensor) -> bool:

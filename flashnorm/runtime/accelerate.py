@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,7 @@ from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_
 from flashnorm.runtime.build import Builder as Builder
 from flashnorm.runtime.build import Part as Part
+from flashnorm.runtime.forwards import Fused
 from flashnorm.runtime.package.make import packaged
 from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.stand import Stand, retire
@@ -53,8 +54,8 @@ class Acceleration:
     `attention` says why the attention of single tokens is the model's own; empty where it is not.
     `training` are the modules that save less for a gradient, and those that cannot; empty where
     that was not asked for. `experts` is like `attention` for the experts of few tokens; None where
-    the model has none in one tensor. `package` is where the compiled decode step is; empty where
-    there is none.
+    the model has none in one tensor. `package` is where the compiled decode step is, and
+    `captures` how decode steps are captured (`capture_`); empty where they are not.
     """
 
     parts: tuple[Part, ...]
@@ -64,6 +65,7 @@ class Acceleration:
     training: tuple[Part, ...] = ()
     experts: str | None = None
     package: str = ""
+    captures: str = ""
 
     @property
     def fused(self) -> tuple[Part, ...]:
@@ -82,6 +84,7 @@ class Acceleration:
             self.training,
             self.experts,
             self.package,
+            self.captures,
         )
 
 
@@ -92,6 +95,9 @@ class _Undo:
     experts: UsedExperts | str | None
     acceleration: Acceleration
     moved: list[nn.Parameter]
+    alone: list[Fused] = field(default_factory=list)  # what has a kernel in captured steps alone
+    # Attributes of the model, beside forwards, that leave with them.
+    held: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def accelerate_(
@@ -177,7 +183,8 @@ def accelerate_(
             forwards[model] = growing.Growing(model)
             change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
-        undo = _Undo(list(forwards.items()), attention, experts, found, moved)
+        alone = builder.alone
+        undo = _Undo(list(forwards.items()), attention, experts, found, moved, alone)
         change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
@@ -248,6 +255,9 @@ def restore_(model: Model) -> Model:
     if undo is None:
         raise FlashNormError("this model was not accelerated by accelerate_: nothing to restore")
     kept = [module for module, forward in undo.forwards if not _take_away(module, forward)]
+    for name, value in undo.held:
+        if vars(model).get(name) is value:
+            del vars(model)[name]
     if kept:
         names = ", ".join(path or "(root)" for path, m in model.named_modules() if m in kept)
         _log.warning("forwards that were put over those of accelerate_ stay: %s", names)

@@ -52,10 +52,17 @@ class Builder:
     fusible: Fusible
     backend: Backend
     made: dict[str, Fused] = field(default_factory=dict)
+    idle: dict[str, Fused] = field(default_factory=dict)  # linear layers that keep their forward
 
     @property
     def forwards(self) -> list[tuple[nn.Module, Fused]]:
         return [(fused.module, fused) for fused in self.made.values()]
+
+    @property
+    def alone(self) -> list[Fused]:
+        """Idle layers that no other forward stands for, which have kernels in captured steps."""
+        inner = {i.module for fused in self.made.values() for i in fused.inner if i.watch}
+        return [fused for fused in self.idle.values() if fused.module not in inner]
 
     @on_cpu()
     def build(self, sites: Sequence[Site]) -> list[Part]:
@@ -72,8 +79,10 @@ class Builder:
         """Linear layers have kernels only where a norm computes them, or in compiled graphs."""
         used = {name for part in parts for name in part.precomputed}
         idle = {part.path for part in parts if part.kind == "linear" and part.path not in used}
-        for path in () if self.backend.compiled.alone else idle:
-            self.made.pop(path, None)
+        for path in [path for path in self.made if path in idle]:
+            self.idle[path] = self.made[path]
+            if not self.backend.compiled.alone:
+                del self.made[path]
         return [
             replace(part, reason=part.reason or self.backend.policy.idle)
             if part.path in idle

@@ -21,7 +21,7 @@ from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.backend import Bound, Precompute, Way
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.exporting import exporting
-from flashnorm.runtime import deferred, handoff, learn
+from flashnorm.runtime import deferred, handoff, lazy, learn
 from flashnorm.runtime.bound import Kernel, part, read_spec
 from flashnorm.runtime.handoff import Between, Places
 from flashnorm.runtime.stand import Stand
@@ -195,6 +195,7 @@ class FusedGated(Fused):
         hidden = handoff.pop_precomputed(x, self)
         if hidden is not None:
             return self.down(hidden)
+        x = lazy.value(x)
         return self._by_library(x) if self._few_by_library(x) else super().eager(x)
 
     def _few_by_library(self, x: Any) -> bool:
@@ -301,6 +302,7 @@ class FusedNorm(Fused):
         return "" if dense else "x is not contiguous"
 
     def eager(self, x: Any) -> Any:
+        x = lazy.value(x)
         if reason := self.why_not(x):
             return self.fall_back(reason, x)
         # A reader's weights may want a gradient where the norm has none.
@@ -340,7 +342,11 @@ class FusedNorm(Fused):
             return None
         state = (x.numel(), x.dtype, x.device.index)
         if backend.capturing():
-            z, found = self._precomputed(x) if state in self._loaded else (None, {})
+            if state not in self._loaded:
+                return None
+            if (step := lazy.current()) is not None:
+                return self._left_out(x, step)
+            z, found = self._precomputed(x)
             if z is not None:
                 handoff.leave(z, found, captured=True)
             return z
@@ -348,6 +354,21 @@ class FusedNorm(Fused):
             self._loaded |= {state}
             self._precomputed(x)
         return None
+
+    def _left_out(self, x: Tensor, step: lazy.Pass) -> Tensor | None:
+        """The same in a pass of `capture_`, where nothing computes z unless somebody reads it."""
+        found: dict[Fused, Tensor] = {}
+        for kernel, readers, between in self.readers:
+            bound = kernel.bind(x)[0] if between.is_clear() else None
+            if bound is not None and bound.precomputes(x):
+                found.update(zip(readers, bound.run(x), strict=True))
+        alone, _ = self.kernel.bind(x)
+        if not found or alone is None:
+            return None
+        like = (x.shape, x.dtype, x.device)
+        z = step.leave(like, [x, *self.kernel.parameters()], lambda: alone.normalize(x))
+        handoff.leave(z, found, captured=True)
+        return z
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What nobody reads of z is left out of a compiled graph."""

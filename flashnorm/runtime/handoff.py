@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
 from flashnorm.kernels import dispatch
+from flashnorm.runtime.lazy import Lazy
 
 # By bits, so that a NaN is what it was and -0 is not 0; torch.equal takes ten times as long.
 _compare = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
@@ -67,9 +69,28 @@ class Captured:
         return self.found.pop(reader, None)
 
 
+class Unread:
+    """The same for a tensor that is not computed yet, which knows who wrote into it."""
+
+    __slots__ = ("found", "owner")
+
+    def __init__(self, z: Lazy, found: dict[Any, Tensor]) -> None:
+        self.found, self.owner = found, weakref.ref(z)
+
+    def take(self, x: Lazy, reader: Any) -> Tensor | None:
+        """The reader's result, once, if x is what was returned, and nobody wrote into it."""
+        if x is not self.owner() or x.written:
+            return None
+        return self.found.pop(reader, None)
+
+
 def leave(z: Tensor, found: dict[Any, Tensor], captured: bool = False) -> None:
     """Leave results for the readers of z with it."""
-    made = Captured(z, found) if captured else Precomputed(z, found)
+    made: Any
+    if type(z) is Lazy:
+        made = Unread(z, found)
+    else:
+        made = Captured(z, found) if captured else Precomputed(z, found)
     z._flashnorm = made  # type: ignore[attr-defined]
 
 

@@ -62,6 +62,7 @@ def summary(
     training: Sequence[Part],
     experts: str | None = None,
     package: str = "",
+    captures: str = "",
 ) -> str:
     """The fields of an `Acceleration` in some lines, however many layers there are."""
     found, first = rows(parts), f"{_done(parts)} modules run on {kernels}"
@@ -76,6 +77,8 @@ def summary(
         lines.append("the gains were folded first")
     if package:
         lines.append(f"decode steps are compiled: {package}")
+    if captures:
+        lines.append(f"decode steps are captured: {captures}")
     lines += _table(found)
     if training:
         lines += ["", f"in training {_done(training)} modules save less: {_kinds(training)}"]

@@ -110,3 +110,22 @@ def _fixed() -> None:
         layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
         assert layer.cumulative_length == 4
         assert layer.keys[0, 0, :, 0].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+@checks("transformers.cache_utils.StaticSlidingWindowLayer")
+def _window() -> None:
+    """What it does with a token depends on whether it is full, and on nothing else of its count."""
+    kind, count = transformers_names.window_layer(), transformers_names.WINDOW_COUNT
+    assert issubclass(kind, transformers_names.fixed_layer())
+    tokens = torch.arange(1.0, 9.0).view(1, 1, 8, 1)
+    for start in (0, 1, 2, 3, 7):
+        layer = kind(max_cache_len=3, sliding_window=3)
+        for i in range(start):
+            layer.update(tokens[:, :, i : i + 1], tokens[:, :, i : i + 1])
+        held = [layer.keys, layer.values] if start else []
+        assert vars(layer)[count] == start
+        found = layer.update(tokens[:, :, start : start + 1], tokens[:, :, start : start + 1])
+        assert vars(layer)[count] == start + 1
+        assert all(a is b for a, b in zip(held, found, strict=False))  # written in place
+        assert layer.cumulative_length == min(start + 1, 3)
+        assert layer.keys.flatten().tolist() == [*range(max(1, start - 1), start + 2), 0, 0][:3]

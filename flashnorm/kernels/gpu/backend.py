@@ -11,6 +11,7 @@ from flashnorm.kernels import backend, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
 from flashnorm.kernels.gpu import attention, calls, counters, policy, ways
+from flashnorm.kernels.gpu.capture import CudaGraphs
 
 
 class Unpacked:
@@ -127,4 +128,5 @@ GPU = GpuBackend(
     policy.COMPILED,
     GpuAttention(),
     keeps=False,
+    captures=CudaGraphs(),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,17 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-class Inputs:
-    """The parameters and buffers of a model that a step is given, where they are by now."""
+Slot = tuple[dict[str, Any], str]
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self.slots = [_slot(model, name) for name in names]
+
+class Inputs:
+    """The parameters and buffers of a model that a step is given, where they are by now.
+
+    more: where other tensors are held.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], more: Sequence[Slot] = ()) -> None:
+        self.slots = [*(_slot(model, name) for name in names), *more]
         self.expected = _look(self.find())
         self.guards: Any = None  # the same, as torch looks at it
 
@@ -52,7 +58,7 @@ class Inputs:
         return ""
 
 
-def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def _slot(model: nn.Module, name: str) -> Slot:
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if last in owner._parameters else owner._buffers), last
