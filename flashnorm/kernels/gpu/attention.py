@@ -63,7 +63,7 @@ def cut_for(heads: int, width: int, value_width: int, dtype: torch.dtype) -> Cut
         depth = min(power_of_two(width, 16), 32)
         return Cut(TOGETHER, 16, depth, 8 if wide > 128 else 4, 2)
     positions = min(max(8192 // wide, 16), 64)
-    depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 128 else 4
+    depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 64 else 4
     return Cut(TOGETHER, positions, depth, warps, 2 if wide > 128 else 3)
 
 
