@@ -70,9 +70,12 @@ def test_a_padded_batch(twin):
 def test_windows_are_captured_before_and_after_they_are_full(twin, config):
     """The prompt has 5 tokens, the window 8; what the host counts is given as positions."""
     original, model = captured(config)
+    more = {"return_dict_in_generate": True, "output_logits": True}
     with dispatch.forbid_fallback():
-        found = model.generate(ids(), **FIXED)
-    assert torch.equal(found, original.generate(ids(), **GREEDY))
+        found = model.generate(ids(), **FIXED, **more)
+    expected = original.generate(ids(), **GREEDY, **more)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(close(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
     assert twin.replays == GREEDY["max_new_tokens"] - 3
 
 
