@@ -79,6 +79,19 @@ def test_windows_are_captured_before_and_after_they_are_full(twin, config):
     assert twin.replays == GREEDY["max_new_tokens"] - 3
 
 
+def test_positions_are_given_where_only_the_host_has_counted_them(twin):
+    """A loop of forwards that gives masks and no positions, past the end of the window."""
+    original, model = captured(MISTRAL)
+    cache, own = begun(model), begun(original)
+    with dispatch.forbid_fallback():
+        for token in range(9):
+            seen = torch.arange(8).view(1, 1, 1, 8) < 6 + token
+            found = step(model, cache, token, attention_mask=seen)
+            assert close(found, step(original, own, token, attention_mask=seen)), token
+    assert twin.replays == 7
+    assert same_caches(cache, own)
+
+
 def test_a_window_whose_count_is_asked_for_is_not_captured(twin):
     """Without a mask the model makes one from the count; caches are as they were."""
     original, model = captured(MISTRAL)
