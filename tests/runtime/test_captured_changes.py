@@ -83,6 +83,15 @@ def test_what_is_replaced_is_noticed_and_captured_anew(twin, change):
         assert twin.captures == 2
 
 
+def test_a_forward_that_somebody_gave_a_layer_runs_in_the_graph(twin):
+    original, model = captured()
+    for each in (original, model):
+        layer = each.model.layers[1].mlp.down_proj
+        layer.forward = lambda x, w=layer: torch.nn.functional.linear(x, w.weight) * 3
+    run_steps(original, model, lambda _: None)
+    assert twin.replays
+
+
 def test_hooks_are_called(twin):
     original, model = captured()
     handles = []

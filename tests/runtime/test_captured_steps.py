@@ -70,10 +70,26 @@ def test_a_padded_batch(twin):
 def test_windows_are_captured_before_and_after_they_are_full(twin, config):
     """The prompt has 5 tokens, the window 8; what the host counts is given as positions."""
     original, model = captured(config)
+    more = {"return_dict_in_generate": True, "output_logits": True}
     with dispatch.forbid_fallback():
-        found = model.generate(ids(), **FIXED)
-    assert torch.equal(found, original.generate(ids(), **GREEDY))
+        found = model.generate(ids(), **FIXED, **more)
+    expected = original.generate(ids(), **GREEDY, **more)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(close(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
     assert twin.replays == GREEDY["max_new_tokens"] - 3
+
+
+def test_positions_are_given_where_only_the_host_has_counted_them(twin):
+    """A loop of forwards that gives masks and no positions, past the end of the window."""
+    original, model = captured(MISTRAL)
+    cache, own = begun(model), begun(original)
+    with dispatch.forbid_fallback():
+        for token in range(9):
+            seen = torch.arange(8).view(1, 1, 1, 8) < 6 + token
+            found = step(model, cache, token, attention_mask=seen)
+            assert close(found, step(original, own, token, attention_mask=seen)), token
+    assert twin.replays == 7
+    assert same_caches(cache, own)
 
 
 def test_a_window_whose_count_is_asked_for_is_not_captured(twin):

@@ -65,6 +65,18 @@ def test_a_captured_layer_has_four_kernels_and_no_norm_alone(backend):
     assert [call[0] for call in found] == [call[0] for call in (*LAYER, *LAYER)] + ["rms"]
 
 
+def test_kernels_that_were_not_loaded_are_not_captured(backend):
+    _, model = captured()
+    cache = begun(model)
+    step(model, cache)
+    for product in vars(model)["forward"].products:
+        product._loaded.clear()
+    backend.calls.clear()
+    step(model, cache)
+    assert backend.calls
+    assert not any("residual" in call for call in backend.calls)
+
+
 def test_outside_of_steps_nothing_is_another_kernel_than_before(backend):
     """Bit for bit what `accelerate_` alone computes, with the same calls."""
     original, model = captured()
