@@ -32,7 +32,7 @@ from benchmarks.gpu.lowering import code_for
 from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import policy
-from flashnorm.kernels.gpu.backend import GpuBackend
+from flashnorm.kernels.gpu.backend import GpuAttention, GpuBackend
 from flashnorm.runtime import inductor
 
 SIZES = {
@@ -83,7 +83,9 @@ class Standing(GpuBackend):
         return False
 
 
-STANDING = Standing("standing", "cpu", policy.LIMITS, policy.POLICY, policy.COMPILED, keeps=False)
+STANDING = Standing(
+    "standing", "cpu", policy.LIMITS, policy.POLICY, policy.COMPILED, GpuAttention(), keeps=False
+)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ def why_not(model: nn.Module) -> str:
     backend = dispatch.backend_of(*model.parameters())
     if isinstance(backend.attention, str):
         return backend.attention
+    if not backend.uses("attention"):
+        return "attention by a kernel is turned off"
     available, reason = backend.available(torch.device(backend.device))
     if not available:
         return reason

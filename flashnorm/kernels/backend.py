@@ -256,6 +256,11 @@ class Backend(ABC):
         """What is wrong with an x that is not claimed."""
         return f"x is on {x.device}, not where the {self.name} kernels run"
 
+    def uses(self, part: str) -> bool:
+        """Whether a part of what it can do is turned on, by its name; a model that is accelerated
+        meanwhile has it."""
+        return True
+
     def capturing(self) -> bool:
         """Whether the kernels that are called now are recorded, to be run again without Python."""
         return False

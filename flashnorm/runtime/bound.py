@@ -140,7 +140,9 @@ class Kernel:
         device, policy = self.backend.device, self.backend.compiled
         unknown = [str(dtype) for dtype in policy.unknown]
         made = [astuple(self.norm), rows, self.activation]
-        rest = [policy.alone, policy.precompute, most, unknown, policy.fuses, policy.defers]
+        adds, defers = self.backend.uses("residual"), self.backend.uses("deferral")
+        rest = [policy.alone and adds, policy.precompute, most, unknown]
+        rest += [policy.fuses and adds, policy.defers and defers]
         return json.dumps([*made, device, *rest])
 
     @staticmethod

@@ -61,6 +61,8 @@ class Builder:
     @property
     def alone(self) -> list[Fused]:
         """Idle layers that no other forward stands for, which have kernels in captured steps."""
+        if not self.backend.uses("residual"):
+            return []
         inner = {i.module for fused in self.made.values() for i in fused.inner if i.watch}
         return [fused for fused in self.idle.values() if fused.module not in inner]
 

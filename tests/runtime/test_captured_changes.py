@@ -151,7 +151,7 @@ def inference(act):
 @pytest.mark.parametrize(
     ("mode", "why"),
     [(overridden, "TorchFunctionMode"), (inference, "inference_mode")],
-    ids=lambda v: str(v),
+    ids=["function mode", "inference"],
 )
 def test_modes_run_the_models_own_code(mode, why):
     original, model = captured()

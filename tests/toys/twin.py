@@ -161,7 +161,7 @@ class TwinBackend(NumpyBackend):
     name: str = "twin"
     policy: Policy = gpu.POLICY
     compiled: CompiledPolicy = gpu.COMPILED
-    attention: str = gpu.ATTENTION
+    attention: str = "the twin has no attention"
     captures: Twin = field(default_factory=Twin)
     calls: list[Any] = field(default_factory=list)
 

@@ -61,7 +61,7 @@ def cut_for(heads: int, width: int, value_width: int, dtype: torch.dtype) -> Cut
         return Cut(1, positions, power_of_two(width, 16), 8 if half else 4, 2)
     if dtype == torch.float32:
         depth = min(power_of_two(width, 16), 32)
-        return Cut(TOGETHER, 16, depth, 8 if wide > 128 else 4, 2)
+        return Cut(TOGETHER, 16, depth, 8 if wide > 64 else 4, 2)
     positions = min(max(8192 // wide, 16), 64)
     depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 64 else 4
     return Cut(TOGETHER, positions, depth, warps, 2 if wide > 128 else 3)
@@ -115,7 +115,7 @@ def attention_step(
     if splits is None:
         splits = splits_for(shares, length, kept * wide, cut, device)
     programs = shares * splits
-    early = device.capability >= (9, 0) and not ways.interpreted()
+    early = device.starts_early
     arguments = {
         "q": q,
         "q_batch": q.stride(0),

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashnorm.kernels import backend, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
-from flashnorm.kernels.gpu import attention, calls, counters, policy, ways
+from flashnorm.kernels.gpu import attention, calls, counters, policy, switches, ways
 from flashnorm.kernels.gpu.capture import CudaGraphs
 
 
@@ -115,6 +115,9 @@ class GpuBackend(backend.Backend):
 
     def elsewhere(self, x: Tensor) -> str:
         return f"x is on {x.device}, and the model was accelerated on a GPU"
+
+    def uses(self, part: str) -> bool:
+        return switches.on(part)
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -1,6 +1,7 @@
 """Parts of what runs on a GPU that can be turned off: to see what each is worth, or to do without.
 
-FLASHNORM_GPU_OFF has their names, with commas between, for a whole process.
+FLASHNORM_GPU_OFF has their names, with commas between, for a whole process. "early" holds for every
+launch, the others for models that are accelerated meanwhile.
 """
 
 from __future__ import annotations

@@ -1,9 +1,34 @@
 """Parts that can be turned off."""
 
 import pytest
+import torch
 
+import flashnorm
 from flashnorm.errors import FlashNormError
-from flashnorm.kernels.gpu import launch, switches
+from flashnorm.kernels import dispatch
+from flashnorm.kernels.gpu import launch, policy, switches
+from flashnorm.kernels.gpu.backend import GpuAttention, GpuBackend
+from flashnorm.runtime.accelerate import RECORD
+from flashnorm.runtime.bound import read_spec
+from tests.runtime.models import LLAMA, tiny
+
+
+class Standing(GpuBackend):
+    """The GPU's policy for models on the CPU, of which no kernel is called."""
+
+    def __init__(self):
+        rest = (policy.LIMITS, policy.POLICY, policy.COMPILED, GpuAttention())
+        super().__init__("standing", "cpu", *rest, keeps=False)
+
+    def claims(self, x):
+        return True
+
+    def available(self, device):
+        return True, "kernels that stand for those of a GPU"
+
+
+def accelerated():
+    return flashnorm.accelerate_(tiny(LLAMA, torch.float32))
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +69,21 @@ def test_early_starts_are_hopper_s_and_can_be_turned_off(monkeypatch):
     assert not ampere.starts_early
     with switches.off("early"):
         assert not hopper.starts_early
+
+
+def test_a_model_is_accelerated_without_what_is_off():
+    """Its kernels are described, and its attention chosen, once."""
+    backend = Standing()
+    dispatch.register(backend)
+    try:
+        whole = accelerated()
+        with switches.off("residual", "attention", "deferral"):
+            less = accelerated()
+    finally:
+        dispatch.unregister(backend)
+    for model, on in ((whole, True), (less, False)):
+        spec = read_spec(model.model.layers[0].self_attn.o_proj.forward.kernel.written)
+        assert (spec.alone, spec.fuses, spec.defers) == (on, on, on)
+        said = flashnorm.acceleration(model).attention
+        assert said == ("" if on else "attention by a kernel is turned off")
+        assert bool(vars(model)[RECORD].alone) == on
