@@ -18,7 +18,17 @@ from benchmarks.gpu import training
 from benchmarks.gpu.memory import peak
 from benchmarks.gpu.records import Piece, Row, Run
 from benchmarks.gpu.timing import in_turn, on_device, wall
-from benchmarks.gpu.variants import COMPILED, GROUPS, REDUCED, TUNED, build, is_ours, ours
+from benchmarks.gpu.variants import (
+    COMPILED,
+    EACH_PART,
+    EVERY,
+    GROUPS,
+    REDUCED,
+    TUNED,
+    build,
+    is_ours,
+    ours,
+)
 from benchmarks.model_shapes import CONFIGURATIONS
 from flashnorm.bench.check import FLOOR, SLACK, Truth, find_truth, margin
 from flashnorm.bench.models import open_model, parameter_bytes, token_bytes, token_ids
@@ -35,7 +45,14 @@ LENGTHS = (2048, 8192)
 ROUNDS, SECONDS = 7, 10.0
 STEPS = 5  # single ones, that are timed on the device
 # What a group takes on a card with all that it compiles, for 16 layers; the most that is known.
-GROUP_SECONDS = {"plain": 25.0, "captured": 15.0, REDUCED: 42.0, TUNED: 60.0, "hub kernels": 8.0}
+GROUP_SECONDS = {
+    "plain": 25.0,
+    "captured": 15.0,
+    REDUCED: 42.0,
+    TUNED: 60.0,
+    "hub kernels": 8.0,
+    EACH_PART: 75.0,
+}
 ORDER = {"mistral-7b": (REDUCED, "captured", TUNED)}  # of the groups, where not all are measured
 TIGHT = 0.85  # of the free memory that the weights of the truth may take
 
@@ -46,6 +63,13 @@ def decode(run: Run, name: str) -> Iterator[Piece]:
         for group in ORDER.get(name, tuple(GROUPS)):
             key = {"model": name, "group": group}
             yield Piece(DECODE, key, _seconds(name, group), partial(_decode, run, name, group))
+
+
+def parts(run: Run, name: str) -> Iterator[Piece]:
+    """Decoding by a compiled graph of ours, whole and without each part of it."""
+    with _compiling(run):
+        key = {"model": name, "group": EACH_PART}
+        yield Piece(DECODE, key, _seconds(name, EACH_PART), partial(_decode, run, name, EACH_PART))
 
 
 def _seconds(name: str, group: str) -> float:
@@ -177,7 +201,7 @@ def _decode(run: Run, name: str, group: str) -> Row:
     What is wrong of the others is timed all the same, and said; what is wrong of ours is not timed.
     """
     own = bench(run, name)
-    names = PLAIN + GROUPS[group]
+    names = PLAIN + EVERY[group]
     if group == TUNED:
         names += tuple(each for each in GROUPS[REDUCED] if each in own.variants)
     with _ready(own, names) as (variants, failed):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu import correctness, environment, models, operations, scaled, tune
+from benchmarks.gpu import attending, correctness, environment, models, operations, scaled, tune
 from benchmarks.gpu.records import Run, Settings, Stage
 
 
@@ -39,6 +39,13 @@ def stages(settings: Settings) -> list[Stage]:
             "the peaks of a prefill and of a training step",
             partial(models.memory, name=first),
         ),
+        Stage(
+            f"parts-{first}",
+            75,
+            "a decoded token without each part of ours",
+            partial(models.parts, name=first),
+        ),
+        Stage("attention", 20, "attention of one token, by heads and cache", attending.pieces),
         Stage("many-rows", 60, "norm + linear at 64 rows and more", operations.many),
         Stage(
             f"prefill-{first}-compiled",
@@ -65,5 +72,5 @@ def _decode(name: str, seconds: float) -> Stage:
 
 def failures(run: Run) -> int:
     """How many rows say that something of ours is wrong."""
-    found = (correctness, operations, models, scaled)
+    found = (attending, correctness, operations, models, scaled)
     return sum(len(module.failures(run)) for module in found)

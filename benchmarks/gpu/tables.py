@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import correctness, models, operations, scaled
+from benchmarks.gpu import attending, correctness, models, operations, scaled
 from benchmarks.gpu.operations import (
     COMPILED,
     LINEAR,
@@ -61,6 +61,7 @@ def tables(store: Store) -> Iterator[Table]:
     yield _without(store)
     yield _decode(store)
     yield _held(store)
+    yield _attention(store)
     yield _prefill(store)
     yield _memory(store)
     yield _scaled(store)
@@ -171,14 +172,25 @@ def _decode(store: Store) -> Table:
         "ms/token",
         "range",
         "of it on the device",
-        "ours over the same without us",
+        "over its counterpart",
         "of the bandwidth, on the device",
     )
     note = (
-        "one sequence, 64 tokens before; on the device: one step launched ahead, so that no gap is "
+        "one sequence, 64 tokens before; its counterpart is the same without us, and for what "
+        "lacks a part ours with it; on the device: one step launched ahead, so that no gap is "
         "Python's; the bandwidth is that of this run, with every weight read once"
     )
     return Table("Decoding", header, tuple(lines), note)
+
+
+def _attention(store: Store) -> Table:
+    sides = (attending.OURS, attending.GROUPED, attending.REPEATED)
+    header = ("case", "dtype", *(f"{name}, µs" for name in sides), "over the best", "wrong")
+    lines = tuple(attending.table_rows(store.rows(attending.STAGE)))
+    note = (
+        "CUDA graphs on all sides, caches beyond the second-level cache, a mask of what is in use"
+    )
+    return Table("Attention of one token", header, lines, note)
 
 
 def _over_pair(name: str, found: dict[str, Row]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import flashnorm
 from benchmarks.gpu import timing
+from benchmarks.gpu.ours import switched_off
 from flashnorm.bench.models import accelerated_copy, sharing_copy
 from flashnorm.bench.records import EAGER, OURS
 from flashnorm.bench.variants import Variant
@@ -36,11 +37,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     TUNED: (TUNED, ours(TUNED)),
     HUB: (HUB,),
 }
-# Ours, and the same without us.
+WITHOUT = {f"{ours(REDUCED)}, without {part}": part for part in ("early", "attention", "residual")}
+# The last group is of ours alone: each part of it left out once.
+EACH_PART = "each part"
+EVERY = {**GROUPS, EACH_PART: (ours(REDUCED), *WITHOUT)}
+# What is held against the same without us; and what lacks a part, against the whole.
 PAIRS = (
     (EAGER, OURS),
     (COMPILED, ours(COMPILED)),
-    *((names[0], own) for names in GROUPS.values() for own in names[1:]),
+    *((names[0], own) for names in EVERY.values() for own in names[1:]),
 )
 
 
@@ -96,11 +101,27 @@ class Steps(Static):
         return {"cache_implementation": "static"}
 
 
+def _without(part: str, name: str, model: nn.Module, device: str) -> Variant:
+    """Ours in a compiled graph without one part: accelerated, compiled and called without it."""
+    with switched_off(part):
+        made = build(ours(REDUCED), model, device)
+    call = made.call
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with switched_off(part):
+            return call(*args, **kwargs)
+
+    made.name, made.call = name, called
+    return made
+
+
 def build(name: str, model: nn.Module, device: str) -> Variant:
     """The variant `name` of `model`, which is left as it is; weights are shared.
 
     On a CPU (a dry run) nothing is captured or compiled: the same steps run on the same caches.
     """
+    if part := WITHOUT.get(name):
+        return _without(part, name, model, device)
     own, way = is_ours(name), name.removeprefix(f"{OURS}, ")
     made = accelerated_copy(model) if own else sharing_copy(model)
     if way in (EAGER, OURS):

@@ -58,8 +58,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], scale: float) -> 
     return q.new_empty((q.shape[0], 1, q.shape[1], v.shape[3]))
 
 
-def define(name: str) -> None:
-    """Let torch know an operator `name` of SCHEMA, which has no kernel yet."""
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    torch.library.define(name, SCHEMA, tags=tags)
+def define(name: str, layout: torch.Tag) -> None:
+    """Let torch know an operator `name` of SCHEMA, which has no kernel yet.
+
+    layout: what a compiler may do with the strides of its arguments.
+    """
+    torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag, layout))
     torch.library.register_fake(name, _fake)

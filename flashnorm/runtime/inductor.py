@@ -18,7 +18,7 @@ from torch.fx import Graph
 
 from flashnorm import __version__
 from flashnorm.compat.torch_names import TracingContext, graph_passes, inductor_config
-from flashnorm.runtime import fusing
+from flashnorm.runtime import counting, fusing
 
 _log = logging.getLogger(__name__)
 _passes = graph_passes()
@@ -49,10 +49,11 @@ class FuseNorms(_Aware):
 
 
 def fuse_(graph: Graph) -> None:
-    """`fusing.fuse_`; whatever goes wrong there, the graph is compiled."""
+    """`fusing.fuse_` and `counting.count_`; whatever goes wrong there, the graph is compiled."""
     try:
-        if saved := fusing.fuse_(graph):
-            _log.debug("%d operations of a compiled graph are done by products", saved)
+        if any(map(fusing.is_ours, graph.nodes)):
+            saved = fusing.fuse_(graph) + counting.count_(graph)
+            _log.debug("%d operations of a compiled graph are done by others", saved)
     except Exception:
         _log.warning("a compiled graph adds its residuals by themselves", exc_info=True)
 
@@ -77,6 +78,6 @@ def _without_gradient() -> bool:
 def _source() -> str:
     """Our pass, by the text of it."""
     found = sha256(f"{__version__} {torch.__version__}".encode())
-    for module in (__file__, fusing.__file__):
+    for module in (__file__, fusing.__file__, counting.__file__):
         found.update(Path(module).read_bytes())
     return found.hexdigest()

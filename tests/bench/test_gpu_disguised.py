@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import operations
+from benchmarks.gpu import attending, operations
+from benchmarks.gpu.variants import EACH_PART, WITHOUT
 from flashnorm.bench.records import EAGER, OURS
 
 
@@ -19,6 +20,7 @@ def test_on_a_card_that_is_a_cpu_in_disguise(tmp_path):
     pytest.importorskip("triton", reason="there is no Triton here to interpret kernels")
     command = [sys.executable, "-m", "tests.bench.disguised", str(tmp_path)]
     stages = ["ceilings", "checks", "decode-llama", "prefill", "memory", "scaled", "float32"]
+    stages += ["attention", "parts-llama"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["FLASHNORM_GPU_CACHE"] = str(tmp_path / "no-file")
     done = subprocess.run(
@@ -34,6 +36,12 @@ def test_on_a_card_that_is_a_cpu_in_disguise(tmp_path):
     assert found["stages"]["training"][0]["peak_bytes"] == {EAGER: 1, OURS: 1}
     (row,) = (r for r in found["stages"]["operations"] if r["shape"] == "576→960")
     assert set(row["microseconds"]) >= {operations.TRITON, operations.COMPILED}
+    assert len(found["stages"]["attention"]) == len(attending.CASES) + 1
+    for row in found["stages"]["attention"]:
+        assert row["wrong"] == ""
+        assert set(row["microseconds"]) >= {attending.OURS, attending.REPEATED}
+    (row,) = (row for row in found["stages"]["decode"] if row["group"] == EACH_PART)
+    assert set(row["milliseconds"]) >= set(WITHOUT)
 
 
 STEP = """

@@ -15,6 +15,14 @@ LENGTHS = (1, 3, 17, 64, 1000)
 WIDTHS = ((64, 64), (33, 7), (1, 1), (80, 96), (128, 130))  # of k, of v
 GROUPS = ((1, 1), (3, 3), (6, 2), (8, 1), (5, 1))  # heads, kv heads
 MASKS = ("none", "bool", "added")
+# On a GPU half precision multiplies weights by values as two numbers (`plus_weighted`). What is
+# lost of a weight is that of the second one; float16 has no numbers between multiples of 2⁻²⁴, and
+# the largest weight is 2¹⁴ there. One head, and float32, lose nothing.
+LOST = {
+    torch.float32: {},
+    torch.bfloat16: {"rounded": 1.25 * 2.0**-16},
+    torch.float16: {"rounded": 1.25 * 2.0**-20, "lost": 2.0**-39},
+}
 
 
 def made(batch, heads, length, widths, dtype, scale=1.0):

@@ -69,7 +69,7 @@ def _fake_linear(
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("flashnorm::norm_linear_cpu", LINEAR, tags=_TAGS)
 torch.library.register_fake("flashnorm::norm_linear_cpu", _fake_linear)
-attention.define("flashnorm::attend_cpu")
+attention.define("flashnorm::attend_cpu", torch.Tag.needs_exact_strides)
 
 
 def _register() -> bool:

@@ -50,21 +50,21 @@ class Cut:
 def cut_for(heads: int, width: int, value_width: int, dtype: torch.dtype) -> Cut:
     """heads: those that share keys and values.
 
-    What is loaded at a time is 16 KB of k and as much of v, of half that where two stages of it
-    would not leave room for a second program. float32 is multiplied from registers.
+    What is loaded at a time is at most 16 KB of k and as much of v, and less where registers would
+    spill otherwise (read off what it compiles to). float32 is multiplied from registers.
     """
     wide = power_of_two(max(width, value_width), 16)
     if heads == 1:
         half = dtype != torch.float32
-        numbers = 4096 if half and wide <= 128 else 2048
+        numbers = 4096 if half and wide <= 128 else 1024
         positions = min(max(numbers // wide, 4), 64)
         return Cut(1, positions, power_of_two(width, 16), 8 if half else 4, 2)
     if dtype == torch.float32:
         depth = min(power_of_two(width, 16), 32)
-        return Cut(TOGETHER, 16, depth, 8 if wide > 64 else 4, 2)
-    positions = min(max(8192 // wide, 16), 64)
+        return Cut(TOGETHER, 16, depth, 8 if wide > 64 else 4, 2 if wide > 128 else 1)
+    positions = min(8192 // wide, 64) if wide <= 128 else 16
     depth, warps = min(power_of_two(width, 16), 256), 8 if wide > 64 else 4
-    return Cut(TOGETHER, positions, depth, warps, 2 if wide > 128 else 3)
+    return Cut(TOGETHER, positions, depth, warps, 2)
 
 
 def splits_for(shares: int, length: int, numbers: int, cut: Cut, device: Device) -> int:
@@ -204,10 +204,15 @@ def _run(q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], scale: float) -> T
         fell_back(reason)
         y = F.scaled_dot_product_attention(q, k, v, given, scale=scale, enable_gqa=True)
         return y.transpose(1, 2).contiguous()
-    return attend(q, k, v, scale, given)
+    return attend(_dense_rows(q), _dense_rows(k), _dense_rows(v), scale, given)
 
 
-attention.define(OPERATOR)
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+# Of any strides: a mask that is one row for all heads would be copied for each layer.
+attention.define(OPERATOR, torch.Tag.flexible_layout)
 torch.library.impl(OPERATOR, "CompositeExplicitAutograd", _run)
 
 

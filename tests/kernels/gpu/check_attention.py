@@ -15,21 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from flashnorm.kernels.gpu import attention, counters
 from flashnorm.kernels.gpu.launch import HOPPER, Device, device_of
 from flashnorm.kernels.gpu.step import execute
-from tests.kernels.attending import INF, MASKS, assert_close, made, mask_of
+from tests.kernels.attending import INF, LOST, MASKS, assert_close, made, mask_of
 from tests.kernels.cases import DTYPES
 from tests.kernels.gpu.calls import DEVICE, interpreted, on_device, permuted
 
 NAN = float("nan")
 HEADS = ((3, 3), (4, 2), (8, 2), (7, 1), (19, 1))  # heads, kv heads; 19 are two programs
 WIDTHS = ((64, 64), (33, 7), (1, 1), (80, 96), (20, 260))  # of k, of v
-# Half precision multiplies weights by values as two numbers (`plus_weighted`). What is lost of a
-# weight is that of the second one; float16 has no numbers between multiples of 2⁻²⁴, and the
-# largest weight is 2¹⁴ there. One head, and float32, lose nothing.
-LOST = {
-    torch.float32: {},
-    torch.bfloat16: {"rounded": 1.25 * 2.0**-16},
-    torch.float16: {"rounded": 1.25 * 2.0**-20, "lost": 2.0**-39},
-}
 
 
 def attend(q, k, v, scale, mask=None, splits=None):
