@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -88,21 +88,28 @@ def _driver() -> tuple[Any, Any] | None:
     """cuStreamGetCaptureInfo and cuGraphGetNodes, or None where the driver has none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        info, nodes = driver.cuStreamGetCaptureInfo_v2, driver.cuGraphGetNodes
+        nodes = driver.cuGraphGetNodes
+        # The third also tells of edges that are no plain ones, such as those of kernels that start
+        # before others have ended; the second fails where there are any.
+        newer = hasattr(driver, "cuStreamGetCaptureInfo_v3")
+        info = driver.cuStreamGetCaptureInfo_v3 if newer else driver.cuStreamGetCaptureInfo_v2
     except (OSError, AttributeError):
         return None
     pointer = ctypes.c_void_p
-    info.argtypes = [
-        pointer,
-        ctypes.POINTER(ctypes.c_int),
-        ctypes.POINTER(ctypes.c_uint64),
-        ctypes.POINTER(pointer),
-        ctypes.POINTER(ctypes.POINTER(pointer)),
-        ctypes.POINTER(ctypes.c_size_t),
-    ]
+    given = [pointer, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64)]
+    given += [ctypes.POINTER(pointer), ctypes.POINTER(ctypes.POINTER(pointer))]
+    edges = [ctypes.POINTER(pointer)] if newer else []
+    info.argtypes = [*given, *edges, ctypes.POINTER(ctypes.c_size_t)]
     nodes.argtypes = [pointer, pointer, ctypes.POINTER(ctypes.c_size_t)]
     info.restype = nodes.restype = ctypes.c_int
-    return info, nodes
+    return (partial(_with_edges, info) if newer else info), nodes
+
+
+def _with_edges(info: Any, *given: Any) -> int:
+    """The newer question, of which the edges are not looked at."""
+    *first, many = given
+    found: int = info(*first, ctypes.byref(ctypes.c_void_p()), many)
+    return found
 
 
 def _position(stream: int) -> tuple[int, int, tuple[int | None, ...]] | None:

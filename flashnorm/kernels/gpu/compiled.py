@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from flashnorm.kernels import norms
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu import gemm, rows, skinny
+from flashnorm.kernels.gpu import attention, gemm, rows, skinny
 from flashnorm.kernels.gpu.launch import Device
 from flashnorm.kernels.gpu.step import Step
 from flashnorm.kernels.norms import NormKind
@@ -129,6 +130,7 @@ READERS: dict[str, tuple[tuple[int, ...], str | None]] = {
 FEW = (1, 16, 64)
 MANY = 4096
 N = 4096
+SHARED, HEADS = (1, 4, 8), (64, 128, 256)  # heads that share keys; features of a head
 
 
 def every_step(device: Device) -> Iterator[tuple[str, Step]]:
@@ -137,6 +139,7 @@ def every_step(device: Device) -> Iterator[tuple[str, Step]]:
         for norm, (kind, options) in NORMS.items():
             yield from _products(device, dtype, norm, kind, options)
             yield from _norms(dtype, norm, kind, options)
+        yield from _attentions(device, dtype)
 
 
 def _products(
@@ -172,6 +175,21 @@ def _norms(
         yield f"gate {where} silu", rows.gate_step(call, made, s, made[0])
     if kind is not norms.NONE:
         yield f"normalize {where}", rows.normalize_step(call, made[0])
+
+
+def _attentions(device: Device, dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Of a length that nothing divides, as those are that change with every token."""
+
+    def made(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    for shared, width, mask in product(SHARED, HEADS, (None, torch.bool, dtype)):
+        q, k = made(1, 8 * shared, 1, width), made(1, 8, N + 1, width)
+        hides = None if mask is None else made(1, 1, 1, N + 1, dtype=mask)
+        out = made(1, 1, 8 * shared, width)
+        said = {None: "none", torch.bool: "bool"}.get(mask, "added")
+        step = attention.attention_step(q, k, k, hides, 0.1, out, device)
+        yield f"attend {TYPES[dtype]} {said} heads={shared} width={width}", step
 
 
 def table(capability: int, only: re.Pattern[str] | None = None) -> dict[str, dict[str, int]]:

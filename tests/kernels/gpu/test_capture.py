@@ -98,5 +98,31 @@ def test_the_driver_is_asked_by_its_names():
     if found is None:
         pytest.skip("no driver here")
     info, nodes = found
-    assert len(info.argtypes) == 6
+    assert len(getattr(info, "args", (info,))[0].argtypes) in (6, 7)
     assert len(nodes.argtypes) == 3
+
+
+@pytest.mark.parametrize("newest", [2, 3])
+def test_the_newest_question_that_a_driver_knows_is_asked(newest, monkeypatch, driver):
+    """The third has room for the kinds of edges before the number of nodes."""
+    asked = []
+
+    def third(*given):
+        asked.append(len(given))
+        *first, edges, many = given
+        assert edges._obj.value is None
+        return driver.info(*first, many)
+
+    names = {"cuGraphGetNodes": driver.nodes, "cuStreamGetCaptureInfo_v2": driver.info}
+    if newest == 3:
+        names["cuStreamGetCaptureInfo_v3"] = third
+    library = type("Library", (), {})()
+    for name, function in names.items():
+        made = type("Function", (), {"__call__": staticmethod(function)})()
+        setattr(library, name, made)
+    monkeypatch.undo()
+    monkeypatch.setattr(capture.ctypes, "CDLL", lambda name: library)
+    found = capture._driver.__wrapped__()
+    monkeypatch.setattr(capture, "_driver", lambda: found)
+    assert capture._position(11) == (7, 5, (3,))
+    assert asked == ([7] if newest == 3 else [])
