@@ -83,6 +83,7 @@ def test_a_table_has_every_kernel_norm_and_dtype(version):
             for kernel in ("row_scale", "add_stats", "gate"):
                 assert {(kernel, dtype, "rms"), (kernel, dtype, "layer")} <= words
             assert ("normalize", dtype, "dyt") in words
+            assert {("attend", dtype, mask) for mask in ("none", "bool", "added")} <= words
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -102,14 +103,19 @@ def test_the_table_is_what_the_kernels_compile_to(only):
 
 
 # Kernels that start before the one in front of them has ended, and may not read what it makes.
-EARLY = r"^skinny bf16 (rms|layer|rms\*gain|none\+residual) (one|three|glu|split) M=(1|16|64)$"
+EARLY = (
+    r"^(skinny bf16 (rms|layer|rms\*gain|none\+residual) (one|three|glu|split) M=(1|16|64)"
+    r"|attend bf16 (none|bool) heads=[14] width=128)$"
+)
 INSTRUCTIONS = """
 import json, re, sys
 from flashnorm.kernels.gpu import compiled
 only, said = re.compile(sys.argv[1]), re.compile(sys.argv[2])
 
 def copies(step):
-    "How many of 16 bytes each thread needs for the weights of all stages."
+    "How many of 16 bytes each thread needs for the weights of all stages, if it has weights."
+    if "w0" not in step.arguments:
+        return 0
     tile = {name: step.arguments[name] for name in ("COLUMNS", "DEPTH", "STAGES")}
     halves = 1 if step.arguments["ACTIVATION"] is None else 2
     size = step.arguments["w0"].element_size()
@@ -141,7 +147,7 @@ def test_on_hopper_nothing_is_read_before_the_wait_but_asked_for(instructions):
         assert found.count("griddepcontrol.wait") == 1, name
         assert found[at + 1] == "griddepcontrol.launch_dependents", name
         assert at == found.count("prefetch.global.L2"), name
-        assert set(found[:at]) == {"prefetch.global.L2"}, name
+        assert (at > 0) == name.startswith("skinny"), name
 
 
 def test_older_cards_run_the_kernels_without_that(instructions):
@@ -155,4 +161,5 @@ def test_weights_are_copied_16_bytes_at_a_time(instructions):
     for target, kernels in instructions.items():
         for name, (needed, found) in kernels.items():
             wide = [each for each in found if re.search(r"cp\.async\.cg.*\b0x10\b", each)]
-            assert len(wide) >= needed > 0, (target, name)
+            assert len(wide) >= needed, (target, name)
+            assert (needed > 0) == name.startswith("skinny"), name
