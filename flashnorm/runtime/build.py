@@ -187,8 +187,8 @@ class Builder:
 
     def _norm(self, path: str) -> Fused:
         module, norm = self.model.get_submodule(path), self.affine(path)
-        names = dict(zip(("gain", "bias", "alpha"), norm.names(), strict=True))
-        told = replace(self.fusible.norms[path], path="", **names)
+        gain, bias, alpha = norm.names()
+        told = replace(self.fusible.norms[path], path="", gain=gain, bias=bias, alpha=alpha)
         readers = [
             (
                 Kernel(self.backend, norm, module, products, activation),
