@@ -120,7 +120,7 @@ def _with_dyt(config: PretrainedConfig, layers: int) -> nn.Module:
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, DyT(config.hidden_size).bfloat16())
+            setattr(model.get_submodule(parent), name, DyT(config.hidden_size).bfloat16().eval())
     return model
 
 

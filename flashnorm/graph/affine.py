@@ -1,13 +1,14 @@
 """Whether a module is `norm(x) · (offset + gain) + bias` with whole parameters, and with which.
 
-Gain and bias are evaluated as for folding (`gains.convention`): as functions of one parameter each,
-element by element in its order. A buffer, a view or a permutation is neither.
+norm(x) may be tanh(αx), where α is a whole parameter of one element. Gain and bias are evaluated as
+for folding (`gains.convention`): as functions of one parameter each, element by element in its
+order. A buffer, a view or a permutation is neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from flashnorm.graph.flow import Flow, GainUse
 from flashnorm.graph.gains import NotAffine, convention
@@ -25,11 +26,15 @@ NOT_AFFINE = (
 )
 NOT_BIAS = "what it adds is not a whole parameter of {} elements, in its order"
 NOT_KIND = "the kernels have no {} norm by itself"
+NOT_DYNAMIC = "it is not tanh(αx) of its one argument, with α a whole parameter of one element"
 
 
 @dataclass(frozen=True)
 class Normed:
-    """A module that returns `norm(x) · (offset + gain) + bias` of its one argument: parameters."""
+    """A module that returns `norm(x) · (offset + gain) + bias` of its one argument: parameters.
+
+    `alpha` is that of tanh(αx), empty for any other norm.
+    """
 
     path: str
     kind: str
@@ -38,6 +43,7 @@ class Normed:
     gain: str = ""
     offset: float = 0.0
     bias: str = ""
+    alpha: str = ""
 
 
 class Unfit(Exception):
@@ -46,12 +52,16 @@ class Unfit(Exception):
 
 def normed(graph: Graph, number: int, norm_calls: Mapping[int, NormCall], within: Within) -> Normed:
     """The norm that a call is. Raises Unfit."""
-    call = graph.calls[number]
-    own = [norm_calls[index] for index in within.nodes(number) if index in norm_calls]
-    if len(own) != 1 or not _is_alone(graph, call, own[0]) or not within.is_pure(number):
+    call, nodes = graph.calls[number], within.nodes(number)
+    own = [norm_calls[index] for index in nodes if index in norm_calls]
+    if len(own) != 1 or not within.is_pure(number):
         raise Unfit(NOT_ALONE)
-    norm_call = own[0]
-    if not norms.described(norm_call.kind).scales:
+    norm_call, alpha = own[0], ""
+    if norms.described(norm_call.kind).learns_alpha:
+        norm_call, alpha = _dynamic(graph, call, norm_call, nodes)
+    if not _is_alone(graph, call, norm_call):
+        raise Unfit(NOT_ALONE)
+    if not (alpha or norms.described(norm_call.kind).scales):
         raise Unfit(NOT_KIND.format(norm_call.kind))
     if not norm_call.standard or norm_call.eps is None:
         raise Unfit(NOT_ALONE)
@@ -64,9 +74,33 @@ def normed(graph: Graph, number: int, norm_calls: Mapping[int, NormCall], within
     if (added.offset, added.scale) != (0.0, 1.0):
         raise Unfit(NOT_BIAS.format(norm_call.width))
     eps, width = float(norm_call.eps), norm_call.width
-    return Normed(
-        call.path, norm_call.kind, width, eps, found.parameter, found.offset, added.parameter
-    )
+    parameters = (found.parameter, found.offset, added.parameter, alpha)
+    return Normed(call.path, norm_call.kind, width, eps, *parameters)
+
+
+def _dynamic(
+    graph: Graph, call: Call, norm_call: NormCall, nodes: Sequence[int]
+) -> tuple[NormCall, str]:
+    """(a norm tanh(αx) as one of the call's argument, the name of α).
+
+    As it was found it is one of whatever x is a multiple of, which may lie before the call.
+    """
+    argument = [same_as(graph, value) for value in call.received[:1]]
+    into = same_as(graph, norm_call.node.inputs[0])
+    product = graph.producer(into)
+    if norm_call.node.op != "tanh" or product is None or graph.values[into].node not in nodes:
+        raise Unfit(NOT_DYNAMIC)
+    if product.op != "mul" or len(product.inputs) != 2:
+        raise Unfit(NOT_DYNAMIC)
+    for x, factor in (product.inputs, product.inputs[::-1]):
+        held = graph.values[same_as(graph, factor)]
+        if [same_as(graph, x)] != argument or held.origin != "parameter":
+            continue
+        if held.shape in ((), (1,)):
+            width = graph.values[call.received[0]].shape[-1]
+            own = replace(norm_call, width=width, eps=0.0, source=argument[0], standard=True)
+            return own, held.parameter
+    raise Unfit(NOT_DYNAMIC)
 
 
 def _is_alone(graph: Graph, call: Call, norm_call: NormCall) -> bool:

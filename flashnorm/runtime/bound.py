@@ -22,7 +22,8 @@ GONE = "a parameter is no longer held by its module: it is computed, or was remo
 class Norm:
     """What a norm module computes: `norm(x) · (offset + gain) + bias`, by the names it holds.
 
-    kind is the name of a `NormKind`; gain and bias are attributes of the module, or empty.
+    kind is the name of a `NormKind`; gain, bias and α of tanh(αx) are attributes of the module,
+    or empty.
     """
 
     kind: str
@@ -30,6 +31,11 @@ class Norm:
     gain: str = ""
     offset: float = 0.0
     bias: str = ""
+    alpha: str = ""
+
+    def names(self) -> tuple[str, str, str]:
+        """Of gain, bias and alpha, in this order."""
+        return self.gain, self.bias, self.alpha
 
 
 NO_NORM = Norm(norms.NONE.name, 0.0)
@@ -152,7 +158,7 @@ class Kernel:
     def _names(self) -> list[tuple[nn.Module, str]]:
         found = []
         if self.holder is not None:
-            found += [(self.holder, name) for name in (self.norm.gain, self.norm.bias) if name]
+            found += [(self.holder, name) for name in self.norm.names() if name]
         for module, rows in self.products:
             found += [(module, name) for name in (rows.weight, rows.bias) if name]
         return found
@@ -189,7 +195,7 @@ class Kernel:
         """The arguments, as the plain functions take them."""
         made = read_spec(self.written)
         norm = made.norm
-        gain, bias = (self._held(name) for name in (norm.gain, norm.bias))
+        gain, bias, alpha = self._vectors(norm)
         pairs = [part(*product) for product in zip(self.modules, made.products, strict=True)]
         return Call(
             x,
@@ -200,8 +206,13 @@ class Kernel:
             gain,
             norm.offset,
             bias,
+            alpha,
             activation=made.activation,
         )
+
+    def _vectors(self, norm: Norm) -> list[Tensor | None]:
+        """Gain, bias and α. (torch.compile cannot call a method of a constant.)"""
+        return [self._held(name) for name in (norm.gain, norm.bias, norm.alpha)]
 
     def _held(self, name: str) -> Tensor | None:
         return getattr(self.holder, name) if name else None
@@ -219,11 +230,27 @@ class Kernel:
             total, found = product.rows.total, self._weight(product).shape[0]
             if found != total:
                 return f"a weight had {total} rows and has {found} now"
-        return ""
+        return self.misfit(x)
+
+    def misfit(self, x: Tensor) -> str:
+        """Why the norm's parameters, as they are now, are not those of one for x, or empty."""
+        return misfit(x.shape[-1:], *self._vectors(read_spec(self.written).norm))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was bound, which holds addresses of this process."""
         return {**self.__dict__, "_bound": ([], None, "")}
+
+
+def misfit(
+    width: torch.Size, gain: Tensor | None, bias: Tensor | None, alpha: Tensor | None
+) -> str:
+    """Why these are not [n], [n] and one number; a module would broadcast what they are."""
+    for vector in (gain, bias):
+        if vector is not None and vector.shape != width:
+            return f"a gain or a bias is {list(vector.shape)}, and not {list(width)} like x"
+    if alpha is not None and alpha.shape not in ((), (1,)):
+        return f"alpha is {list(alpha.shape)}, and no longer one number"
+    return ""
 
 
 def whole(module: nn.Module, rows: Slice) -> Tensor:

@@ -187,7 +187,8 @@ class Builder:
 
     def _norm(self, path: str) -> Fused:
         module, norm = self.model.get_submodule(path), self.affine(path)
-        told = replace(self.fusible.norms[path], path="", gain=norm.gain, bias=norm.bias)
+        gain, bias, alpha = norm.names()
+        told = replace(self.fusible.norms[path], path="", gain=gain, bias=bias, alpha=alpha)
         readers = [
             (
                 Kernel(self.backend, norm, module, products, activation),
@@ -200,15 +201,16 @@ class Builder:
         return FusedNorm(module, kernel, readers, *self._known(path, told))
 
     def affine(self, path: str) -> Norm:
-        """The norm with the gain and bias that its module holds, if it holds nothing else."""
+        """The norm with the gain, bias and α that its module holds, if it holds nothing else."""
         if path not in self.fusible.norms:
             raise Refused(self.fusible.unfit.get(path, NOT_ALONE))
         norm, module = self.fusible.norms[path], self.model.get_submodule(path)
-        gain, bias = (self.held(module, name) if name else "" for name in (norm.gain, norm.bias))
+        names = (norm.gain, norm.bias, norm.alpha)
+        gain, bias, alpha = (self.held(module, name) if name else "" for name in names)
         held = {name for name, parameter in module.named_parameters()}
-        if held != {name for name in (gain, bias) if name}:
+        if held != {name for name in (gain, bias, alpha) if name}:
             raise Refused(NOT_OWN)
-        return Norm(norm.kind, norm.eps, gain, norm.offset, bias)
+        return Norm(norm.kind, norm.eps, gain, norm.offset, bias, alpha)
 
     def _between(self, path: str, readers: Sequence[Fused]) -> Between:
         """Who is called between a norm and these readers: what one is in, and the other is not."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from flashnorm.compat.torch_names import tracing_state, without_dispatch_modes
 from flashnorm.kernels import autograd, dispatch, gradient, norms
-from flashnorm.runtime.bound import GONE, Norm
+from flashnorm.runtime.bound import GONE, Norm, misfit
 from flashnorm.runtime.forwards import Inner
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, Watch
@@ -146,12 +146,12 @@ def _wants(*tensors: Tensor | None) -> bool:
 
 
 class NormStep(Step):
-    """z of a norm, recomputed from x and s. `alpha` is the parameter's name where it has one."""
+    """z of a norm, recomputed from x and s."""
 
-    def __init__(self, module: nn.Module, norm: Norm, alpha: str = "") -> None:
+    def __init__(self, module: nn.Module, norm: Norm) -> None:
         super().__init__(module)
         self.form = autograd.Form(norms.find(norm.kind), norm.eps, norm.offset)
-        self.names = (norm.gain, norm.bias, alpha)
+        self.names = norm.names()
 
     def parameters(self) -> Sequence[Tensor | None]:
         held = self.module._parameters
@@ -159,6 +159,9 @@ class NormStep(Step):
 
     def useful(self, x: Any) -> bool:
         return isinstance(x, Tensor) and (x.requires_grad or _wants(*self.module.parameters()))
+
+    def why_not(self, x: Tensor) -> str:
+        return super().why_not(x) or misfit(x.shape[-1:], *self.parameters())
 
     def run(self, x: Tensor) -> Tensor:
         parameters = self.parameters()

@@ -14,8 +14,7 @@ from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Rows
 from flashnorm.kernels import norms
 from flashnorm.plan import Site
-from flashnorm.runtime.bound import Norm
-from flashnorm.runtime.build import NOT_OWN, REPLACED, Builder, Part, Refused
+from flashnorm.runtime.build import REPLACED, Builder, Part, Refused
 from flashnorm.runtime.steps import GatedStep, Half, LinearStep, NormStep, Step
 
 
@@ -78,17 +77,4 @@ class Trainer:
         dynamic = norms.described(site.kind).learns_alpha
         if len(sites) > 1 or not site.replaceable or (site.eps is None and not dynamic):
             raise Refused(NOT_ALONE)
-        if not dynamic:
-            return NormStep(module, self.builder.affine(path))
-        return self._dynamic(site, module)
-
-    def _dynamic(self, site: Site, module: nn.Module) -> Step:
-        """DyT's third parameter, one number, is its α; the first call shows whether that is so."""
-        gain = self.builder.held(module, site.gain.parameter) if site.gain else ""
-        bias = self.builder.held(module, site.norm_bias) if site.norm_bias else ""
-        others = {name: p for name, p in module.named_parameters() if name not in (gain, bias)}
-        numbers = [name for name, p in others.items() if p.numel() == 1 and "." not in name]
-        if len(others) != 1 or len(numbers) != 1:
-            raise Refused(NOT_OWN)
-        offset = site.gain.offset if site.gain else 0.0
-        return NormStep(module, Norm(site.kind, 0.0, gain, offset, bias), numbers[0])
+        return NormStep(module, self.builder.affine(path))

@@ -37,6 +37,15 @@ def test_the_pass_saves_the_sums_and_kernels_the_rest(name, sums, more):
 
 
 @pytest.mark.slow
+def test_a_dynamic_tanh_is_in_the_products_like_another_norm():
+    """A layer has as many kernels as with RMSNorm."""
+    plain, found = (layer(MODELS[name], WITH) for name in ("Llama", "DyT Llama"))
+    assert found.count(OURS) == 4
+    assert not any("tanh" in kernel for kernel in words(found))
+    assert found.kernels == plain.kernels
+
+
+@pytest.mark.slow
 def test_small_kernels_can_be_combined():
     assert layer(MODELS["Llama"], WITH, combo_kernels=True).total == 7
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flashnorm
+from flashnorm.graph.affine import NOT_ALONE, NOT_DYNAMIC, Normed
 from flashnorm.graph.fusible import Gated, Linear, Rows, find_fusible
 from flashnorm.graph.recording import record
 from flashnorm.kernels.cpu import calls as cpu
@@ -292,3 +293,137 @@ class Last(nn.Module):
 def test_who_does_not_always_read_the_very_output_is_no_reader(kind):
     assert "norm" not in fusible(kind()).readers
     assert check(kind())["norm"].precomputed == ()
+
+
+class Spelled(nn.Module):
+    """A norm with the parameters that its code, an expression of itself `m` and x, names."""
+
+    def __init__(self, code, alpha=(1,)):
+        super().__init__()
+        shapes = {"alpha": alpha, "gain": (N,), "bias": (N,)}
+        for name, shape in shapes.items():
+            if f"m.{name}" in code:
+                setattr(self, name, nn.Parameter(torch.randn(shape)))
+        if "m.number" in code:
+            self.register_buffer("number", torch.tensor([0.7]))
+
+
+def spelled(code, alpha=(1,)):
+    """The module of a class of its own, as a person would have written it."""
+    names = {"torch": torch}
+    exec(f"def forward(m, x):\n    return {code}", names)
+    return type("Dynamic", (Spelled,), {"forward": names["forward"]})(code, alpha)
+
+
+TANH = {
+    "torch.tanh(m.alpha * x) * m.gain + m.bias": 0.0,
+    "m.bias + m.gain * (x * m.alpha).tanh()": 0.0,
+    "torch.tanh(m.alpha * x) * m.gain": 0.0,
+    "torch.tanh(x * m.alpha) + m.bias": 0.0,
+    "torch.tanh(x * m.alpha)": 0.0,
+    "torch.tanh(m.alpha * x) * (1 + m.gain) + m.bias": 1.0,
+    "torch.tanh(m.alpha.float() * x.float()).to(x.dtype) * m.gain": 0.0,
+    "x.mul(m.alpha).tanh_().mul_(m.gain)": 0.0,
+}
+
+
+@pytest.mark.parametrize("alpha", [(1,), ()], ids=str)
+@pytest.mark.parametrize("code", TANH)
+def test_a_dynamic_tanh(code, alpha):
+    module = Before(nn.Linear(N, N))
+    module.norm = spelled(code, alpha)
+    held = {name: f"norm.{name}" for name, _ in module.norm.named_parameters()}
+    gain, bias = held.get("gain", ""), held.get("bias", "")
+    expected = Normed("norm", "dyt", N, 0.0, gain, TANH[code], bias, "norm.alpha")
+    assert fusible(module).norms == {"norm": expected}
+    part = check(module)["norm"]
+    assert (part.reason, part.precomputed) == ("", ("inner",))
+
+
+# What only looks like one, with the reason; None where it is no norm at all.
+NO_TANH = {
+    "torch.tanh(x) * m.gain": None,  # an activation with a scale
+    "torch.tanh(0.5 * x) * m.gain": None,
+    "torch.tanh(m.number * x) * m.gain": None,
+    "torch.tanh(x / m.alpha) * m.gain": NOT_DYNAMIC,
+    "torch.tanh((m.alpha + 1) * x) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha.exp() * x) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(2 * m.alpha * x) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x * 2) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * m.alpha * x) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x + 1) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * (x + 1)) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x.sin()) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x.clamp(-1, 1)) * m.gain": NOT_DYNAMIC,
+    "torch.tanh((m.alpha * x).clamp(-1, 1)) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x).clamp(-0.5, 0.5) * m.gain": NOT_ALONE,
+    "torch.tanh(m.alpha * torch.tanh(m.alpha * x)) * m.gain": NOT_ALONE,
+    "torch.tanh(m.alpha * x) * m.gain + x": NOT_ALONE,
+    "torch.tanh(m.alpha * x) * (m.gain + x)": NOT_ALONE,
+    "torch.erf(m.alpha * x) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x.flip(-1)) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x[..., :1]) * m.gain": NOT_DYNAMIC,
+    "torch.tanh(m.alpha * x) * m.gain[0] + m.bias": "a whole parameter",
+    "torch.tanh(m.alpha * x) * m.gain.flip(0)": "a whole parameter",
+}
+
+
+@pytest.mark.parametrize("code", NO_TANH)
+def test_what_only_looks_like_a_dynamic_tanh(code):
+    refused(Before(nn.Linear(N, N)), spelled(code), NO_TANH[code])
+
+
+# One number of more axes than x could give the result more axes than x has.
+ALPHAS = {(N,): None, (1, N): None, (3, 1): None, (1, 1): NOT_DYNAMIC, (1, 1, 1): NOT_DYNAMIC}
+
+
+@pytest.mark.parametrize("shape", ALPHAS, ids=str)
+def test_alpha_that_is_no_single_number(shape):
+    code = "torch.tanh(m.alpha * x) * m.gain + m.bias"
+    refused(Before(nn.Linear(N, N)), spelled(code, shape), ALPHAS[shape])
+
+
+def refused(module, norm, reason):
+    module.norm = norm
+    found = fusible(module)
+    assert "norm" not in found.norms
+    assert (reason or "") in found.unfit.get("norm", "")
+    parts = check(module)
+    assert "norm" not in parts or parts["norm"].reason
+
+
+class Scales(nn.Module):
+    """What the norm is given is a multiple of something, which is not the norm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(1))
+        self.norm = spelled("torch.tanh(m.alpha * x) * m.gain + m.bias")
+        self.inner = nn.Linear(N, N)
+
+    def forward(self, x):
+        return self.inner(self.norm(self.scale * x)) + self.inner(self.norm(x * 3))
+
+
+def test_what_a_dynamic_tanh_is_given_does_not_matter():
+    assert fusible(Scales()).norms["norm"].alpha == "norm.alpha"
+    assert not check(Scales())["norm"].reason
+
+
+class Elsewhere(nn.Module):
+    """αx is made outside of the module that is called with x."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = spelled("torch.tanh(m.product) * m.gain"), nn.Linear(N, N)
+        self.norm.alpha = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        self.norm.product = self.norm.alpha * x
+        return self.inner(self.norm(x))
+
+
+def test_a_product_that_is_made_elsewhere_is_not_the_modules_own():
+    found = fusible(Elsewhere())
+    assert "norm" not in found.norms
+    assert NOT_DYNAMIC in found.unfit["norm"]

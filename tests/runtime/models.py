@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from tests.errors import relative, rounding
+from tests.test_dyt import PublishedDyT
 
 SIZES = {
     "hidden_size": 64,
@@ -31,6 +32,20 @@ def tiny(config=LLAMA, dtype=torch.float32, seed=0):
                 parameter.mul_(4)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def dyt(dtype=torch.float32):
+    """A Llama whose norms are DyT, with random parameters."""
+    model = tiny(LLAMA, torch.float32)
+    torch.manual_seed(4)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, name = path.rpartition(".")
+            made = PublishedDyT(SIZES["hidden_size"])
+            for parameter in made.parameters():
+                torch.nn.init.normal_(parameter, 0.2, 0.1)  # larger ones saturate the softmax
+            setattr(model.get_submodule(parent), name, made)
+    return model.to(dtype).eval()
 
 
 def ids(batch=1, length=5, seed=1):

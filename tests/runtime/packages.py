@@ -14,6 +14,6 @@ LENGTH = 40
 
 def accelerated(directory, config=LLAMA, dtype=torch.float32, batch=1):
     """A model as it is, and one like it with a package."""
-    original = tiny(config, dtype)
+    original = config(dtype) if callable(config) else tiny(config, dtype)
     package = flashnorm.Package(directory, LENGTH, batch)
     return original, flashnorm.accelerate_(copy.deepcopy(original), package=package)

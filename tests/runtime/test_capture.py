@@ -23,13 +23,14 @@ from flashnorm.kernels.gpu import policy as gpu
 from flashnorm.runtime.forwards import FusedGated, FusedLinear, FusedNorm
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import random
-from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
+from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny
 from tests.toys.numpy_backend import NumpyBackend
 
 GEMMA = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=16)
 PHI3 = Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
 ATTENTION = "numpy has no attention for a capture"
-CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "gemma": GEMMA, "phi3": PHI3}
+MORE = {"gemma": GEMMA, "phi3": PHI3, "dyt": dyt}
+CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, **MORE}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def capture(backend):
 
 def accelerated(config=LLAMA, dtype=torch.float32):
     """(the original, the same model accelerated and past its first call)."""
-    original = tiny(config, dtype)
+    original = config(dtype) if callable(config) else tiny(config, dtype)
     model = flashnorm.accelerate_(copy.deepcopy(original))
     logits(model, ids())
     return original, model
@@ -96,6 +97,18 @@ def calls(backend, monkeypatch):
 LAYER = [("rms", 32, 64, 32), ("rms", 160, 160)]
 ALL = [*LAYER, *LAYER]  # the head reads a part of the last norm's output
 ALONE = 2 * len(["o", "down"]) + 1  # what has no norm before it, and the head
+
+
+def test_a_dynamic_tanh_is_in_its_readers_in_a_capture(capture, calls):
+    original, model = accelerated(dyt)
+    logits(model, ids(1, 1))
+    capture.on = True
+    for change in (1, 2):
+        for m in (original, model):
+            m.model.layers[0].input_layernorm.alpha.data.mul_(change)
+        calls.clear()
+        assert close(logits(model, ids(1, 1)), logits(original, ids(1, 1)))
+        assert calls == [("dyt", *widths) for _, *widths in ALL]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

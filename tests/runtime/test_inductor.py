@@ -16,10 +16,9 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.cpu.backend import CPU
 from flashnorm.runtime import fusing, inductor
 from tests.kernels.bounds import assert_close
-from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
+from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny
 from tests.runtime.test_capture import Capturing
 from tests.runtime.test_fusing import OURS, N, inputs, product, residuals
-from tests.runtime.test_training import dyt
 
 OLMO2 = Olmo2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)  # norms behind sublayers
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "olmo2": OLMO2}
@@ -81,9 +80,9 @@ def edited(model):
     return torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
 
 
-# Of two layers: the sums that products take up; of norms that are no module of a kernel's, and of
-# those behind a sublayer, the three calls of q, k and v that become one.
-SAVED = {"llama": 4, "qwen3": 4, "gpt_neox": 4, "dyt": 4 + 4, "olmo2": 4}
+# Of two layers: the sums that products take up; where norms are behind the sublayers, the three
+# calls of q, k and v that become one.
+SAVED = {"llama": 4, "qwen3": 4, "gpt_neox": 4, "dyt": 4, "olmo2": 4}
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -93,6 +92,36 @@ def test_sums_are_in_the_products_and_values_stay(graphs, name):
     ((saved, graph),) = graphs
     assert saved == SAVED[name]
     assert len(residuals(graph)) == 2 * 4 + 1  # qkv, o, gate and up, down; and the head
+
+
+def test_of_dynamic_tanh_the_last_is_left_whose_part_the_head_reads(graphs):
+    model, ours = pair("dyt")
+    compiled = edited(ours)
+    for change in ("nothing", "in place", "another", "no axis"):
+        for each in (model, ours):
+            norm = each.model.layers[0].input_layernorm
+            if change == "in place":
+                norm.alpha.data.mul_(2)
+            elif change != "nothing":
+                shape = (1,) if change == "another" else ()
+                norm.alpha = torch.nn.Parameter(torch.full(shape, 0.7, dtype=HALF))
+        assert close(logits(compiled, ids(2, 1)), logits(model, ids(2, 1)), HALF), change
+        _, graph = graphs[-1]
+        assert [node.op for node in graph.nodes if "tanh" in str(node.target)] == ["call_function"]
+
+
+@pytest.mark.parametrize("name", ["alpha", "weight", "bias"])
+@pytest.mark.parametrize("shape", [(64,), (1,), (1, 1, 1)], ids=str)
+def test_parameters_of_a_dynamic_tanh_that_get_another_shape(graphs, name, shape):
+    model, ours = pair("dyt")
+    compiled = edited(ours)
+    logits(compiled, ids(2, 1))
+    torch.manual_seed(1)
+    values = torch.randn(shape, dtype=HALF)
+    for each in (model, ours):
+        setattr(each.model.layers[0].input_layernorm, name, torch.nn.Parameter(values))
+    assert close(logits(compiled, ids(2, 1)), logits(model, ids(2, 1)), HALF)
+    assert close(logits(ours, ids(2, 1)), logits(model, ids(2, 1)), HALF)
 
 
 def test_many_rows_are_the_library_s(graphs):

@@ -18,14 +18,14 @@ import flashnorm
 from flashnorm.kernels import dispatch
 from flashnorm.runtime.package import make
 from tests.errors import relative
-from tests.runtime.models import LLAMA, QWEN3, SIZES, close, ids, logits
+from tests.runtime.models import LLAMA, QWEN3, SIZES, close, dyt, ids, logits
 from tests.runtime.packages import LENGTH
 
 pytestmark = pytest.mark.usefixtures("only_compiled")
 
 SLOW = pytest.mark.slow  # each compiles a package more
 GEMMA = GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16)
-CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gemma": GEMMA}
+CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gemma": GEMMA, "dyt": dyt}
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 FIXED = {"cache_implementation": "static", "max_cache_len": LENGTH}
 
@@ -54,7 +54,10 @@ def steps():
     return {k: n for k, n in dispatch.fallbacks().items() if k.startswith("decode step")}
 
 
-@pytest.mark.parametrize("config", ["llama", "qwen3", pytest.param("gemma", marks=SLOW)])
+MORE = [pytest.param(name, marks=SLOW) for name in ("gemma", "dyt")]
+
+
+@pytest.mark.parametrize("config", ["llama", "qwen3", *MORE])
 @pytest.mark.parametrize("options", [{}, FIXED], ids=["growing", "fixed"])
 def test_greedy_tokens_are_the_same(pair, config, options):
     original, model = pair(CONFIGS[config])

@@ -15,25 +15,10 @@ from transformers import GPT2Config
 import flashnorm
 from flashnorm.kernels import dispatch
 from flashnorm.runtime import steps
-from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, ids, logits, tiny
-from tests.test_dyt import PublishedDyT
+from tests.runtime.models import LLAMA, NEOX, QWEN3, close, dyt, ids, logits, tiny
 
 GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0)
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "gpt2": GPT2}
-
-
-def dyt(dtype=torch.float32):
-    """A Llama whose norms are DyT, with random parameters."""
-    model = tiny(LLAMA, torch.float32)
-    torch.manual_seed(4)
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, name = path.rpartition(".")
-            made = PublishedDyT(SIZES["hidden_size"])
-            for parameter in made.parameters():
-                nn.init.normal_(parameter, 0.2, 0.1)  # larger ones saturate the softmax
-            setattr(model.get_submodule(parent), name, made)
-    return model.to(dtype)
 
 
 def original(name, dtype=torch.float32):
