@@ -71,13 +71,13 @@ $(GPU_STAMP): constraints-gpu.txt
 	test -x $(GPU_BIN)/python || $(GPU_PYTHON) -m venv $(GPU_ENV)
 	$(GPU_BIN)/python -m pip install -q -c constraints-gpu.txt torch
 	$(GPU_BIN)/python -m pip install -q -c constraints-gpu.txt transformers triton numpy rich typer \
-		pytest hypothesis
+		pytest hypothesis peft
 	touch $@
 
 # Everything of the GPU that can be tried without one, on those versions: forwards, kernels in the
 # interpreter, their table compiled again, and the benchmark from end to end. Gigabytes, once.
 gpu-env: venv $(GPU_STAMP)
-	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime/test_capture.py \
+	@$(TIMED) OMP_NUM_THREADS=1 $(CACHE)-gpu $(GPU_BIN)/python -m pytest tests/runtime \
 		tests/kernels/gpu tests/bench/test_gpu*.py \
 	&& rm -rf build/gpu-dry && $(GPU_BIN)/python -m benchmarks.gpu --dry-run
 
