@@ -96,9 +96,9 @@ def _driver() -> tuple[Any, Any] | None:
     except (OSError, AttributeError):
         return None
     pointer = ctypes.c_void_p
-    given = [pointer, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64)]
+    given: list[Any] = [pointer, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint64)]
     given += [ctypes.POINTER(pointer), ctypes.POINTER(ctypes.POINTER(pointer))]
-    edges = [ctypes.POINTER(pointer)] if newer else []
+    edges: list[Any] = [ctypes.POINTER(pointer)] if newer else []
     info.argtypes = [*given, *edges, ctypes.POINTER(ctypes.c_size_t)]
     nodes.argtypes = [pointer, pointer, ctypes.POINTER(ctypes.c_size_t)]
     info.restype = nodes.restype = ctypes.c_int
