@@ -157,8 +157,6 @@ def accelerate_(
     plan = make_plan(graph)
     backend = dispatch.backend_of(*model.parameters())
     available, kernels = backend.available(_device(model, backend))
-    if huge_pages and available:
-        backend.prepare_memory(model.parameters())
     with Transaction() as change:
         folded = fold and _fold(model, example_inputs, change)
         builder = Builder(model, find_fusible(graph), backend)
@@ -173,6 +171,8 @@ def accelerate_(
         for made in builder.made.values():
             made.install()
         moved = _lay_out(builder, change) if adjacent_weights and available else []
+        if huge_pages and available:
+            backend.prepare_memory(model.parameters())
         attention = _attend(model, change)
         experts = _route(model, change)
         reason = attention if isinstance(attention, str) else ""

@@ -21,6 +21,7 @@ from flashnorm.kernels import dispatch, reference
 from flashnorm.kernels.backend import Bound, Precompute, Way
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.exporting import exporting
+from flashnorm.kernels.loaded import Loaded
 from flashnorm.runtime import deferred, handoff, lazy, learn
 from flashnorm.runtime.bound import Kernel, part, read_spec
 from flashnorm.runtime.handoff import Between, Places
@@ -290,7 +291,7 @@ class FusedNorm(Fused):
         super().__init__(module, kernel, *rest)
         self.readers = tuple(readers)
         # Elements, dtypes and devices whose kernels are loaded, as they have to be in a capture.
-        self._loaded: frozenset[tuple[int, torch.dtype, int | None]] = frozenset()
+        self._loaded = Loaded()
 
     def kernels(self) -> list[Kernel]:
         return [self.kernel, *(kernel for kernel, _, _ in self.readers)]
@@ -350,9 +351,7 @@ class FusedNorm(Fused):
             if z is not None:
                 handoff.leave(z, found, captured=True)
             return z
-        if state not in self._loaded:
-            self._loaded |= {state}
-            self._precomputed(x)
+        self._loaded.load(state, lambda: self._precomputed(x))
         return None
 
     def _left_out(self, x: Tensor, step: lazy.Pass) -> Tensor | None:

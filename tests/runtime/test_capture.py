@@ -132,6 +132,25 @@ def test_kernels_with_the_norm_inside_run_once_to_be_loaded_and_then_in_captures
         assert calls == expected
 
 
+def test_a_kernel_that_cannot_be_loaded_is_tried_once_and_said(capture, monkeypatch, caplog):
+    """A machine without a compiler, say: the model runs as it did before."""
+    original, tried = tiny(LLAMA), []
+    model = flashnorm.accelerate_(copy.deepcopy(original))
+
+    def fails(self, call):
+        tried.append(call)
+        raise RuntimeError("no C compiler\nhere")
+
+    monkeypatch.setattr(Capturing, "run", fails)
+    for captured in (False, False, True, True):
+        capture.on = captured
+        assert close(logits(model, ids(1, 1)), logits(original, ids(1, 1)))
+    norms_with_readers = 4  # of two layers; the last one's reader has a part of its output
+    assert len(tried) == norms_with_readers
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("a kernel cannot be loaded: RuntimeError: no C compiler") == len(tried)
+
+
 def test_a_capture_loads_nothing(capture, calls):
     """Rows that were not seen before, so whose kernels may not be loaded."""
     original, model = accelerated()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import fell_back
 from flashnorm.kernels.gpu import attention, calls, counters, policy, switches, ways
 from flashnorm.kernels.gpu.capture import CudaGraphs
+from flashnorm.kernels.loaded import Loaded
 
 
 class Unpacked:
@@ -47,7 +48,7 @@ class GpuAttention(backend.Attention):
 
     def __init__(self) -> None:
         # Kinds of calls whose kernels are loaded, as they have to be in a capture.
-        self._loaded: set[Hashable] = set()
+        self._loaded = Loaded()
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -56,15 +57,14 @@ class GpuAttention(backend.Attention):
         """None in a capture, if the kernel is loaded. Outside it is run once of a kind to load it,
         for nothing else: every call there has to give the bits of before."""
         kind = attention.kind(q, k, v, mask)
-        loaded = kind in self._loaded
         if self.capturing():
+            loaded = kind in self._loaded
             return attention.unfit(q, k, v, mask) if loaded else policy.NOT_LOADED
-        if loaded:
+        if self._loaded.knows(kind):
             return policy.EAGER_ATTENTION
         if reason := ways.unusable(q) or attention.unfit(q, k, v, mask):
             return reason
-        attention.attend(q, k, v, 1.0, mask)
-        self._loaded.add(kind)
+        self._loaded.load(kind, partial(attention.attend, q, k, v, 1.0, mask))
         return policy.EAGER_ATTENTION
 
     def attend(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashnorm.kernels.backend import Bound
+from flashnorm.kernels.loaded import Loaded
 from flashnorm.runtime import lazy
 from flashnorm.runtime.forwards import Fused
 from flashnorm.runtime.stand import Stand
@@ -27,7 +29,7 @@ class Product(Stand):
     def __init__(self, fused: Fused) -> None:
         self.module, self.fused = fused.module, fused
         # Elements, dtypes and devices of x whose kernels are loaded.
-        self._loaded: set[tuple[int, torch.dtype, torch.device]] = set()
+        self._loaded = Loaded()
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         x, step = lazy.value(x), lazy.current()
@@ -35,10 +37,9 @@ class Product(Stand):
         if step is None or bound is None:
             return self.fused.original(x, *args, **kwargs)
         state = (x.numel(), x.dtype, x.device)
-        if step.loading and state not in self._loaded:
-            self._loaded.add(state)
+        if step.loading and not self._loaded.knows(state):
             y: Tensor = self.fused.original(x)
-            bound.run(x, torch.zeros_like(y))
+            self._loaded.load(state, partial(bound.run, x, torch.zeros_like(y)))
             return y
         if state not in self._loaded:
             return self.fused.original(x)
