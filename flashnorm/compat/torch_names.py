@@ -47,6 +47,7 @@ make_subclass = torch.Tensor._make_subclass
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 scaled_mm = torch._scaled_mm
 int_mm = torch._int_mm
+add_to_each = torch.ops.aten._foreach_add_.Scalar
 ConvNd = nn.modules.conv._ConvNd
 
 # Code that was compiled ahead of time.
@@ -190,6 +191,11 @@ NAMES = (
     ),
     Private("torch._scaled_mm", "scaled_mm", "a product of float8 with scales"),
     Private("torch._int_mm", "int_mm", "the exact product of int8 in int32"),
+    Private(
+        "torch.ops.aten._foreach_add_",
+        "add_to_each",
+        "adds a number to each tensor of a list, in place; in a compiled graph by one kernel",
+    ),
     Private("torch.nn.modules.conv._ConvNd", "ConvNd", "the base class of all convolutions"),
     Private("torch._C.DispatchKey", "DispatchKey", "the keys of the dispatcher by name"),
     Private(

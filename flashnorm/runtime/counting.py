@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-ADD, COPY = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default
-ALL = torch.ops.aten._foreach_add_.Scalar
+from flashnorm.compat.torch_names import add_to_each
+
+ADD, COPY, ALL = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default, add_to_each
 
 
 class Raise(NamedTuple):

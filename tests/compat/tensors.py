@@ -115,6 +115,14 @@ def _int_mm() -> None:
     assert torch.equal(found.long(), q.long() @ w.long().t())
 
 
+@checks("torch.ops.aten._foreach_add_")
+def _add_to_each() -> None:
+    counts = [torch.tensor(3), torch.tensor([5])]
+    assert torch_names.add_to_each(counts, 2) is None
+    assert [int(count) for count in counts] == [5, 7]
+    assert torch_names.add_to_each._schema.is_mutable
+
+
 @checks("torch._scaled_mm")
 def _scaled_mm() -> None:
     names = [argument.name for argument in torch.ops.aten._scaled_mm.default._schema.arguments]
