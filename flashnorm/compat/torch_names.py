@@ -192,7 +192,7 @@ NAMES = (
     Private("torch._scaled_mm", "scaled_mm", "a product of float8 with scales"),
     Private("torch._int_mm", "int_mm", "the exact product of int8 in int32"),
     Private(
-        "torch.ops.aten._foreach_add_",
+        "torch.ops.aten._foreach_add_.Scalar",
         "add_to_each",
         "adds a number to each tensor of a list, in place; in a compiled graph by one kernel",
     ),

@@ -115,7 +115,7 @@ def _int_mm() -> None:
     assert torch.equal(found.long(), q.long() @ w.long().t())
 
 
-@checks("torch.ops.aten._foreach_add_")
+@checks("torch.ops.aten._foreach_add_.Scalar")
 def _add_to_each() -> None:
     counts = [torch.tensor(3), torch.tensor([5])]
     assert torch_names.add_to_each(counts, 2) is None
