@@ -158,7 +158,7 @@ def attention_step(
 
 def _kind_of_mask(mask: Tensor | None) -> str:
     if mask is None:
-        return "none"
+        return "absent"
     return "bool" if mask.dtype == torch.bool else "added"
 
 

@@ -187,7 +187,7 @@ def _attentions(device: Device, dtype: torch.dtype) -> Iterator[tuple[str, Step]
         q, k = made(1, 8 * shared, 1, width), made(1, 8, N + 1, width)
         hides = None if mask is None else made(1, 1, 1, N + 1, dtype=mask)
         out = made(1, 1, 8 * shared, width)
-        said = {None: "none", torch.bool: "bool"}.get(mask, "added")
+        said = {None: "absent", torch.bool: "bool"}.get(mask, "added")
         step = attention.attention_step(q, k, k, hides, 0.1, out, device)
         yield f"attend {TYPES[dtype]} {said} heads={shared} width={width}", step
 

@@ -83,7 +83,7 @@ def test_a_table_has_every_kernel_norm_and_dtype(version):
             for kernel in ("row_scale", "add_stats", "gate"):
                 assert {(kernel, dtype, "rms"), (kernel, dtype, "layer")} <= words
             assert ("normalize", dtype, "dyt") in words
-            assert {("attend", dtype, mask) for mask in ("none", "bool", "added")} <= words
+            assert {("attend", dtype, mask) for mask in ("absent", "bool", "added")} <= words
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -105,7 +105,7 @@ def test_the_table_is_what_the_kernels_compile_to(only):
 # Kernels that start before the one in front of them has ended, and may not read what it makes.
 EARLY = (
     r"^(skinny bf16 (rms|layer|rms\*gain|none\+residual) (one|three|glu|split) M=(1|16|64)"
-    r"|attend bf16 (none|bool) heads=[14] width=128)$"
+    r"|attend bf16 (absent|bool) heads=[14] width=128)$"
 )
 INSTRUCTIONS = """
 import json, re, sys

@@ -38,7 +38,7 @@ def own_blocks(
     count = tl.cdiv(tl.cdiv(length, POSITIONS) - split, splits)
     first = 0
     end = count
-    if MASK != "none":
+    if MASK != "absent":
         first = count
         end = 0
         for begin in range(0, count, SCANNED):
@@ -266,7 +266,7 @@ def attend(
     g = (pair % groups).to(tl.int64)
     first_head = (share % CHUNKS) * ROWS
     mask_at = mask
-    if MASK != "none":
+    if MASK != "absent":
         mask_at = mask + b * mask_batch
     first, end = own_blocks(mask_at, mask_step, split, splits, length, MASK, POSITIONS, SCANNED)
 
