@@ -22,7 +22,9 @@ from benchmarks.gpu.variants import (
     COMPILED,
     EACH_PART,
     EVERY,
+    FOLDED,
     GROUPS,
+    LATE_NORM,
     REDUCED,
     TUNED,
     build,
@@ -87,8 +89,8 @@ def prefill(run: Run, name: str) -> Iterator[Piece]:
 def compiled_prefill(run: Run, name: str) -> Iterator[Piece]:
     with _compiling(run):
         key = {"model": name, "tokens": COMPILED_LENGTH, "group": COMPILED}
-        names = (*PLAIN, COMPILED, ours(COMPILED))
-        yield Piece(PREFILL, key, 45.0, partial(_prefill, run, name, COMPILED_LENGTH, names))
+        names = (*PLAIN, COMPILED, ours(COMPILED), ours(FOLDED), LATE_NORM)
+        yield Piece(PREFILL, key, 85.0, partial(_prefill, run, name, COMPILED_LENGTH, names))
 
 
 def memory(run: Run, name: str) -> Iterator[Piece]:

@@ -49,7 +49,7 @@ def stages(settings: Settings) -> list[Stage]:
         Stage("many-rows", 60, "norm + linear at 64 rows and more", operations.many),
         Stage(
             f"prefill-{first}-compiled",
-            45,
+            85,
             "the prompt of 2048 beside torch.compile",
             partial(models.compiled_prefill, name=first),
         ),

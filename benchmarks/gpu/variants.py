@@ -13,10 +13,12 @@ from benchmarks.gpu.ours import switched_off
 from flashnorm.bench.models import accelerated_copy, sharing_copy
 from flashnorm.bench.records import EAGER, OURS
 from flashnorm.bench.variants import Variant
+from flashnorm.nn import FlashRMSNorm
 
 CAPTURED, REDUCED, TUNED, HUB = "captured", "reduce-overhead", "max-autotune", "hub kernels"
 STEPS = "captured steps"  # by `capture_`
 COMPILED = "compile"  # of a prefill: no CUDA graphs
+FOLDED = "compile, gains folded"  # the same of norms without a gain, as a strict checkpoint has
 WARM = 3  # steps before a capture
 Graph = tuple[Callable[[], None], Tensor, Tensor]  # its replay, the token it reads, its logits
 
@@ -38,6 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     HUB: (HUB,),
 }
 WITHOUT = {f"{ours(REDUCED)}, without {part}": part for part in ("early", "attention", "residual")}
+LATE_NORM = f"{ours(FOLDED)}, without deferral"
 # The last group is of ours alone: each part of it left out once.
 EACH_PART = "each part"
 EVERY = {**GROUPS, EACH_PART: (ours(REDUCED), *WITHOUT)}
@@ -45,6 +48,8 @@ EVERY = {**GROUPS, EACH_PART: (ours(REDUCED), *WITHOUT)}
 PAIRS = (
     (EAGER, OURS),
     (COMPILED, ours(COMPILED)),
+    (COMPILED, ours(FOLDED)),
+    (ours(FOLDED), LATE_NORM),
     *((names[0], own) for names in EVERY.values() for own in names[1:]),
 )
 
@@ -101,10 +106,21 @@ class Steps(Static):
         return {"cache_implementation": "static"}
 
 
-def _without(part: str, name: str, model: nn.Module, device: str) -> Variant:
+def _without_gains(model: nn.Module) -> nn.Module:
+    """A copy whose norms have no gain, as a strict fold leaves them: timed, and not compared."""
+    made = sharing_copy(model)
+    for path, module in list(made.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, name = path.rpartition(".")
+            width, eps = module.weight.shape[0], module.variance_epsilon
+            setattr(made.get_submodule(parent), name, FlashRMSNorm(width, eps))
+    return made
+
+
+def _without(part: str, name: str, way: str, model: nn.Module, device: str) -> Variant:
     """Ours in a compiled graph without one part: accelerated, compiled and called without it."""
     with switched_off(part):
-        made = build(ours(REDUCED), model, device)
+        made = build(ours(way), model, device)
     call = made.call
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -121,8 +137,12 @@ def build(name: str, model: nn.Module, device: str) -> Variant:
     On a CPU (a dry run) nothing is captured or compiled: the same steps run on the same caches.
     """
     if part := WITHOUT.get(name):
-        return _without(part, name, model, device)
+        return _without(part, name, REDUCED, model, device)
+    if name == LATE_NORM:
+        return _without("deferral", name, FOLDED, model, device)
     own, way = is_ours(name), name.removeprefix(f"{OURS}, ")
+    if way == FOLDED:
+        model = _without_gains(model)
     made = accelerated_copy(model) if own else sharing_copy(model)
     if way in (EAGER, OURS):
         return Variant(name, made, False)
@@ -135,4 +155,4 @@ def build(name: str, model: nn.Module, device: str) -> Variant:
         return Captured(name, made)
     if way == STEPS:
         return Steps(name, made)
-    return Variant(name, made, True, None if way == COMPILED else way)
+    return Variant(name, made, True, None if way in (COMPILED, FOLDED) else way)

@@ -378,3 +378,34 @@ def test_ours_is_timed_without_each_part_that_a_call_has(monkeypatch):
     gated = make((64, 64), (16, 16), torch.bfloat16, activation="silu")
     operations._without([gated])[operations.APART](0)
     assert seen[-1][3] == tuple(reversed(gated.weights))
+
+
+def test_each_part_is_left_out_of_one_variant_alone(monkeypatch):
+    """Accelerated, compiled and called without it; everything else is with it."""
+    from benchmarks.gpu import variants
+    from flashnorm.kernels.gpu import switches
+
+    own = models.Bench("tiny", "cpu", dry=True)
+    seen = {}
+
+    def compiled(model, **options):
+        return lambda *args, **kwargs: seen.update(called=switches.turned_off())
+
+    def accelerated(model):
+        seen["accelerated"] = switches.turned_off()
+        return variants.sharing_copy(model)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(variants, "accelerated_copy", accelerated)
+    parts = {**variants.WITHOUT, variants.LATE_NORM: "deferral"}
+    assert {*parts.values()} == {*switches.NAMES}
+    for name, part in parts.items():
+        made = variants.build(name, own.model, "cuda")
+        made.call()
+        assert made.name == name
+        assert seen == {"accelerated": (part,), "called": (part,)}
+    whole = variants.build(variants.ours(variants.FOLDED), own.model, "cuda")
+    whole.call()
+    assert seen == {"accelerated": (), "called": ()}
+    gains = [n for n, _ in whole.model.named_parameters() if "norm" in n]
+    assert not gains
