@@ -5,8 +5,6 @@ It captures nothing, and says that it does where a test wants it.
 
 import copy
 import pickle
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,54 +15,25 @@ from transformers import GemmaConfig, Phi3Config
 import flashnorm
 from flashnorm.bench.variants import Variant
 from flashnorm.kernels import dispatch, norms
-from flashnorm.kernels.backend import CompiledPolicy, Policy
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import policy as gpu
 from flashnorm.runtime.forwards import FusedGated, FusedLinear, FusedNorm
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import random
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny
-from tests.toys.numpy_backend import NumpyBackend
+from tests.toys.capturing import ATTENTION, Capturing, capturing
 
 GEMMA = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=16)
 PHI3 = Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
-ATTENTION = "numpy has no attention for a capture"
 MORE = {"gemma": GEMMA, "phi3": PHI3, "dyt": dyt}
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, **MORE}
-
-
-@dataclass(frozen=True, eq=False)
-class Capturing(NumpyBackend):
-    """`capture.on` says whether a step is captured, `capture.here` whether tensors are on it."""
-
-    name: str = "capturing"
-    policy: Policy = gpu.POLICY
-    compiled: CompiledPolicy = gpu.COMPILED
-    attention: str = ATTENTION
-    capture: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(on=False, here=True))
-
-    def claims(self, x):
-        return self.capture.here
-
-    def capturing(self):
-        return self.capture.on
-
-    def rows(self, dtype, n, weights, compiled):
-        return gpu.rows(dtype, compiled)
-
-    def bind(self, call):
-        found = super().bind(call)
-        found.most = gpu.FEW * call.x.shape[-1]
-        return found
 
 
 @pytest.fixture(autouse=True, params=["capturing"])
 def backend():
     """The only one of these tests."""
-    found = Capturing()
-    dispatch.register(found)
-    yield found
-    dispatch.unregister(found)
+    with capturing() as found:
+        yield found
 
 
 @pytest.fixture

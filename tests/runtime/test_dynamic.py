@@ -9,8 +9,8 @@ from torch import nn
 
 import flashnorm
 from flashnorm.kernels import dispatch
+from tests.runtime.captured.stepping import begun, same_caches, step, twins
 from tests.runtime.models import close, dyt, ids, logits
-from tests.runtime.stepping import begun, same_caches, step, twins
 from tests.test_dyt import Derf
 
 HALVES = [torch.bfloat16, torch.float16]

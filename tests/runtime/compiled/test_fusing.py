@@ -10,22 +10,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import CompiledPolicy
 from flashnorm.kernels.gpu import policy as gpu
 from flashnorm.runtime import fusing
-from tests.runtime.test_capture import Capturing
 
 N, OURS = 8, torch.ops.flashnorm.norm_linear.default
-
-
-@pytest.fixture(autouse=True, params=["capturing"])
-def backend():
-    """The only one of these tests."""
-    found = Capturing()
-    dispatch.register(found)
-    yield found
-    dispatch.unregister(found)
 
 
 def products(x, *weights, norm="none", activation=None, residual=None, biases=None, gain=None):

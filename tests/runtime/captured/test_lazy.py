@@ -14,29 +14,15 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.loaded import Loaded
 from flashnorm.runtime import handoff, lazy
 from flashnorm.runtime.forwards import FusedLinear
-from tests.runtime.models import NEOX, close
-from tests.runtime.stepping import (
+from tests.runtime.captured.stepping import (
     begun,
     captured,
     reasons,
     same_caches,
     step,
-    twins,
     wrapped,
 )
-
-
-@pytest.fixture(autouse=True, params=["twin"])
-def backend(monkeypatch):
-    """The only one of these tests."""
-    with twins(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def twin(backend):
-    return backend.captures
-
+from tests.runtime.models import NEOX, close
 
 # What runs in a captured step.
 

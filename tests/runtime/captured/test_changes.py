@@ -10,8 +10,7 @@ import torch
 
 import flashnorm
 from flashnorm.kernels import dispatch
-from tests.runtime.models import close, ids, tiny
-from tests.runtime.stepping import (
+from tests.runtime.captured.stepping import (
     FIXED,
     GREEDY,
     begun,
@@ -19,21 +18,8 @@ from tests.runtime.stepping import (
     reasons,
     run_steps,
     step,
-    twins,
 )
-
-
-@pytest.fixture(autouse=True, params=["twin"])
-def backend(monkeypatch):
-    """The only one of these tests."""
-    with twins(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def twin(backend):
-    return backend.captures
-
+from tests.runtime.models import close, ids, tiny
 
 # What changes between steps.
 

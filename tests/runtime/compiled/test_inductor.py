@@ -12,26 +12,15 @@ from transformers import Olmo2Config
 
 import flashnorm
 from flashnorm.functional import norm_linear
-from flashnorm.kernels import dispatch
 from flashnorm.kernels.cpu.backend import CPU
 from flashnorm.runtime import fusing, inductor
 from tests.kernels.bounds import assert_close
+from tests.runtime.compiled.test_fusing import OURS, N, inputs, product, residuals
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny
-from tests.runtime.test_capture import Capturing
-from tests.runtime.test_fusing import OURS, N, inputs, product, residuals
 
 OLMO2 = Olmo2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)  # norms behind sublayers
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX, "olmo2": OLMO2}
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True, params=["capturing"])
-def backend():
-    """The only one of these tests."""
-    found = Capturing()
-    dispatch.register(found)
-    yield found
-    dispatch.unregister(found)
 
 
 @pytest.fixture(autouse=True)

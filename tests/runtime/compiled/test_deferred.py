@@ -7,23 +7,14 @@ import torch
 from torch import nn
 
 import flashnorm
-from flashnorm.kernels import dispatch, norms, reference
+from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import ACTIVATIONS, Call
 from flashnorm.runtime import deferred
 from tests.kernels.bounds import assert_close
 from tests.runtime.models import LLAMA, close, ids, logits, tiny
-from tests.runtime.test_capture import Capturing, graph_of
+from tests.runtime.test_capture import graph_of
 
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True, params=["capturing"])
-def backend():
-    """The only one of these tests."""
-    found = Capturing()
-    dispatch.register(found)
-    yield found
-    dispatch.unregister(found)
 
 
 def weightless(dtype, **options):

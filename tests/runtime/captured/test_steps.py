@@ -14,8 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import flashnorm
 from flashnorm.kernels import dispatch
-from tests.runtime.models import LLAMA, NEOX, QWEN3, close, ids
-from tests.runtime.stepping import (
+from tests.runtime.captured.stepping import (
     FIXED,
     GEMMA2,
     GREEDY,
@@ -27,23 +26,11 @@ from tests.runtime.stepping import (
     run_steps,
     same_caches,
     step,
-    twins,
     wrapped,
 )
+from tests.runtime.models import LLAMA, NEOX, QWEN3, close, ids
 
 CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gpt_neox": NEOX}
-
-
-@pytest.fixture(autouse=True, params=["twin"])
-def backend(monkeypatch):
-    """The only one of these tests."""
-    with twins(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def twin(backend):
-    return backend.captures
 
 
 @pytest.mark.parametrize("name", CONFIGS)
