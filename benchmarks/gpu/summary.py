@@ -80,11 +80,13 @@ def _decode(row: Row) -> Iterator[str]:
 
 
 def _times(found: dict[str, Row]) -> str:
-    """Medians, and ours over each of the others that it stands beside."""
+    """Medians, and ours over each of the others that it stands beside; of ours without a part, by
+    the name of the part, over ours with it."""
     median = {name: each["median"] for name, each in found.items()}
     times = ", ".join(f"{name} {value:.2f}" for name, value in median.items())
     pairs = [
-        f"{other} {ratio(median[other], median[own])}"
+        f"{own.rpartition(', ')[2] if models.is_ours(other) else other} "
+        f"{ratio(median[other], median[own])}"
         for other, own in PAIRS
         if other in median and own in median
     ]
