@@ -8,7 +8,7 @@ from torch import Tensor
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import gemm, matmul, rows, skinny
-from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of, skinny_tile
+from flashnorm.kernels.gpu.launch import MOST_ROWS, blocks, device_of, skinny_tile
 from flashnorm.kernels.gpu.step import execute
 from flashnorm.kernels.gpu.ways import choose, tile_for
 from flashnorm.kernels.norms import NormKind
@@ -73,9 +73,9 @@ def _launches(call: Call) -> str:
     for group in skinny.groups(call):
         widths = [call.weights[i].shape[0] for i in (group[:1] if gated else group)]
         tile = tile_for(call, "skinny") or skinny_tile(rows, n, widths, call.x.dtype, gated, device)
-        blocks = sum(-(-width // tile.columns) for width in widths)
+        programs = blocks(tile.columns, widths) * tile.splits
         parts = f", n in {tile.splits} parts" if tile.splits > 1 else ""
-        found.append(f"{blocks * tile.splits} programs of {tile.columns} columns{parts}")
+        found.append(f"{programs} programs of {tile.columns} columns{parts}")
     early = " that start before the kernel in front ends" if device.starts_early else ""
     return f"{' and '.join(found)}{early}"
 

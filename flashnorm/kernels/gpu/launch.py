@@ -102,7 +102,7 @@ def _one_row(
         columns = 4 if gated else _columns((8, 4), widths, 2 * device.processors)
         depth = 4096 // columns
     depth = min(power_of_two(n, 16), depth)
-    few = _blocks(columns, widths) < device.processors
+    few = blocks(columns, widths) < device.processors
     splits = _splits(n, columns, widths, device.processors) if few else 1
     return Tile(1, columns, depth, 4, 4, splits)
 
@@ -110,12 +110,13 @@ def _one_row(
 def _columns(choices: Sequence[int], widths: Sequence[int], programs: int) -> int:
     """The most columns that still give so many programs; else the fewest."""
     for columns in choices:
-        if _blocks(columns, widths) >= programs:
+        if blocks(columns, widths) >= programs:
             return columns
     return choices[-1]
 
 
-def _blocks(columns: int, widths: Sequence[int]) -> int:
+def blocks(columns: int, widths: Sequence[int]) -> int:
+    """Programs that so many columns each give, for results of these widths."""
     return sum(-(-width // columns) for width in widths)
 
 
@@ -130,12 +131,12 @@ def _splits(n: int, columns: int, widths: Sequence[int], processors: int) -> int
     Each works on one program at a time in this count; that it has room for more changes little
     where all of them wait for the same memory.
     """
-    blocks = _blocks(columns, widths)
+    programs = blocks(columns, widths)
 
     def longest(splits: int) -> int:
         length = -(-n // splits)
         extra = EXTRA * splits if splits > 1 else 0
-        return -(-blocks * splits // processors) * length + extra
+        return -(-programs * splits // processors) * length + extra
 
     return min(range(1, max(1, min(PARTS, n // LEAST)) + 1), key=longest)
 

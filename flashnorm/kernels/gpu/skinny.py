@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import counters
-from flashnorm.kernels.gpu.launch import Device, Tile, lines_ahead, single, skinny_tile
+from flashnorm.kernels.gpu.launch import Device, Tile, blocks, lines_ahead, single, skinny_tile
 from flashnorm.kernels.gpu.step import Step
 
 TOGETHER = 3  # weights that one launch takes
@@ -71,9 +71,9 @@ def _group(
     widths = [y.shape[1] for y in outputs]
     if tile is None:
         tile = skinny_tile(rows, n, widths, call.x.dtype, gated, device)
-    blocks, early = sum(-(-width // tile.columns) for width in widths), device.starts_early
+    programs, early = blocks(tile.columns, widths), device.starts_early
     residual = call.output_residual
-    arguments = _weights(weights, biases, outputs) | _parts(call.x, tile, blocks, 1 + gated)
+    arguments = _weights(weights, biases, outputs) | _parts(call.x, tile, programs, 1 + gated)
     arguments |= {
         "x": call.x,
         "x_stride": call.x.stride(0),
@@ -99,18 +99,18 @@ def _group(
         "PDL": early,
         "LINES": lines_ahead(tile, n, call.x.dtype, gated) if early else 0,
     }
-    return Step(skinny, (blocks, tile.splits), arguments, tile.warps, tile.stages, early)
+    return Step(skinny, (programs, tile.splits), arguments, tile.warps, tile.stages, early)
 
 
-def _parts(x: Tensor, tile: Tile, blocks: int, products: int) -> dict[str, Any]:
+def _parts(x: Tensor, tile: Tile, tiles: int, products: int) -> dict[str, Any]:
     """Where programs that have a part of n each leave their sums, and count themselves."""
     names = ("partial", "partial_squares", "counters")
     if tile.splits == 1:
         return dict.fromkeys(names)
-    programs = tile.splits * blocks
+    programs = tile.splits * tiles
     made = x.new_empty(programs * products * tile.columns * tile.rows, dtype=torch.float32)
     squares = x.new_empty(programs * tile.rows, dtype=torch.float32)
-    return dict(zip(names, (made, squares, counters.take(blocks, x.device)), strict=True))
+    return dict(zip(names, (made, squares, counters.take(tiles, x.device)), strict=True))
 
 
 def _weights(

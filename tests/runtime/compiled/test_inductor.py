@@ -15,7 +15,7 @@ from flashnorm.functional import norm_linear
 from flashnorm.kernels.cpu.backend import CPU
 from flashnorm.runtime import fusing, inductor
 from tests.kernels.bounds import assert_close
-from tests.runtime.compiled.test_fusing import OURS, N, inputs, product, residuals
+from tests.runtime.compiled.test_fusing import ORDER, OURS, N, inputs, product, residuals
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny
 
 OLMO2 = Olmo2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)  # norms behind sublayers
@@ -159,7 +159,7 @@ def run(function=summed, tensors=None, **options):
     torch._dynamo.reset()
     tensors = inputs(*SHAPES) if tensors is None else tensors
     found = torch.compile(function, fullgraph=True, dynamic=False, **options)(*tensors)
-    torch.testing.assert_close(found, function(*tensors), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, function(*tensors), rtol=ORDER, atol=ORDER)
     return found
 
 
