@@ -26,6 +26,7 @@ ORDER = [
     "flashnorm.patterns",
     "flashnorm.compat",
     "flashnorm.kernels",
+    "flashnorm.quantized",
     "flashnorm.warning",
     "flashnorm.deprecated",
     "flashnorm.plan",
@@ -59,7 +60,7 @@ NAMES = re.compile(
     r"\b(?:[qkvo]|qkv|gate|up|down|gate_up|in|out)_proj\b"
     r"|\bc_(?:attn|proj|fc)\b|\blm_head\b|\bembed_tokens\b|\bwte\b|\bln_(?:f|\d)\b"
     r"|\w*_layernorm\b|\bself_attn\b"
-    r"|\b(?!Flash)[A-Z]\w+RMSNorm\b|\b(?:Llama|Mistral|Gemma|Qwen|Mixtral|Phi|OPT|Falcon|GPT)\w+\b"
+    r"|\b(?!Flash)[A-Z]\w+RMSNorm\b|\b(?:Llama|Mistral|Gemma|Qwen|Mixtral|Phi|OPT|Falcon|GPT(?!Q))\w+\b"
     r"|\bmodel_type\s*(?:==|!=|in\s*[\[({])"
 )
 # Operations of torch that look like the name of a layer.

@@ -9,8 +9,9 @@ from benchmarks import scaled_errors
 from flashnorm.errors import FlashNormError
 from flashnorm.functional import scaled
 from flashnorm.functional.scaled import FP8, INT8, QuantizedWeight, quantize_rows, quantize_weight
-from flashnorm.kernels import norms, reference, weights
+from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.formats.rows import INT8_ROWS
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
 from tests.kernels.cases import random
 
@@ -98,7 +99,7 @@ def test_sums_of_large_int8_numbers_are_exact(n):
     made = torch.Generator().manual_seed(n)
     q = torch.randint(100, 128, (3, n), generator=made).to(INT8)
     w = torch.randint(100, 128, (16, n), generator=made).to(INT8)
-    weight = QuantizedWeight(w, weights.INT8_ROWS, torch.ones(16, 1), 16, n)
+    weight = QuantizedWeight(w, INT8_ROWS, torch.ones(16, 1), 16, n)
     y = scaled.scaled_product(q, torch.ones(3, 1), weight, torch.float64)
     assert torch.equal(y, (q.long() @ w.long().T).float().double())
 

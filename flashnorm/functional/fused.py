@@ -26,7 +26,7 @@ from torch import Tensor
 from flashnorm.compat.torch_names import functorch_level
 from flashnorm.kernels import dispatch, norms, ops, reference
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.weights import AnyWeight, memory, packed
+from flashnorm.kernels.weights import AnyWeight, memories, packed
 
 
 def run(call: Call) -> list[Tensor]:
@@ -35,7 +35,7 @@ def run(call: Call) -> list[Tensor]:
         plain = wants_torch(call.tensors()) or packed(call.weights) is not None
         return reference.norm_linear(call) if plain else ops.run(call)
     gradient = call.needs_gradient()
-    if not gradient and not dispatch.watched(call.x, *map(memory, call.weights)):
+    if not gradient and not dispatch.watched(call.x, *memories(call.weights)):
         return dispatch.norm_linear(call)
     # torch.jit cannot write down a list of weights.
     plain = dispatch.transformed() or torch.jit.is_tracing() or _sharded(call.tensors())

@@ -16,7 +16,7 @@ from flashnorm.functional.fused import run
 from flashnorm.kernels import dispatch, norms
 from flashnorm.kernels.backend import Bound
 from flashnorm.kernels.call import Call, check
-from flashnorm.kernels.weights import memory, packed
+from flashnorm.kernels.weights import memories, packed
 
 
 class BoundCalls:
@@ -62,7 +62,7 @@ class BoundCalls:
 def _only_values(call: Call) -> bool:
     """Whether nothing but the values matters: no tracer, no transform, no gradient."""
     return not (
-        dispatch.watched(call.x, *map(memory, call.weights))
+        dispatch.watched(call.x, *memories(call.weights))
         or dispatch.transformed()
         or (torch.is_grad_enabled() and call.needs_gradient())
     )

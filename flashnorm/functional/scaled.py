@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from flashnorm.compat.torch_names import int_mm, scaled_mm
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import norms
+from flashnorm.kernels.formats.rows import FP8_ROWS, INT8_ROWS
 from flashnorm.kernels.norms import NormKind
-from flashnorm.kernels.weights import FP8, FP8_ROWS, INT8, INT8_ROWS, LARGEST
+from flashnorm.kernels.weights import FP8, INT8, LARGEST
 from flashnorm.kernels.weights import Weight as QuantizedWeight
 
 MULTIPLE = 16  # of both sides of a weight, as the products on GPUs ask for
@@ -202,7 +203,13 @@ def _cpu_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch
     for first in range(0, weight.features, EXACT_PRODUCTS):
         some = slice(first, min(first + EXACT_PRODUCTS, weight.features))
         found += q[:, some].float() @ weight.values[: weight.outputs, some].float().T
-    return (found.float() * scale * weight.scales[: weight.outputs].T).to(dtype)
+    return (found.float() * scale * _scales(weight)[: weight.outputs].T).to(dtype)
+
+
+def _scales(weight: QuantizedWeight) -> Tensor:
+    if weight.scales is None or weight.zeros is not None or weight.group:
+        raise FlashNormError("a row-scaled product needs a weight with one scale per output alone")
+    return weight.scales
 
 
 def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -216,11 +223,11 @@ def _filled(q: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def _fp8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return scaled_mm(
-        q, weight.values.t(), scale_a=scale, scale_b=weight.scales.t(), out_dtype=dtype
+        q, weight.values.t(), scale_a=scale, scale_b=_scales(weight).t(), out_dtype=dtype
     )
 
 
 def _int8_product(q: Tensor, scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Sums of integers are exact; they are scaled in float32 and rounded once."""
     found = int_mm(q, weight.values.t())[: scale.shape[0]]
-    return (found.float() * scale * weight.scales.t()).to(dtype)
+    return (found.float() * scale * _scales(weight).t()).to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashnorm.kernels import norms
 from flashnorm.kernels.norms import NormKind
-from flashnorm.kernels.weights import AnyWeight, memory
+from flashnorm.kernels.weights import AnyWeight, memories
 
 ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh")
 
@@ -42,7 +42,7 @@ class Call(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Those of the arguments that are given."""
         given = [r for r in (self.output_residual, self.input_residual) if r is not None]
-        return [self.x, *map(memory, self.weights), *self.vectors(), *given]
+        return [self.x, *memories(self.weights), *self.vectors(), *given]
 
     def vectors(self) -> list[Tensor]:
         """Those of biases, gain, norm_bias and alpha that are given."""

@@ -1,13 +1,13 @@
-"""The formats of weights, a row each: dtypes, numbers in the kernels, and how a block is decoded.
+"""Weights: dense ones, and those in a packed format, which kernels decode as they load them.
 
 A dense weight is a tensor as it is, [k, n]; in any other format it is a `Weight`. A call takes
-both. `register` adds a format, which runs on the reference (its dequantized values) until a kernel
-decodes it.
+both. `register` adds a format (`kernels/formats`, a file for each family), which runs on the
+reference (its dequantized values) until a kernel decodes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +27,15 @@ LARGEST = {FP8: 448.0, INT8: 127.0}
 class WeightFormat:
     """How the numbers of a weight lie in memory.
 
-    dequantize(weight): W as the products see it, [k, n], in float64.
+    dequantize(weight): W as the products see it, [k, n], in float64. unfit(weight): why its tensors
+    do not lie as the format says, or empty; kernels ask before they read. code: the format's number
+    in csrc/api.h, or None where no kernel of the CPU decodes it.
     """
 
     name: str
     dequantize: Callable[[Weight], Tensor]
+    unfit: Callable[[Weight], str] = lambda weight: ""
+    code: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return find, (self.name,)
@@ -44,13 +48,24 @@ class WeightFormat:
 
 
 class Weight(NamedTuple):
-    """A weight [outputs, features] in a format: values as they lie, and what they are scaled by."""
+    """A weight [outputs, features] in a format: values as they lie, and what they are scaled by.
+
+        W = (values − zeros) · scales + offsets,  or  table[values] · scales
+
+    scales, zeros, offsets: [k, groups], in any strides and any dtype of kernels (zeros also as
+    integers of 8 bits), each for `group` features in a row; where a block of values holds its own
+    scale, as in a GGUF file, there are none. table: [16], float32.
+    """
 
     values: Tensor
     format: WeightFormat
-    scales: Tensor
+    scales: Tensor | None
     outputs: int
     features: int
+    group: int = 0
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,9 +80,28 @@ class Weight(NamedTuple):
     def dim(self) -> int:
         return 2
 
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of."""
+        given = (self.values, self.scales, self.zeros, self.offsets, self.table)
+        return [tensor for tensor in given if tensor is not None]
+
     def dequantized(self) -> Tensor:
         """W as the products see it: [k, n], float64."""
         return self.format.dequantize(self)
+
+    def unfit(self) -> str:
+        """Why it is not as its format says; empty where it is."""
+        groups = -(-self.features // self.group) if self.group else 1
+        for part, name in (
+            (self.scales, "scales"),
+            (self.zeros, "zeros"),
+            (self.offsets, "offsets"),
+        ):
+            if part is not None and (
+                part.dim() != 2 or part.shape[0] < self.outputs or part.shape[1] < groups
+            ):
+                return f"{name} are {list(part.shape)}, for {self.outputs} rows in {groups} groups"
+        return self.format.unfit(self)
 
 
 AnyWeight = Tensor | Weight
@@ -93,9 +127,12 @@ def dense(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     return (weight.dequantized() if isinstance(weight, Weight) else weight).to(dtype)
 
 
-def memory(weight: AnyWeight) -> Tensor:
-    """The tensor that holds the numbers of a weight."""
-    return weight.values if isinstance(weight, Weight) else weight
+def memories(weights: Iterable[AnyWeight]) -> list[Tensor]:
+    """The tensors that hold the numbers of weights."""
+    found: list[Tensor] = []
+    for weight in weights:
+        found += weight.tensors() if isinstance(weight, Weight) else [weight]
+    return found
 
 
 def dense_rows(weight: Tensor) -> bool:
@@ -131,13 +168,3 @@ def packed(weights: Any) -> Weight | None:
         if type(weight) is Weight:
             return weight
     return None
-
-
-def _by_rows(weight: Weight) -> Tensor:
-    values = weight.values[: weight.outputs, : weight.features].double()
-    return values * weight.scales[: weight.outputs].double()
-
-
-# `W ≈ values ⊙ scales`, values filled up with zeros to multiples of 16, one scale per row.
-FP8_ROWS = register(WeightFormat("fp8-rows", _by_rows))
-INT8_ROWS = register(WeightFormat("int8-rows", _by_rows))
