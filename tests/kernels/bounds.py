@@ -13,7 +13,9 @@ from torch import Tensor
 from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import policy
+from flashnorm.kernels.weights import Weight
 from flashnorm.verification.bounds import CONFIDENCE, unit_roundoff
+from tests.kernels import packed
 
 # Roundings of one element outside of sums (scale, gain, norm bias, bias, and tanh's own few).
 STEPS = 8
@@ -22,9 +24,11 @@ SLOPE = 1.13
 
 
 def wide(call: Call) -> Call:
-    """The same call in float64."""
+    """The same call in float64, packed weights as what they stand for."""
 
     def widen(value: object) -> object:
+        if isinstance(value, Weight):
+            return value.dequantized()
         if isinstance(value, Tensor):
             return value.double()
         return [widen(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -59,9 +63,11 @@ def products(
     values = reference.norm_linear(plain)
     # Below float32's normal numbers every addition rounds by up to half of the smallest one.
     smallest, errors = n * 2.0**-149, []
-    for i, (w, value) in enumerate(zip(exact.weights, values, strict=True)):
+    for i, (w, value) in enumerate(zip(call.weights, values, strict=True)):
         bias = exact.biases[i].abs() if exact.biases and exact.biases[i] is not None else 0
-        errors.append(relative * (z @ w.abs().T + bias) + half * value.abs() + smallest)
+        # A packed weight is made of parts, each of which is rounded, and of which w is the sum.
+        size = packed.sizes(w) if isinstance(w, Weight) else w.double().abs()
+        errors.append(relative * (z @ size.T + bias) + half * value.abs() + smallest)
     return values, errors
 
 

@@ -19,13 +19,15 @@ from torch.nn import functional as F
 
 from flashnorm.kernels import norms
 from flashnorm.kernels.call import ACTIVATIONS, Call
+from flashnorm.kernels.cpu import packing
 from flashnorm.kernels.cpu.library import Library, load
 from flashnorm.kernels.cpu.policy import MOST_WEIGHTS, most_rows
-from flashnorm.kernels.weights import DTYPES, dense_rows, packed, turned
+from flashnorm.kernels.weights import DTYPES, Weight, dense_rows, packed, turned
 
 ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/api.h
 
-_OP = [struct.Struct("8iq2d3qq" + "5q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+_OP = [struct.Struct("12i2q2d5q" + "14q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+NO_GRIDS = (0,) * 9  # of a segment: scales, zeros and offsets
 _CALL = [struct.Struct("7q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _GLU = struct.Struct("2i11q").pack
 
@@ -49,21 +51,17 @@ def why_not(call: Call) -> str | None:
         return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
     if norm.code is None:
         return f"the kernels do not know the norm {norm.name!r}"
-    if unknown := packed(weights):
-        return f"the kernels do not know weights in the format {unknown.format.name!r}"
     if x.shape[-1] == 0 or len(weights) > MOST_WEIGHTS:
         return f"x has no features, or there are more than {MOST_WEIGHTS} weights"
-    dtype = weights[0].dtype if weights else x.dtype
-    for w in call.dense_weights():
-        if w.dtype not in DTYPES or w.dtype != dtype or not w.is_cpu:
-            return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
-        if not (dense_rows(w) or turned(w)):
-            return "a weight's rows are not dense; weight.contiguous() has dense ones"
-    if len({turned(w) for w in call.dense_weights()}) > 1:
-        return "some weights are held as [out, in], some as [in, out]: one call takes one layout"
+    dense = () if packed(weights) else call.dense_weights()
+    if reason := packing.why_not(call) or _why_not_dense(x, dense):
+        return reason
+    dtype = dense[0].dtype if dense else x.dtype
     for bias in biases or ():
-        if bias is not None and (bias.dtype != dtype or not _dense(bias)):
-            return f"a bias is not of its weight's dtype, dense, on the CPU: {bias.dtype}"
+        if bias is not None and (bias.dtype not in DTYPES or not _dense(bias)):
+            return f"a bias is not of the kernels' dtypes, dense, on the CPU: {bias.dtype}"
+        if bias is not None and dense and bias.dtype != dtype:
+            return f"a bias is not of its weight's dtype: {bias.dtype}"
     for name, vector in (("gain", gain), ("norm_bias", norm_bias), ("alpha", alpha)):
         if vector is not None and (vector.dtype not in DTYPES or not _dense(vector)):
             return f"{name} is not of the kernels' dtypes, dense, on the CPU: {vector.dtype}"
@@ -71,6 +69,17 @@ def why_not(call: Call) -> str | None:
         if given is not None and (given.dtype != x.dtype or not given.is_cpu):
             return f"the residual is not like x: {given.dtype}"
     return None
+
+
+def _why_not_dense(x: Tensor, weights: Sequence[Tensor]) -> str:
+    for w in weights:
+        if w.dtype not in DTYPES or w.dtype != weights[0].dtype or not w.is_cpu:
+            return f"the weights are not of one of the kernels' dtypes on the CPU: {w.dtype}"
+        if not (dense_rows(w) or turned(w)):
+            return "a weight's rows are not dense; weight.contiguous() has dense ones"
+    if len({turned(w) for w in weights}) > 1:
+        return "some weights are held as [out, in], some as [in, out]: one call takes one layout"
+    return ""
 
 
 def _dense(vector: Tensor) -> bool:
@@ -89,32 +98,47 @@ def run(call: Call) -> list[Tensor]:
 
 def pack(call: Call) -> bytes:
     """All of a call but x, results and residual, as the library reads it. It holds no reference."""
-    x, _, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
-    weights = call.dense_weights()
-    weight_type = DTYPES[weights[0].dtype if weights else x.dtype]
+    x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
+    first = packed(weights)
+    types, group, table = packing.fixed(first, x.shape[-1]) if first else _dense_fixed(call)
+    bias = next((c for c in biases or () if c is not None), None)
     segments: list[int] = []
     for i, w in enumerate(weights):
         c = biases[i] if biases else None
-        stride, step = w.stride() if turned(w) else (w.stride(0), 1)
-        segments += (w.data_ptr(), 0 if c is None else c.data_ptr(), w.shape[0], stride, step)
+        place = 0 if c is None else c.data_ptr()
+        segments += packing.segment(w, place) if isinstance(w, Weight) else _segment(w, place)
     return _OP[len(weights)](
         norm.code,
         ACTIVATION[activation],
         DTYPES[x.dtype],
-        weight_type,
-        weight_type,
+        types[0],
+        types[0] if bias is None else DTYPES[bias.dtype],
         0 if gain is None else DTYPES[gain.dtype],
         0 if norm_bias is None else DTYPES[norm_bias.dtype],
         0 if alpha is None else DTYPES[alpha.dtype],
+        *types[1:],
+        0,
         x.shape[-1],
+        group,
         eps,
         offset,
         0 if gain is None else gain.data_ptr(),
         0 if norm_bias is None else norm_bias.data_ptr(),
         0 if alpha is None else alpha.data_ptr(),
+        table,
         len(weights),
         *segments,
     )
+
+
+def _dense_fixed(call: Call) -> tuple[tuple[int, int, int, int], int, int]:
+    weights = call.dense_weights()
+    return (DTYPES[weights[0].dtype if weights else call.x.dtype], 0, 0, 0), 0, 0
+
+
+def _segment(weight: Tensor, bias: int) -> tuple[int, ...]:
+    stride, step = weight.stride() if turned(weight) else (weight.stride(0), 1)
+    return (weight.data_ptr(), bias, weight.shape[0], stride, step, *NO_GRIDS)
 
 
 def run_packed(
@@ -169,10 +193,11 @@ def run_at(
 ) -> None:
     """Products alone, of x [rows, n] dense at an address, where all are parts of larger tensors.
 
-    segments: as in `pack`, five numbers for each of `outputs`, which are addresses and strides.
+    segments: as in `pack`, so many numbers for each of `outputs`, which are addresses and strides.
     """
     number, count = DTYPES[dtype], len(outputs)
-    fixed = (norms.NONE.code, 0, number, number, number, 0, 0, 0, n, 0.0, 0.0, 0, 0, 0, count)
+    types = (norms.NONE.code, 0, number, number, number, 0, 0, 0, 0, 0, 0, 0)
+    fixed = (*types, n, 0, 0.0, 0.0, 0, 0, 0, 0, count)
     places = [number for output in outputs for number in output]
     call = _CALL[count](x, 0, 0, rows, n, 0, torch.get_num_threads(), *places)
     if _library().run(_OP[count](*fixed, *segments), call):

@@ -68,4 +68,4 @@ def _segments(weight: Tensor, bias: Tensor | None, chosen: Sequence[int]) -> Ite
     for e in chosen:
         yield weight.data_ptr() + e * far * size
         yield 0 if bias is None else bias.data_ptr() + e * bias.stride(0) * size
-        yield from (weight.shape[1], stride, step)
+        yield from (weight.shape[1], stride, step, *calls.NO_GRIDS)

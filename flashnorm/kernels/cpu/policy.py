@@ -8,7 +8,7 @@ from flashnorm.kernels.backend import CompiledPolicy, Limits, Policy, Precompute
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.cpu.library import Library, load
-from flashnorm.kernels.weights import DTYPES, HALVES, turned
+from flashnorm.kernels.weights import DTYPES, HALVES, packed, turned
 
 MOST_WEIGHTS = 8
 TOKENS_OF_EXPERTS = 16  # in all; every expert has its share of them
@@ -27,7 +27,7 @@ TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do no
 
 def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
-    if any(weight.dtype != call.x.dtype for weight in call.weights):
+    if packed(call.weights) or any(weight.dtype != call.x.dtype for weight in call.weights):
         return 2**62
     if any(turned(weight) for weight in call.dense_weights()):
         return ROWS_TURNED
@@ -53,6 +53,8 @@ def explain(call: Call) -> str:
     assert isinstance(library, Library)
     x = call.x
     n = x.shape[-1]
+    if weight := packed(call.weights):
+        return f"{weight.format.name} weights, decoded as they are loaded"
     crossover, rows = crossovers.find(library.isa, x.dtype, n), x.numel() // n
     if rows > most_rows(call):
         way = "torch's matmul after a pass for the norm"
@@ -68,7 +70,9 @@ def rounds_first(call: Call) -> bool:
     x, library = call.x, load()
     if not isinstance(library, Library) or not x.numel():
         return False
-    if x.dtype != torch.bfloat16 or any(w.dtype != x.dtype for w in call.weights):
+    if packed(call.weights) or x.dtype != torch.bfloat16:
+        return False
+    if any(w.dtype != x.dtype for w in call.weights):
         return False
     if any(turned(w) for w in call.dense_weights()):
         return False

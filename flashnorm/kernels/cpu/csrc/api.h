@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 7
+#define FLASHNORM_ABI 8
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -16,23 +16,54 @@ enum Act : int32_t {
   ACT_GELU_TANH = 5,
 };
 constexpr int32_t BOOLEAN = 3;  // of a mask, beside the types above
+constexpr int32_t SIGNED8 = 4, UNSIGNED8 = 5;  // of zeros, beside the types above
+// What a weight may be instead of a dense one: kernels/formats, where each is described.
+enum Format : int32_t {
+  INT8 = 16,
+  FP8 = 17,
+  INT4 = 18,
+  CODEBOOK4 = 19,
+  GPTQ4 = 20,
+  AWQ4 = 21,
+  Q8_0 = 32,
+  Q4_0 = 33,
+  Q4_1 = 34,
+  Q5_0 = 35,
+  Q5_1 = 36,
+  Q4_K = 37,
+  Q5_K = 38,
+  Q6_K = 39,
+};
 enum Status : int32_t { OK = 0, NO_MEMORY = 1 };
 
+// Numbers for groups of features of a packed weight, [rows, groups], `row` and `group` apart in
+// elements, or null.
+struct Grid {
+  const void* data;
+  int64_t row, group;
+};
+
 // weight: [rows, n], its rows `stride` elements apart and the features of a row `step`, of which one
-// is 1: a weight held as [in, out] is read as it lies. bias: [rows] or null.
+// is 1: a weight held as [in, out] is read as it lies. Of a packed one `stride` is in bytes, of
+// words [in, out] in words, and step is 1. bias: [rows] or null.
 struct Segment {
   const void* weight;
   const void* bias;
   int64_t rows, stride, step;
+  Grid scales, zeros, offsets;
 };
 
-// What stays the same from call to call. gain, shift: [n] or null; alpha: one number or null.
+// What stays the same from call to call. weight_type is a Dtype or a Format. gain, shift: [n] or
+// null; alpha: one number or null; group: features that share a scale, n where all of a row do;
+// table: 16 numbers of CODEBOOK4.
 struct Op {
   int32_t norm, act;
   int32_t x_type, weight_type, bias_type, gain_type, shift_type, alpha_type;
-  int64_t n;
+  int32_t scale_type, zero_type, offset_type, unused;
+  int64_t n, group;
   double eps, offset;
   const void *gain, *shift, *alpha;
+  const float* table;
   int64_t segments;  // all of one layout
   Segment segment[1];  // as many as `segments` says; exactly gate and up where act is a GLU
 };

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <stdlib.h>
 
+#include "formats.h"
 #include "instruction_sets.h"
 #include "pieces.h"
 #include "thread_pool.h"
@@ -59,13 +60,12 @@ int64_t all_rows(const Op& op) {
   return rows;
 }
 
-int64_t row_bytes(const Op& op) { return op.n * (op.weight_type == FLOAT32 ? 4 : 2); }
-
 Reads reads_of(const Op& op) {
   Reads reads;
+  if (has_columns(op.weight_type)) return reads;
   reads.segments = smaller(op.segments, Reads::MOST);
   reads.together = op.act != ACT_NONE;
-  const int64_t bytes = row_bytes(op), size = bytes / op.n;
+  const int64_t bytes = row_bytes(op), size = size_of(op.weight_type);
   for (int64_t i = 0; i < reads.segments; ++i) {
     const Segment& s = op.segment[i];
     reads.segment[i] = {static_cast<const char*>(s.weight), s.rows, bytes, s.stride * size};
@@ -90,7 +90,7 @@ constexpr int64_t ROW_BYTES_PER_PIECE = 2048;
 
 WorkQueue turned_queue(const Op& op, int64_t threads) {
   constexpr int64_t least = 32, most = 4096;  // columns; bytes of a row, as in turned.h
-  const int64_t total = op.act ? op.segment[0].rows : all_rows(op), size = row_bytes(op) / op.n;
+  const int64_t total = op.act ? op.segment[0].rows : all_rows(op), size = size_of(op.weight_type);
   const int64_t each = total * size / threads, pieces = 1 + each / ROW_BYTES_PER_PIECE;
   const int64_t unit = (total / (threads * pieces) / least + 1) * least;
   return {total, smaller(unit, most / size), threads};
@@ -129,6 +129,7 @@ const PackedTable* packed_table(const Choice& use, const Op& op, int64_t rows) {
   const bool pairs = op.x_type == BFLOAT16 && op.weight_type == BFLOAT16;
   if (pairs && use.tiles && op.n % 32 == 0) return rows >= use.tiles->least ? use.tiles : nullptr;
   const PackedTable* panels = pairs && use.pair_panels ? use.pair_panels : &use.table->panels;
+  if (is_packed(op)) return rows >= panels->least ? panels : nullptr;
   const int64_t asked = panel_rows[op.weight_type][op.n >= WIDE].load(std::memory_order_relaxed);
   return rows >= (asked ? asked : panels->least) ? panels : nullptr;
 }

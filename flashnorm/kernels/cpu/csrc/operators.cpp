@@ -199,7 +199,7 @@ std::vector<Tensor> norm_linear(const Tensor& x, const std::vector<Tensor>& weig
     need(!bias || (bias->type == w.type && bias->size(0) == w.size(0)),
          "norm_linear_cpu: a bias does not fit its weight");
     op.segment[i] = {w.data, bias ? bias->data : nullptr, w.size(0), w.stride(0),
-                     dense ? 1 : w.stride(1)};
+                     dense ? 1 : w.stride(1), {}, {}, {}};
     need(turned(op) == !dense, "norm_linear_cpu: weights of two layouts");
   }
   need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");

@@ -140,14 +140,31 @@ template <class A, class W> inline void copy_rows(const Panels& t, const Part& p
   }
 }
 
+inline void decode_rows(const Panels& t, const Part& p) {
+  for (int64_t c = 0; c < (p.count + ACROSS - 1) / ACROSS * ACROSS; ++c) {
+    float* row = t.block + c * ROW;
+    if (c < p.count) decode(t.op, p.s, p.at + c, p.from, p.to, row);
+    else memset(row, 0, static_cast<size_t>(p.to - p.from) * sizeof(float));
+  }
+}
+
 template <class A> inline void copy_block(const Panels& t, const Part& p) {
   if constexpr (A::features > 1) return copy_rows<A, Bf16>(t, p);
+  else if (is_packed(t.op)) decode_rows(t, p);
   else if (t.op.weight_type == BFLOAT16) copy_rows<A, Bf16>(t, p);
   else if (t.op.weight_type == FLOAT32) copy_rows<A, float>(t, p);
   else copy_rows<A, Fp16>(t, p);
 }
 
+inline Upcoming packed_lines(const Op& op, const Part& p) {
+  if (has_columns(op.weight_type)) return {nullptr, 0, 0, 0};
+  const int64_t first = bytes_of(op.weight_type, p.from);
+  const char* row = static_cast<const char*>(p.s.weight) + p.at * p.s.stride + first;
+  return {row, p.s.stride, bytes_of(op.weight_type, p.to) - first, p.count};
+}
+
 template <class A> inline Upcoming lines_of(const Panels& t, const Part& p) {
+  if (is_packed(t.op)) return packed_lines(t.op, p);
   const int64_t size = size_of(t.op.weight_type), first = p.from * A::features;
   const char* row = offset(p.s.weight, t.op.weight_type, p.at * p.s.stride + first);
   return {row, p.s.stride * size, (p.to - p.from) * A::features * size, p.count};
@@ -171,18 +188,26 @@ inline void block_products(const Panels& t, const Part& p, Upcoming next, float*
   }
 }
 
+// Where block b of a row begins: equally long ones, and of packed weights such as may be cut.
+inline int64_t cut(const Op& op, int64_t n, int64_t b, int64_t blocks) {
+  static_assert(DEPTH == CUT, "packed rows are cut between blocks");
+  return is_packed(op) ? smaller(b * CUT, n) : n * b / blocks;
+}
+
 // All products of `count` columns of a segment, of which `next` is read afterwards.
 template <class A>
 inline void panel_products(const Panels& t, const Segment& s, int64_t at, int64_t count,
                            const Segment* next, int64_t next_at, float* sums) {
   const int64_t n = units<A>(t.op.n), blocks = (n + DEPTH - 1) / DEPTH;
   for (int64_t b = 0; b < blocks; ++b) {
-    const Part p{s, at, count, n * b / blocks, n * (b + 1) / blocks};
+    const Part p{s, at, count, cut(t.op, n, b, blocks), cut(t.op, n, b + 1, blocks)};
     copy_block<A>(t, p);
     Upcoming lines{nullptr, 0, 0, 0};
-    if (b + 1 < blocks) lines = lines_of<A>(t, {s, at, count, p.to, n * (b + 2) / blocks});
+    if (b + 1 < blocks)
+      lines = lines_of<A>(t, {s, at, count, p.to, cut(t.op, n, b + 2, blocks)});
     else if (next && next_at < next->rows)
-      lines = lines_of<A>(t, {*next, next_at, smaller(WIDTH, next->rows - next_at), 0, n / blocks});
+      lines = lines_of<A>(t, {*next, next_at, smaller(WIDTH, next->rows - next_at), 0,
+                              cut(t.op, n, 1, blocks)});
     block_products<A>(t, p, lines, sums);
   }
 }

@@ -1,6 +1,8 @@
 // One thread's share of y = act(s ⊙ (f(x) Wᵀ) + c) [+ residual]: a block of output columns.
 #pragma once
 #include "finish.h"
+#include "one_row.h"
+#include "packed_rows.h"
 #include "skinny.h"
 #include "table.h"
 #include "turned.h"
@@ -16,11 +18,10 @@ struct Block {
   int64_t first, rows;        // which rows of x
   const float* x;             // [rows][padded n]
   const Bf16* pairs;          // the raw rows, where they are exact enough as they are; or null
+  const OneRow* one;          // what multiplies this one row, which it has arranged; or null
   float scale[MAX_ROWS];      // what each row still has to be multiplied by
   float* sums;                // of a band of turned weights, or of two; or null
 };
-
-inline int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 
 inline const char* offset(const void* p, int32_t type, int64_t elements) {
   return static_cast<const char*>(p) + elements * size_of(type);
@@ -31,9 +32,17 @@ inline const void* weights_at(const Op& op, const Segment& s, int64_t at) {
   return at < s.rows ? offset(s.weight, op.weight_type, at * s.stride) : nullptr;
 }
 
+// Nothing is to be had behind packed words, whose rows do not lie one behind the other.
+inline void multiply_packed(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
+  const PackedProduct p{b.op, s, at, count, b.x, padded(b.op.n), b.rows, out, b.options.ahead};
+  if (b.one) b.one->products(p);
+  else packed_products(p);
+}
+
 inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out,
                      const void* next) {
   const int32_t type = b.op.weight_type;
+  if (is_packed(type)) return multiply_packed(b, s, at, count, out);
   const int64_t n = b.op.n;
   const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
   const void* weight = weights_at(b.op, s, at);
@@ -167,7 +176,17 @@ inline void copy_pairs(const Bf16* x, int64_t n, Bf16* out) {
 }
 
 inline int64_t space_for(const Op& op, int64_t rows) {
-  return padded(op.n) * (2 + rows) + padded(op.n) / 2 * rows;
+  const int64_t arranged = is_packed(op) ? arranged_floats(op.n) : 0;
+  return padded(op.n) * (2 + rows) + padded(op.n) / 2 * rows + arranged;
+}
+
+// Has the only row of a block arranged for packed weights, behind everything else in `space`.
+inline void arrange(Block& b, float* space) {
+  b.one = b.rows == 1 && is_packed(b.op) ? one_row(b.op) : nullptr;
+  if (!b.one) return;
+  float* to = space + padded(b.op.n) + padded(b.op.n) / 2;
+  b.one->arrange(b.op, b.x, to);
+  b.x = to;
 }
 
 inline float* band_memory(const Op& op, int64_t rows) {
@@ -191,6 +210,7 @@ inline void prepare(Block& b, const Affine& affine, float* space) {
   }
   b.x = space;
   b.pairs = exact ? pairs : nullptr;
+  arrange(b, space);
 }
 
 inline void fetch_turned(const Op& op, Range range) {
@@ -205,12 +225,13 @@ inline void fetch_turned(const Op& op, Range range) {
 // Brings in what is read first while the statistics are computed.
 inline void fetch_first(const Op& op, Range range, int64_t ahead) {
   if (turned(op)) return fetch_turned(op, range);
+  if (has_columns(op.weight_type)) return;
   int64_t at = range.begin;
   const Segment* s = op.segment;
   if (!op.act)
     for (; at >= s->rows; ++s) at -= s->rows;
   const char* first = static_cast<const char*>(weights_at(op, *s, at));
-  const int64_t row = op.n * size_of(op.weight_type), rows = smaller(s->rows - at, ahead / row + 1);
+  const int64_t row = row_bytes(op), rows = smaller(s->rows - at, ahead / row + 1);
   for (int64_t byte = 0; byte < rows * row; byte += LINE) prefetch(first + byte);
 }
 
@@ -230,7 +251,7 @@ inline int32_t run_part(const Op& op, const Call& call, const Options& options, 
   float* sums = turned(op) ? band_memory(op, smaller(call.rows, MAX_ROWS)) : nullptr;
   if (!space || (turned(op) && !sums)) return NO_MEMORY;
   const Affine gains = affine(op, space);
-  Block block{op, call, options, 0, 0, nullptr, nullptr, {}, sums};
+  Block block{op, call, options, 0, 0, nullptr, nullptr, nullptr, {}, sums};
   bool ready = false;
   do {
     for (int64_t first = 0; first < call.rows; first += MAX_ROWS) {
