@@ -1,4 +1,7 @@
 #include "vec_avx2.h"
+
+#include "one_row_avx2_table.h"
+
 #include "attention.h"
 #include "panels.h"
 #include "rows.h"

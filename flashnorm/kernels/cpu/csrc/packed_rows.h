@@ -16,6 +16,7 @@ struct PackedProduct {
   int64_t x_stride, rows;
   float* out;        // [rows][CHUNK]
   int64_t ahead;     // bytes at least between reading and prefetching
+  const void* next;  // the weights that are read after these, or null
 };
 
 inline void fetch_row(const PackedProduct& p, int64_t row, int64_t from, int64_t to) {

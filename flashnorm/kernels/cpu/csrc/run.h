@@ -32,9 +32,9 @@ inline const void* weights_at(const Op& op, const Segment& s, int64_t at) {
   return at < s.rows ? offset(s.weight, op.weight_type, at * s.stride) : nullptr;
 }
 
-// Nothing is to be had behind packed words, whose rows do not lie one behind the other.
-inline void multiply_packed(const Block& b, const Segment& s, int64_t at, int64_t count, float* out) {
-  const PackedProduct p{b.op, s, at, count, b.x, padded(b.op.n), b.rows, out, b.options.ahead};
+inline void multiply_packed(const Block& b, const Segment& s, int64_t at, int64_t count, float* out,
+                            const void* next) {
+  const PackedProduct p{b.op, s, at, count, b.x, padded(b.op.n), b.rows, out, b.options.ahead, next};
   if (b.one) b.one->products(p);
   else packed_products(p);
 }
@@ -42,7 +42,7 @@ inline void multiply_packed(const Block& b, const Segment& s, int64_t at, int64_
 inline void multiply(const Block& b, const Segment& s, int64_t at, int64_t count, float* out,
                      const void* next) {
   const int32_t type = b.op.weight_type;
-  if (is_packed(type)) return multiply_packed(b, s, at, count, out);
+  if (is_packed(type)) return multiply_packed(b, s, at, count, out, next);
   const int64_t n = b.op.n;
   const void* x = b.pairs ? static_cast<const void*>(b.pairs) : b.x;
   const void* weight = weights_at(b.op, s, at);
