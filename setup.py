@@ -25,7 +25,8 @@ SANITIZE += ["-fno-omit-frame-pointer", "-O1", "-g"]
 LAST = SANITIZE if os.environ.get("FLASHNORM_SANITIZE") else []
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86 = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
+X86["avx512bf16"] = [*AVX512, "-mavx512bf16"]
 X86["amx"] = [*X86["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 SETS = {
     "x86_64": X86,
@@ -52,7 +53,9 @@ class BuildKernels(build_ext):
                 f"flashnorm: this compiler cannot build the {isa} kernels: {parts[isa].exception()}"
             )
         if "avx512" not in made:
-            made.pop("avx512bf16", None)  # which only adds to it
+            made.pop("avx512vnni", None)  # which only adds to it
+        if "avx512vnni" not in made:
+            made.pop("avx512bf16", None)
         if "avx512bf16" not in made:
             made.pop("amx", None)  # which adds to that
         objects += [file for files in made.values() for file in files]

@@ -69,7 +69,7 @@ def shipped(isa: str, dtype: torch.dtype) -> Crossover:
     amd = cpu_name().startswith("AMD")
     if isa == "amx":
         return Crossover(0, 128 if dtype == torch.bfloat16 else FEW)
-    if isa not in ("avx2", "avx512", "avx512bf16"):
+    if isa not in ("avx2", "avx512", "avx512vnni", "avx512bf16"):
         return Crossover(0, FEW)
     fast = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512bf16")
     return Crossover(0, NEVER if amd or not fast else FEW)  # torch is slow in the others

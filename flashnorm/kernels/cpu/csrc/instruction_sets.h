@@ -17,6 +17,7 @@ DECLARE(avx2);
 DECLARE(avx512);
 DECLARE(neon);
 void flashnorm_pairs(const Product& p);
+const OneRow* flashnorm_bytes_of_row(const Op& op);
 extern const PackedTable flashnorm_pair_panels, flashnorm_tiles;
 
 namespace {
@@ -26,6 +27,7 @@ struct Choice {
   const Table* table;
   void (*pairs)(const Product&);
   const PackedTable *pair_panels, *tiles;  // of bf16, or null
+  OneRowOf bytes;                          // one row as bytes, or null
   bool (*supported)();
 };
 
@@ -39,7 +41,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 // The tiles' registers have to be asked for, once for the process.
 bool has_amx() {
@@ -59,22 +62,26 @@ bool has_amx() {
 const Choice choices[] = {
 #ifdef FLASHNORM_HAS_AMX
     {"amx", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels, &flashnorm_tiles,
-     has_amx},
+     flashnorm_bytes_of_row, has_amx},
 #endif
 #ifdef FLASHNORM_HAS_AVX512BF16
-    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels,
-     nullptr, has_avx512bf16},
+    {"avx512bf16", &flashnorm_avx512, flashnorm_pairs, &flashnorm_pair_panels, nullptr,
+     flashnorm_bytes_of_row, has_avx512bf16},
+#endif
+#ifdef FLASHNORM_HAS_AVX512VNNI
+    {"avx512vnni", &flashnorm_avx512, nullptr, nullptr, nullptr, flashnorm_bytes_of_row,
+     has_avx512vnni},
 #endif
 #ifdef FLASHNORM_HAS_AVX512
-    {"avx512", &flashnorm_avx512, nullptr, nullptr, nullptr, has_avx512},
+    {"avx512", &flashnorm_avx512, nullptr, nullptr, nullptr, nullptr, has_avx512},
 #endif
 #ifdef FLASHNORM_HAS_AVX2
-    {"avx2", &flashnorm_avx2, nullptr, nullptr, nullptr, has_avx2},
+    {"avx2", &flashnorm_avx2, nullptr, nullptr, nullptr, nullptr, has_avx2},
 #endif
 #ifdef FLASHNORM_HAS_NEON
-    {"neon", &flashnorm_neon, nullptr, nullptr, nullptr, always},
+    {"neon", &flashnorm_neon, nullptr, nullptr, nullptr, nullptr, always},
 #endif
-    {"portable", &flashnorm_portable, nullptr, nullptr, nullptr, always},
+    {"portable", &flashnorm_portable, nullptr, nullptr, nullptr, nullptr, always},
 };
 constexpr int count = sizeof choices / sizeof *choices;
 

@@ -1,6 +1,6 @@
 #include "vec_avx2.h"
 
-#include "one_row_avx2_table.h"
+#include "one_row_floats_avx2.h"
 
 #include "attention.h"
 #include "panels.h"

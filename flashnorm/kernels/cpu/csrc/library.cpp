@@ -104,7 +104,8 @@ int32_t run_job(const Job& job, int64_t part, int64_t) {
   const bool one = static_cast<const Call*>(job.call)->rows == 1;
   const Table* table = one ? one_row_table(job.use) : job.use.table;
   const Options options{prefetch_bytes.load(std::memory_order_relaxed),
-                        table == job.use.table ? job.use.pairs : nullptr, job.passing};
+                        table == job.use.table ? job.use.pairs : nullptr, job.passing,
+                        job.use.bytes};
   return table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
                             options, *job.queue, part);
 }

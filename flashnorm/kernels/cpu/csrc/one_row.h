@@ -5,11 +5,6 @@
 
 namespace {
 
-struct OneRow {
-  void (*arrange)(const Op&, const float* x, float* to);
-  void (*products)(const PackedProduct&);
-};
-
 // What an arranged row takes at most: whole cuts, a number for each four features, and some room.
 inline int64_t arranged_floats(int64_t n) { return (n + CUT - 1) / CUT * (CUT + CUT / 4) + 64; }
 

@@ -1,12 +1,7 @@
-// One row of x against packed weights with AVX2: numbers come apart in registers, in the order in
-// which x has been arranged, so that none of them has to be shuffled.
-//
-// A row of four bits takes a shift, a mask, a conversion and a product for eight features; it is read
-// at the speed of memory as long as that is below some 15 GB/s for a core. Products of bytes (VNNI)
-// would need x in three pieces of 8 bits to keep float32's precision, which costs as much.
+// One row of x against packed weights with AVX2: what the ways to do it have in common. A way says by
+// its steps what a block of weights and the x for it come to; here they are taken along a row.
 #pragma once
-#define FLASHNORM_ONE_ROW
-#include "one_row.h"
+#include "packed_rows.h"
 
 namespace {
 
@@ -19,177 +14,124 @@ inline __m256i two_of_16(const Byte* a, const Byte* b) {
 }
 inline Vec widened(__m256i q) { return {_mm256_cvtepi32_ps(q)}; }
 inline Vec at(const float* x, int k) { return Vec::load(x + k * Vec::lanes); }
-
-// Bits 4K..4K + 3 of each number of 32 bits.
-template <int K> inline Vec nibble(__m256i v) {
-  const __m256i low = K ? _mm256_srli_epi32(v, 4 * K) : v;
-  return widened(K == 7 ? low : _mm256_and_si256(low, _mm256_set1_epi32(15)));
-}
-// The same less 8, of bits that were exclusive-ored with 8.
-template <int K> inline Vec signed_nibble(__m256i v) {
-  return widened(_mm256_srai_epi32(K == 7 ? v : _mm256_slli_epi32(v, 28 - 4 * K), 28));
-}
-// Byte B of each number of 32 bits, with and without sign.
-template <int B> inline Vec byte(__m256i v) {
-  const __m256i low = B ? _mm256_srli_epi32(v, 8 * B) : v;
-  return widened(B == 3 ? low : _mm256_and_si256(low, _mm256_set1_epi32(255)));
-}
-template <int B> inline Vec signed_byte(__m256i v) {
-  return widened(_mm256_srai_epi32(B == 3 ? v : _mm256_slli_epi32(v, 24 - 8 * B), 24));
-}
-
-// Σ q_k x_k over eight vectors, in two sums.
-template <class Level> inline Vec eight(const Level& level, const float* x) {
-  Vec even = level.template get<0>() * at(x, 0), odd = level.template get<1>() * at(x, 1);
-  even = fma(level.template get<2>(), at(x, 2), even), odd = fma(level.template get<3>(), at(x, 3), odd);
-  even = fma(level.template get<4>(), at(x, 4), even), odd = fma(level.template get<5>(), at(x, 5), odd);
-  even = fma(level.template get<6>(), at(x, 6), even), odd = fma(level.template get<7>(), at(x, 7), odd);
-  return even + odd;
-}
-template <class Level> inline Vec four(const Level& level, const float* x) {
-  const Vec even = fma(level.template get<2>(), at(x, 2), level.template get<0>() * at(x, 0));
-  const Vec odd = fma(level.template get<3>(), at(x, 3), level.template get<1>() * at(x, 1));
-  return even + odd;
-}
-
-struct Nibbles {
-  __m256i v;
-  template <int K> inline Vec get() const { return nibble<K>(v); }
-};
-struct SignedNibbles {
-  __m256i v;
-  explicit SignedNibbles(__m256i raw)
-      : v(_mm256_xor_si256(raw, _mm256_set1_epi32(static_cast<int>(0x88888888u)))) {}
-  template <int K> inline Vec get() const { return signed_nibble<K>(v); }
-};
-struct ShiftedNibbles {  // less a zero of their own
-  __m256i v;
-  Vec zero;
-  template <int K> inline Vec get() const { return nibble<K>(v) - zero; }
-};
-struct TableNibbles {
-  __m256i v;
-  __m256 low, high;
-  template <int K> inline Vec get() const {
-    const __m256i index = K ? _mm256_srli_epi32(v, 4 * K) : v;
-    const __m256i top = K == 7 ? v : _mm256_slli_epi32(v, 28 - 4 * K);
-    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                             _mm256_permutevar8x32_ps(high, index), _mm256_castsi256_ps(top))};
-  }
-};
-template <int SHIFT> struct EveryOtherNibble {  // bits 8K + SHIFT on
-  __m256i v;
-  template <int K> inline Vec get() const { return nibble<2 * K + SHIFT / 4>(v); }
-};
-struct Bytes {
-  __m256i v;
-  template <int K> inline Vec get() const { return byte<K>(v); }
-};
-struct SignedBytes {
-  __m256i v;
-  template <int K> inline Vec get() const { return signed_byte<K>(v); }
-};
-
-// 32 numbers of 8 bits, and x as it lies.
-inline Vec bytes_to_floats(const void* p) {
-  return widened(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
-}
-inline Vec thirty_two(const Byte* q, const float* x) {
-  const Vec even = fma(bytes_to_floats(q + 16), at(x, 2), bytes_to_floats(q) * at(x, 0));
-  const Vec odd = fma(bytes_to_floats(q + 24), at(x, 3), bytes_to_floats(q + 8) * at(x, 1));
-  return even + odd;
-}
+inline Vec less(Vec a, Vec b, Vec sum) { return {_mm256_fnmadd_ps(a.v, b.v, sum.v)}; }
 
 // [a, a, a, a, b, b, b, b] of two float16 numbers, and eight times one.
 inline Vec halves(const Byte* a, const Byte* b) {
   uint16_t first, second;
   memcpy(&first, a, 2), memcpy(&second, b, 2);
-  const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(first | second << 16));
+  const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(first | second << 16));
   const __m256i order = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  return {_mm256_permutevar8x32_ps(_mm256_castps128_ps256(both), order)};
+  return {_mm256_permutevar8x32_ps(_mm256_castps128_ps256(pair), order)};
 }
 inline Vec half(const Byte* p) {
   uint16_t bits;
   memcpy(&bits, p, 2);
   return {_mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))};
 }
+// [a, a, a, a, b, b, b, b]
+inline Vec both(float a, float b) { return {_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a))}; }
 inline Vec lane(Vec v, int i) {
   return {_mm256_permutevar8x32_ps(v.v, _mm256_set1_epi32(i))};
 }
-
-// ---- How x is arranged.
-
-// to[c · 8 + l] = x[8 l + c]
-inline void across(const float* x, float* to) { Vec::transpose(x, 8, to, 8); }
-
-// Four by four: to[c · step + r] = x[4 r + c]
-inline void across_four(const float* x, float* to, int64_t step) {
-  __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + 4), c = _mm_loadu_ps(x + 8), d = _mm_loadu_ps(x + 12);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a), _mm_storeu_ps(to + step, b);
-  _mm_storeu_ps(to + 2 * step, c), _mm_storeu_ps(to + 3 * step, d);
+// Lanes 2 i and 2 i + 1, four times each.
+inline Vec two_lanes(Vec v, int i) {
+  const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return {_mm256_permutevar8x32_ps(v.v, _mm256_add_epi32(first, _mm256_set1_epi32(2 * i)))};
 }
 
-// Of 64 features, where the halves of 16 bytes hold 16 features and the 16 after them: to[2 b + h][4
-// block + l] = x[32 block + 16 h + 4 l + b].
-inline void by_blocks(const float* x, float* to) {
-  for (int block = 0; block < 2; ++block)
-    for (int h = 0; h < 2; ++h)
-      across_four(x + 32 * block + 16 * h, to + 8 * h + 4 * block, 16);
+// The low and the high halves of bytes.
+inline __m256i lows(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline __m256i highs(__m256i v) { return lows(_mm256_srli_epi16(v, 4)); }
+
+inline Vec signed_bytes_at(const void* p) {
+  return widened(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
 
-// Of 64 features, 32 by 32: to[32 h + 8 b + l] = x[32 h + 4 l + b].
-inline void by_eighths(const float* x, float* to) {
-  for (int h = 0; h < 2; ++h)
-    for (int side = 0; side < 2; ++side)
-      across_four(x + 32 * h + 16 * side, to + 32 * h + 4 * side, 8);
+// ---- What is inside of blocks.
+
+// 16 for each byte whose bit among the four bytes of a block is set, of two blocks; `side` 0 for
+// features 0 .. 15 of both, 1 for those after them.
+inline __m256i fifths(const Byte* a, const Byte* b, int side) {
+  uint16_t first, second;
+  memcpy(&first, a + 2 * side, 2), memcpy(&second, b + 2 * side, 2);
+  const __m256i pair = _mm256_set_m128i(_mm_set1_epi16(static_cast<short>(second)),
+                                        _mm_set1_epi16(static_cast<short>(first)));
+  const __m128i order = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m256i spread = _mm256_shuffle_epi8(pair, _mm256_broadcastsi128_si256(order));
+  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+  return _mm256_and_si256(set, _mm256_set1_epi8(16));
 }
 
-// Of 64 features, neighbours in the halves of a byte: to[k][l] = x[8 l + k]; `swapped` where the first
-// of them is in the high half.
-inline void by_pairs(const float* x, float* to, bool swapped) {
-  across(x, to);
-  if (!swapped) return;
-  for (int k = 0; k < 8; k += 2) {
-    const Vec first = at(to, k), second = at(to, k + 1);
-    second.store(to + k * 8), first.store(to + (k + 1) * 8);
+// Of two blocks with 16 bytes of halves each: features 0 .. 15 of both, and those after them.
+struct Levels { __m256i low, high; };
+inline Levels four_bits(const Byte* a, const Byte* b) {
+  const __m256i raw = two_of_16(a, b);
+  return {lows(raw), highs(raw)};
+}
+inline Levels five_bits(const Byte* a, const Byte* b, const Byte* bits_a, const Byte* bits_b) {
+  const Levels four = four_bits(a, b);
+  return {_mm256_or_si256(four.low, fifths(bits_a, bits_b, 0)),
+          _mm256_or_si256(four.high, fifths(bits_a, bits_b, 1))};
+}
+
+// Scales and minima of eight times 32 features.
+struct Eighths { Vec scales, minima; };
+inline Eighths eighths(const Byte* p) {
+  uint32_t a, b, c;
+  memcpy(&a, p + 4, 4), memcpy(&b, p + 8, 4), memcpy(&c, p + 12, 4);
+  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+  const uint64_t scales = (a & six) | static_cast<uint64_t>((c & four) | (a >> 6 & two) << 4) << 32;
+  const uint64_t minima =
+      (b & six) | static_cast<uint64_t>((c >> 4 & four) | (b >> 6 & two) << 4) << 32;
+  const auto eight_of = [](uint64_t bytes) {
+    return widened(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
+  };
+  return {eight_of(scales) * half(p), eight_of(minima) * half(p + 2)};
+}
+
+// Calls with levels(i) for each eighth i of a block of Q4_K, Q5_K or Q6_K: 32 bytes.
+template <class Use> inline void levels_of_q4_k(const Byte* p, const Use& use) {
+  for (int c = 0; c < 4; ++c) {
+    const __m256i raw = load_256(p + 16 + 32 * c);
+    use(2 * c, lows(raw));
+    use(2 * c + 1, highs(raw));
+  }
+}
+template <class Use> inline void levels_of_q5_k(const Byte* p, const Use& use) {
+  __m256i fifth = load_256(p + 16);
+  for (int c = 0; c < 4; ++c) {
+    const __m256i raw = load_256(p + 48 + 32 * c);
+    for (int h = 0; h < 2; ++h) {
+      const __m256i bit = _mm256_and_si256(fifth, _mm256_set1_epi8(1));
+      use(2 * c + h, _mm256_or_si256(h ? highs(raw) : lows(raw), _mm256_slli_epi16(bit, 4)));
+      fifth = _mm256_srli_epi16(fifth, 1);
+    }
+  }
+}
+template <class Use> inline void levels_of_q6_k(const Byte* p, const Use& use) {
+  for (int side = 0; side < 2; ++side) {
+    const __m256i raw[2] = {load_256(p + 64 * side), load_256(p + 64 * side + 32)};
+    __m256i top = load_256(p + 128 + 32 * side);
+    for (int j = 0; j < 4; ++j) {
+      const __m256i bits = _mm256_and_si256(top, _mm256_set1_epi8(3));
+      use(4 * side + j, _mm256_or_si256(j > 1 ? highs(raw[j % 2]) : lows(raw[j % 2]),
+                                        _mm256_slli_epi16(bits, 4)));
+      top = _mm256_srli_epi16(top, 2);
+    }
   }
 }
 
-inline Vec lane_sums(const float* x) {
-  return ((at(x, 0) + at(x, 1)) + (at(x, 2) + at(x, 3))) + ((at(x, 4) + at(x, 5)) + (at(x, 6) + at(x, 7)));
-}
+// ---- Along a row.
 
 inline int64_t whole(int64_t n, int64_t each) { return (n + each - 1) / each * each; }
-inline float* sums_of(const float* x, int64_t n) { return const_cast<float*>(x) + whole(n, CUT); }
 
-// x and zeros behind it, arranged 64 by 64, and the sums behind that: a vector for each 64, or where
-// blocks have 256 features one number for each 32.
-inline void arrange_row(const Op& op, const float* x, float* to) {
-  const int32_t type = op.weight_type;
-  const bool eighths = type >= Q4_K;
-  float* sums = sums_of(to, op.n);
-  alignas(32) float rest[EACH];
-  for (int64_t i = 0; i < whole(op.n, CUT); i += EACH) {
-    const float* from = x + i;
-    if (i + EACH > op.n) {
-      for (int64_t j = 0; j < EACH; ++j) rest[j] = i + j < op.n ? x[i + j] : 0.0f;
-      from = rest;
-    }
-    float* place = to + i;
-    if (eighths) {
-      by_eighths(from, place);
-      for (int h = 0; h < 2; ++h) {
-        const float* part = place + 32 * h;
-        sums[i / 32 + h] = ((at(part, 0) + at(part, 1)) + (at(part, 2) + at(part, 3))).sum();
-      }
-      continue;
-    }
-    if (type >= Q4_0) by_blocks(from, place);
-    else if (type == INT4 || type == CODEBOOK4) by_pairs(from, place, type == CODEBOOK4);
-    else memcpy(place, from, EACH * sizeof(float));
-    lane_sums(place).store(sums + i / 8);
-  }
+// Features i..i + 64 of x, in `rest` with zeros behind them where there are fewer.
+inline const float* padded_part(const float* x, int64_t i, int64_t n, float* rest) {
+  if (i + EACH <= n) return x + i;
+  for (int64_t j = 0; j < EACH; ++j) rest[j] = i + j < n ? x[i + j] : 0.0f;
+  return rest;
 }
 
 // Where the weights lie that are read `ahead` bytes later than row `c` of a product.
@@ -201,6 +143,40 @@ inline const char* later(const PackedProduct& p, int64_t c) {
 
 inline void fetch(const char* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += LINE) prefetch(p + b);
+}
+
+const Byte nothing[64] = {};  // a block whose scale is zero
+
+// Blocks of 32 features, two to a step.
+template <class S> void pairs_of_blocks(const PackedProduct& p) {
+  const int64_t blocks = p.op.n / 32;
+  for (int64_t c = 0; c < p.count; ++c) {
+    const Byte* w = static_cast<const Byte*>(p.s.weight) + (p.at + c) * p.s.stride;
+    const char* ahead = later(p, c);
+    Vec sum = Vec::set(0);
+    int64_t b = 0;
+    for (; b + 2 <= blocks; b += 2, w += 2 * S::bytes, ahead += 2 * S::bytes) {
+      fetch(ahead, 2 * S::bytes);
+      sum = S::step(w, w + S::bytes, S::input(p, b * 32), sum);
+    }
+    if (b < blocks) sum = S::step(w, nothing, S::input(p, b * 32), sum);
+    p.out[c] = sum.sum();
+  }
+}
+
+// Blocks of 256 features.
+template <class S> void large_blocks(const PackedProduct& p) {
+  const int64_t blocks = p.op.n / 256;
+  for (int64_t c = 0; c < p.count; ++c) {
+    const Byte* w = static_cast<const Byte*>(p.s.weight) + (p.at + c) * p.s.stride;
+    const char* ahead = later(p, c);
+    Vec sum = Vec::set(0);
+    for (int64_t b = 0; b < blocks; ++b, w += S::bytes, ahead += S::bytes) {
+      fetch(ahead, S::bytes);
+      sum = S::step(w, S::input(p, b * 256), sum);
+    }
+    p.out[c] = sum.sum();
+  }
 }
 
 }  // namespace

@@ -8,17 +8,6 @@ namespace {
 
 constexpr int64_t STRETCH = 2 * CUT;  // features of a stretch: 8 KB of four rows
 
-struct PackedProduct {
-  const Op& op;
-  const Segment& s;
-  int64_t at, count;  // which rows of weights
-  const float* x;
-  int64_t x_stride, rows;
-  float* out;        // [rows][CHUNK]
-  int64_t ahead;     // bytes at least between reading and prefetching
-  const void* next;  // the weights that are read after these, or null
-};
-
 inline void fetch_row(const PackedProduct& p, int64_t row, int64_t from, int64_t to) {
   if (has_columns(p.op.weight_type) || row >= p.s.rows) return;
   const char* first = static_cast<const char*>(p.s.weight) + row * p.s.stride;

@@ -20,10 +20,30 @@ struct Product {
   bool passing;      // weights go by all caches but the nearest
 };
 
+// out[m][c] = Σ_i x[m][i] W[at + c][i] of a packed weight, rows of out CHUNK apart.
+struct PackedProduct {
+  const Op& op;
+  const Segment& s;
+  int64_t at, count;  // which rows of weights
+  const float* x;     // [rows][x_stride], or as `OneRow::arrange` left it
+  int64_t x_stride, rows;
+  float* out;
+  int64_t ahead;     // bytes at least between reading and prefetching
+  const void* next;  // the weights that are read after these, or null
+};
+
+// A way for one row of x, which is arranged first; where it cannot be, the next way takes it.
+struct OneRow {
+  bool (*arrange)(const Op&, const float* x, float* to);
+  void (*products)(const PackedProduct&);
+};
+using OneRowOf = const OneRow* (*)(const Op&);
+
 struct Options {
   int64_t ahead;                 // bytes at least between reading and prefetching
   void (*pairs)(const Product&);  // products of raw bf16 rows, or null
   bool passing;                  // weights leave the caches before they are read again
+  OneRowOf bytes;                // a way for one row that takes x apart into bytes, or null
 };
 
 // Rows first..first + rows of x, normalized and transposed for tiles, in `TileTable::bytes` bytes.
