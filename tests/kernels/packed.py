@@ -83,7 +83,7 @@ def int4_rows(k: int, n: int, seed: int) -> Weight:
 
 
 def codebook4(k: int, n: int, seed: int, group: int = 64) -> Weight:
-    table = torch.randn(16, generator=_random(12))
+    table = torch.randn(16, generator=_random(seed))
     scales = _grid(k, -(-n // group), seed, n**-0.5)
     values = _bytes(k, -(-n // 2), seed)
     return Weight(values, codebook.CODEBOOK4, scales, k, n, group, table=table)
@@ -143,6 +143,12 @@ def _block_maker(name: str) -> Make:
 
 
 EVERY |= {name: (_block_maker(name), kind.elements) for name, kind in blocks.BLOCKS.items()}
+
+
+def has_few_levels(weight: Weight) -> bool:
+    """Whether levels have six bits or fewer, in the order of features."""
+    name = weight.format.name
+    return name == "int4-groups" or (name in blocks.BLOCKS and name != "q8_0")
 
 
 def sizes(weight: Weight) -> Tensor:

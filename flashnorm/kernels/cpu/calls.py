@@ -26,8 +26,8 @@ from flashnorm.kernels.weights import DTYPES, Weight, dense_rows, packed, turned
 
 ACTIVATION = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/api.h
 
-_OP = [struct.Struct("12i2q2d5q" + "14q" * s).pack for s in range(MOST_WEIGHTS + 1)]
-NO_GRIDS = (0,) * 9  # of a segment: scales, zeros and offsets
+_OP = [struct.Struct("12i2q2d4q" + "15q" * s).pack for s in range(MOST_WEIGHTS + 1)]
+NO_GRIDS = (0,) * 10  # of a segment: scales, zeros, offsets and table
 _CALL = [struct.Struct("7q" + "2q" * s).pack for s in range(MOST_WEIGHTS + 1)]
 _GLU = struct.Struct("2i11q").pack
 
@@ -100,7 +100,7 @@ def pack(call: Call) -> bytes:
     """All of a call but x, results and residual, as the library reads it. It holds no reference."""
     x, weights, biases, norm, eps, gain, offset, norm_bias, alpha, activation, *_ = call
     first = packed(weights)
-    types, group, table = packing.fixed(first, x.shape[-1]) if first else _dense_fixed(call)
+    types, group = packing.fixed(first, x.shape[-1]) if first else _dense_fixed(call)
     bias = next((c for c in biases or () if c is not None), None)
     segments: list[int] = []
     for i, w in enumerate(weights):
@@ -125,15 +125,14 @@ def pack(call: Call) -> bytes:
         0 if gain is None else gain.data_ptr(),
         0 if norm_bias is None else norm_bias.data_ptr(),
         0 if alpha is None else alpha.data_ptr(),
-        table,
         len(weights),
         *segments,
     )
 
 
-def _dense_fixed(call: Call) -> tuple[tuple[int, int, int, int], int, int]:
+def _dense_fixed(call: Call) -> tuple[tuple[int, int, int, int], int]:
     weights = call.dense_weights()
-    return (DTYPES[weights[0].dtype if weights else call.x.dtype], 0, 0, 0), 0, 0
+    return (DTYPES[weights[0].dtype if weights else call.x.dtype], 0, 0, 0), 0
 
 
 def _segment(weight: Tensor, bias: int) -> tuple[int, ...]:
@@ -197,7 +196,7 @@ def run_at(
     """
     number, count = DTYPES[dtype], len(outputs)
     types = (norms.NONE.code, 0, number, number, number, 0, 0, 0, 0, 0, 0, 0)
-    fixed = (*types, n, 0, 0.0, 0.0, 0, 0, 0, 0, count)
+    fixed = (*types, n, 0, 0.0, 0.0, 0, 0, 0, count)
     places = [number for output in outputs for number in output]
     call = _CALL[count](x, 0, 0, rows, n, 0, torch.get_num_threads(), *places)
     if _library().run(_OP[count](*fixed, *segments), call):

@@ -1,6 +1,7 @@
-"""`torch.ops.flashnorm.norm_linear_cpu` and `attend_cpu`: kernels without Python around them.
+"""Kernels without Python around them, in `torch.ops.flashnorm`.
 
     norm_linear_cpu: [(norm(x) · (gain_offset + gain) + β) W_iᵀ + c_i], or act(first) ⊙ second
+    norm_packed_cpu: the same with packed weights
     attend_cpu: softmax(scale · q kᵀ + mask) v for one token per sequence
 
 They are what a compiled graph calls where no gradient is wanted: the library registers them with
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from flashnorm.kernels import attention
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.cpu import packing
 from flashnorm.kernels.cpu.calls import ACTIVATION
 from flashnorm.kernels.cpu.library import load, torch_symbols
 from flashnorm.kernels.cpu.policy import MOST_WEIGHTS
-from flashnorm.kernels.weights import DTYPES, packed, turned
+from flashnorm.kernels.weights import DTYPES, memories, packed, turned
 
 # The functions of torch's stable C interface, as csrc/operators.cpp expects them.
 SHIM = [
@@ -44,12 +46,39 @@ SHIM = [
     "aoti_torch_dtype_bfloat16",
     "aoti_torch_dtype_float16",
     "aoti_torch_dtype_bool",
+    "aoti_torch_dtype_int8",
+    "aoti_torch_dtype_uint8",
 ]
 
 LINEAR = (
     "(Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, "
     "float gain_offset, int activation) -> Tensor[]"
 )
+
+
+# A packed weight is several tensors: values, and those of scales, zeros, offsets and table of which
+# `parts` has a bit (`packing.parts`).
+PACKED = LINEAR.replace("weights", "parts").replace(
+    ") ->", ", int format, int group, int part, int[] rows) ->"
+)
+
+
+def _fake_packed(
+    x: Tensor,
+    parts: list[Tensor],
+    vectors: list[Tensor],
+    which: int,
+    norm: int,
+    eps: float,
+    gain_offset: float,
+    activation: int,
+    format: int,
+    group: int,
+    part: int,
+    rows: list[int],
+) -> list[Tensor]:
+    made = rows[:1] if activation else rows
+    return [x.new_empty((*x.shape[:-1], k)) for k in made]
 
 
 def _fake_linear(
@@ -69,6 +98,8 @@ def _fake_linear(
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("flashnorm::norm_linear_cpu", LINEAR, tags=_TAGS)
 torch.library.register_fake("flashnorm::norm_linear_cpu", _fake_linear)
+torch.library.define("flashnorm::norm_packed_cpu", PACKED, tags=_TAGS)
+torch.library.register_fake("flashnorm::norm_packed_cpu", _fake_packed)
 attention.define("flashnorm::attend_cpu", torch.Tag.needs_exact_strides)
 
 
@@ -88,16 +119,14 @@ def norm_linear(call: Call) -> list[Tensor]:
     biases = list(call.biases or ())
     optional = [*biases, *[None] * (MOST_WEIGHTS - len(biases)), call.gain, call.norm_bias]
     which = sum(1 << bit for bit, vector in enumerate(optional) if vector is not None)
-    return torch.ops.flashnorm.norm_linear_cpu(
-        call.x.contiguous(),
-        list(call.weights),
-        [vector for vector in optional if vector is not None],
-        which,
-        call.norm.code,
-        call.eps,
-        call.gain_offset,
-        ACTIVATION[call.activation],
-    )
+    vectors = [vector for vector in optional if vector is not None]
+    numbers = (which, call.norm.code, call.eps, call.gain_offset, ACTIVATION[call.activation])
+    x, operators = call.x.contiguous(), torch.ops.flashnorm
+    if (first := packed(call.weights)) is None:
+        return operators.norm_linear_cpu(x, list(call.weights), vectors, *numbers)
+    rows = [weight.shape[0] for weight in call.weights]
+    about = (first.format.code, first.group, packing.parts(first), rows)
+    return operators.norm_packed_cpu(x, memories(call.weights), vectors, *numbers, *about)
 
 
 def takes(call: Call) -> bool:
@@ -106,13 +135,15 @@ def takes(call: Call) -> bool:
         return False
     if call.norm.code is None or call.norm.learns_alpha or call.alpha is not None:
         return False
-    if packed(call.weights):
-        return False
     if not 0 < len(call.weights) <= MOST_WEIGHTS or call.x.dtype not in DTYPES:
         return False
-    if any(w.dtype != call.x.dtype for w in call.weights) or not _one_layout(call):
+    vectors = call.vectors()
+    if packed(call.weights):
+        known = all(v.dtype in DTYPES for v in vectors) and not packing.why_not(call)
+        return known and all(v.is_contiguous() for v in vectors)
+    if any(w.dtype != call.x.dtype for w in call.dense_weights()) or not _one_layout(call):
         return False
-    return all(v.dtype == call.x.dtype and v.is_contiguous() for v in call.vectors())
+    return all(v.dtype == call.x.dtype and v.is_contiguous() for v in vectors)
 
 
 def _one_layout(call: Call) -> bool:

@@ -21,6 +21,11 @@ NORM_LINEAR = (
     "const AtenTensorHandle* vectors, int64_t many_vectors, int64_t which, int64_t norm, "
     "double eps, double gain_offset, int64_t activation, AtenTensorHandle* result)"
 )
+NORM_PACKED = NORM_LINEAR.replace("norm_linear", "norm_packed").replace(
+    ", AtenTensorHandle* result",
+    ", int64_t format, int64_t group, int64_t part, const int64_t* rows, int64_t many_rows, "
+    "AtenTensorHandle* result",
+)
 ATTEND = (
     "AOTITorchError aoti_torch_cpu_attend_cpu(AtenTensorHandle q, AtenTensorHandle k, "
     "AtenTensorHandle v, const AtenTensorHandle* mask, int64_t many_masks, double scale, "
@@ -39,7 +44,11 @@ class Packaging(backend.Packaging):
 
     def entries(self) -> dict[Any, list[str]]:
         found = torch.ops.flashnorm
-        return {found.norm_linear_cpu.default: [NORM_LINEAR], found.attend_cpu.default: [ATTEND]}
+        return {
+            found.norm_linear_cpu.default: [NORM_LINEAR],
+            found.norm_packed_cpu.default: [NORM_PACKED],
+            found.attend_cpu.default: [ATTEND],
+        }
 
     def options(self) -> dict[str, object]:
         # What is left between kernels is small, and threads that spin after it would be in the way

@@ -30,18 +30,25 @@ def why_not(call: Call) -> str:
             return "a packed weight is not on the CPU"
         if weight.table is not None and not weight.table.is_contiguous():
             return "the table of a weight is not dense"
+    if len({bias.dtype for bias in call.biases or () if bias is not None}) > 1:
+        return "biases are of several dtypes, and one call takes one"
     return ""
 
 
 def _kind(weight: Weight) -> tuple[object, ...]:
     """What weights of one call have in common."""
     grids = (weight.scales, weight.zeros, weight.offsets)
-    table = None if weight.table is None else weight.table.data_ptr()
-    return weight.format, weight.group, *(g is not None and g.dtype for g in grids), table
+    return weight.format, weight.group, *(g is not None and g.dtype for g in grids)
 
 
-def fixed(weight: Weight, n: int) -> tuple[tuple[int, int, int, int], int, int]:
-    """(format, dtypes of scales, zeros and offsets), features of a group, address of the table."""
+def parts(weight: Weight) -> int:
+    """Which of scales, zeros, offsets and table there are, a bit each."""
+    given = (weight.scales, weight.zeros, weight.offsets, weight.table)
+    return sum(1 << bit for bit, part in enumerate(given) if part is not None)
+
+
+def fixed(weight: Weight, n: int) -> tuple[tuple[int, int, int, int], int]:
+    """(format, dtypes of scales, zeros and offsets), features of a group."""
     code = weight.format.code
     assert code is not None
     scales, zeros, offsets = weight.scales, weight.zeros, weight.offsets
@@ -51,15 +58,15 @@ def fixed(weight: Weight, n: int) -> tuple[tuple[int, int, int, int], int, int]:
         0 if zeros is None else ZEROS[zeros.dtype],
         0 if offsets is None else DTYPES[offsets.dtype],
     )
-    table = 0 if weight.table is None else weight.table.data_ptr()
-    return types, weight.group or n, table
+    return types, weight.group or n
 
 
 def segment(weight: Weight, bias: int) -> Sequence[int]:
     """The numbers of csrc/api.h's Segment, with the address of a bias or 0."""
     values = weight.values
     place = (values.data_ptr(), bias, weight.outputs, values.stride(0), 1)
-    return (*place, *_grid(weight.scales), *_grid(weight.zeros), *_grid(weight.offsets))
+    table = 0 if weight.table is None else weight.table.data_ptr()
+    return (*place, *_grid(weight.scales), *_grid(weight.zeros), *_grid(weight.offsets), table)
 
 
 def _grid(part: Tensor | None) -> tuple[int, int, int]:

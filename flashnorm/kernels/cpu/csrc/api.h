@@ -45,17 +45,17 @@ struct Grid {
 
 // weight: [rows, n], its rows `stride` elements apart and the features of a row `step`, of which one
 // is 1: a weight held as [in, out] is read as it lies. Of a packed one `stride` is in bytes, of
-// words [in, out] in words, and step is 1. bias: [rows] or null.
+// words [in, out] in words, and step is 1; table: 16 numbers of CODEBOOK4. bias: [rows] or null.
 struct Segment {
   const void* weight;
   const void* bias;
   int64_t rows, stride, step;
   Grid scales, zeros, offsets;
+  const float* table;
 };
 
 // What stays the same from call to call. weight_type is a Dtype or a Format. gain, shift: [n] or
-// null; alpha: one number or null; group: features that share a scale, n where all of a row do;
-// table: 16 numbers of CODEBOOK4.
+// null; alpha: one number or null; group: features that share a scale, n where all of a row do.
 struct Op {
   int32_t norm, act;
   int32_t x_type, weight_type, bias_type, gain_type, shift_type, alpha_type;
@@ -63,7 +63,6 @@ struct Op {
   int64_t n, group;
   double eps, offset;
   const void *gain, *shift, *alpha;
-  const float* table;
   int64_t segments;  // all of one layout
   Segment segment[1];  // as many as `segments` says; exactly gate and up where act is a GLU
 };

@@ -63,7 +63,7 @@ inline void levels(const Op& op, const Segment& s, int64_t row, int64_t from, in
     case CODEBOOK4:
       p += row * s.stride;
       for (int64_t i = from; i < to; ++i)
-        out[i - from] = op.table[p[i / 2] >> (i % 2 ? 0 : 4) & 15];
+        out[i - from] = s.table[p[i / 2] >> (i % 2 ? 0 : 4) & 15];
       return;
     case GPTQ4:
       for (int64_t i = from; i < to; ++i)

@@ -40,6 +40,15 @@ inline int64_t bytes_of(int32_t type, int64_t n) {
 
 inline int64_t row_bytes(const Op& op) { return bytes_of(op.weight_type, op.n); }
 
+// Whether values [rows, columns] of so many bytes or words, a row `stride` apart, hold `outputs` rows.
+inline bool fits(const Op& op, int64_t rows, int64_t columns, int64_t stride, int64_t outputs) {
+  const int32_t type = op.weight_type;
+  if (type == GPTQ4) return rows >= (op.n + 7) / 8 && columns >= outputs && stride >= columns;
+  if (type == AWQ4) return rows >= op.n && columns >= (outputs + 7) / 8 && stride >= columns;
+  return op.n % block_size(type).features < 2 && rows >= outputs && columns >= row_bytes(op) &&
+         (outputs < 2 || stride >= row_bytes(op));
+}
+
 // Rows may be cut between multiples of so many features.
 constexpr int64_t CUT = 256;
 

@@ -235,7 +235,7 @@ struct BytesInt4 : OnBytes {
     const __m256i raw = load_256(q);
     return levels_times(Levels{lows(raw), highs(raw)}, *x);
   }
-  static inline Vec step(const Byte* q, Input x, const Op&) {
+  static inline Vec step(const Byte* q, Input x, const Segment&) {
     return widened(_mm256_sub_epi32(levels(q, x), zeros_times<3>(*x))) * Vec::set(x->unit);
   }
   static inline Vec shifted(const Byte* q, Input x, Vec zero) {

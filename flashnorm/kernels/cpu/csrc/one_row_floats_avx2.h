@@ -248,7 +248,7 @@ struct FloatsQ6_K : OnFloats {
 
 struct FloatsInt8 : OnFloats {
   static constexpr int64_t features = 32, bytes = 32;
-  static inline Vec step(const Byte* q, Floats s, const Op&) { return thirty_two(q, s.x); }
+  static inline Vec step(const Byte* q, Floats s, const Segment&) { return thirty_two(q, s.x); }
   static inline Vec shifted(const Byte* q, Floats s, Vec zero) {
     Vec sum = (signed_bytes_at(q) - zero) * at(s.x, 0);
     for (int k = 1; k < 4; ++k) sum = fma(signed_bytes_at(q + 8 * k) - zero, at(s.x, k), sum);
@@ -270,7 +270,7 @@ inline void fp8_to_floats(const Byte* q, Vec& low, Vec& high) {
 
 struct FloatsFp8 : OnFloats {
   static constexpr int64_t features = 32, bytes = 32;
-  static inline Vec step(const Byte* q, Floats s, const Op&) {
+  static inline Vec step(const Byte* q, Floats s, const Segment&) {
     Vec a, b, c, d;
     fp8_to_floats(q, a, b), fp8_to_floats(q + 16, c, d);
     const Vec even = fma(c, at(s.x, 2), a * at(s.x, 0)), odd = fma(d, at(s.x, 3), b * at(s.x, 1));
@@ -291,7 +291,7 @@ struct FloatsFp8 : OnFloats {
 
 struct FloatsInt4 : OnFloats {
   static constexpr int64_t features = 64, bytes = 32;
-  static inline Vec step(const Byte* q, Floats s, const Op&) {
+  static inline Vec step(const Byte* q, Floats s, const Segment&) {
     return eight(SignedNibbles(load_256(q)), s.x);
   }
   static inline Vec shifted(const Byte* q, Floats s, Vec zero) {
@@ -302,8 +302,8 @@ struct FloatsInt4 : OnFloats {
 
 struct FloatsTable : OnFloats {
   static constexpr int64_t features = 64, bytes = 32;
-  static inline Vec step(const Byte* q, Floats s, const Op& op) {
-    const __m256 low = _mm256_loadu_ps(op.table), high = _mm256_loadu_ps(op.table + 8);
+  static inline Vec step(const Byte* q, Floats s, const Segment& of) {
+    const __m256 low = _mm256_loadu_ps(of.table), high = _mm256_loadu_ps(of.table + 8);
     return eight(TableNibbles{load_256(q), low, high}, s.x);
   }
   static inline Vec shifted(const Byte*, Floats, Vec) { return Vec::set(0); }  // it has no zeros

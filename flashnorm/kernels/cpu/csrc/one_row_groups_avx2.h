@@ -42,7 +42,7 @@ template <class S, class T> struct GroupRow {
       q = rest;
     }
     const typename S::Input x = S::input(p, i);
-    return ZEROS ? S::shifted(q, x, zeros) : S::step(q, x, p.op);
+    return ZEROS ? S::shifted(q, x, zeros) : S::step(q, x, p.s);
   }
 
   // x has zeros behind its n features, so that a step may go on into them.

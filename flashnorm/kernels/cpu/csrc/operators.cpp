@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "api.h"
+#include "formats.h"
 
 namespace {
 
@@ -39,7 +39,7 @@ struct Torch {
   int32_t (*release_list)(Handle);
   int32_t (*threads)(uint32_t*);
   int32_t (*cpu)();
-  int32_t (*dtypes[BOOLEAN + 1])();  // by the numbers of api.h
+  int32_t (*dtypes[UNSIGNED8 + 1])();  // by the numbers of api.h
 };
 Torch torch;
 
@@ -72,7 +72,7 @@ class Tensor {
     done(torch.strides(handle, &strides));
     done(torch.data(handle, &data));
     done(torch.dtype(handle, &dtype));
-    while (type <= BOOLEAN && torch.dtypes[type]() != dtype) ++type;
+    while (type <= UNSIGNED8 && torch.dtypes[type]() != dtype) ++type;
   }
   Tensor(Tensor&& other) noexcept : Tensor(static_cast<const Tensor&>(other)) {
     other.handle_ = nullptr;
@@ -95,7 +95,7 @@ class Tensor {
   int64_t dims;
   int64_t *sizes, *strides;
   void* data;
-  int32_t dtype, type = 0;
+  int32_t dtype, type = 0;  // torch's number, and that of api.h: beyond UNSIGNED8 where it has none
 
  private:
   Tensor(const Tensor&) = default;
@@ -165,68 +165,163 @@ struct Numbers {
   int64_t activation;
 };
 
+// One call as the library reads it, filled in part by part.
+class Filled {
+ public:
+  Filled(const Tensor& x, const std::vector<Tensor>& vectors, const Numbers& numbers, size_t segments)
+      : op(op_storage_.head), x_(x), vectors_(vectors), which_(numbers.which) {
+    need(segments && segments <= MOST_SEGMENTS, "norm_linear_cpu: no weights, or too many");
+    need(x.type < BOOLEAN && x.dims && x.contiguous(), "norm_linear_cpu: x is not contiguous");
+    op = {};
+    op.n = x.size(-1);
+    op.norm = static_cast<int32_t>(numbers.norm);
+    op.eps = numbers.eps;
+    op.offset = numbers.gain_offset;
+    op.act = static_cast<int32_t>(numbers.activation);
+    op.x_type = x.type;
+    op.segments = static_cast<int64_t>(segments);
+    need(op.n > 0, "norm_linear_cpu: x has no features");
+    need(op.norm >= NORM_NONE && op.norm <= NORM_LAYER, "norm_linear_cpu: no such norm");
+    need(op.act >= ACT_NONE && op.act <= ACT_GELU_TANH, "norm_linear_cpu: no such activation");
+    need(!op.act || segments == 2, "norm_linear_cpu: a GLU needs two weights");
+  }
+
+  // The bias of segment i, whose rows are known, or null.
+  void bias(size_t i) {
+    const Tensor* bias = next(vectors_, used_, which_, static_cast<int>(i));
+    if (!bias) return;
+    need(bias->size(0) == op.segment[i].rows, "norm_linear_cpu: a bias does not fit its weight");
+    need(!biased_ || bias->type == op.bias_type, "norm_linear_cpu: biases of two types");
+    biased_ = true;
+    op.bias_type = bias->type;
+    op.segment[i].bias = bias->data;
+  }
+
+  std::vector<Tensor> run() {
+    need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");
+    if (const Tensor* gain = next(vectors_, used_, which_, MOST_SEGMENTS)) {
+      need(gain->size(0) == op.n, "norm_linear_cpu: the gain does not fit x");
+      op.gain = gain->data, op.gain_type = gain->type;
+    }
+    if (const Tensor* shift = next(vectors_, used_, which_, MOST_SEGMENTS + 1)) {
+      need(shift->size(0) == op.n, "norm_linear_cpu: the norm's bias does not fit x");
+      op.shift = shift->data, op.shift_type = shift->type;
+    }
+    Storage<Call, Output> call_storage;
+    Call& call = call_storage.head;
+    call = {};
+    call.x = x_.data, call.x_stride = op.n, call.threads = threads();
+    call.rows = 1;
+    for (int64_t i = 0; i + 1 < x_.dims; ++i) call.rows *= x_.size(i);
+    std::vector<int64_t> shape(x_.sizes, x_.sizes + x_.dims);
+    std::vector<Tensor> results;
+    for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) {
+      shape.back() = op.segment[i].rows;
+      results.push_back(empty(shape, x_.dtype));
+      call.out[i] = {results.back().data, shape.back()};
+    }
+    computed(flashnorm_run(&op, &call));
+    return results;
+  }
+
+ private:
+  Storage<Op, Segment> op_storage_;
+
+ public:
+  Op& op;
+
+ private:
+  const Tensor& x_;
+  const std::vector<Tensor>& vectors_;
+  int64_t which_;
+  size_t used_ = 0;
+  bool biased_ = false;
+};
+
 std::vector<Tensor> norm_linear(const Tensor& x, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& vectors, const Numbers& numbers) {
-  const int64_t which = numbers.which;
-  const size_t segments = weights.size();
-  need(segments && segments <= MOST_SEGMENTS, "norm_linear_cpu: no weights, or too many");
-  need(x.type < BOOLEAN && x.dims && x.contiguous(), "norm_linear_cpu: x is not contiguous");
-
-  Storage<Op, Segment> op_storage;
-  Op& op = op_storage.head;
-  op = {};
-  op.n = x.size(-1);
-  op.norm = static_cast<int32_t>(numbers.norm);
-  op.eps = numbers.eps;
-  op.offset = numbers.gain_offset;
-  op.act = static_cast<int32_t>(numbers.activation);
-  op.x_type = x.type;
+  Filled call(x, vectors, numbers, weights.size());
+  Op& op = call.op;
   op.weight_type = op.bias_type = weights[0].type;
-  op.segments = static_cast<int64_t>(segments);
-  need(op.n > 0 && op.weight_type < BOOLEAN, "norm_linear_cpu: x has no features");
-  need(op.norm >= NORM_NONE && op.norm <= NORM_LAYER, "norm_linear_cpu: no such norm");
-  need(op.act >= ACT_NONE && op.act <= ACT_GELU_TANH, "norm_linear_cpu: no such activation");
-  need(!op.act || segments == 2, "norm_linear_cpu: a GLU needs two weights");
-
-  size_t used = 0;
-  for (size_t i = 0; i < segments; ++i) {
+  need(op.weight_type < BOOLEAN, "norm_linear_cpu: a weight is of no type that kernels read");
+  for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     const bool dense = w.dense_rows();
     need(w.dims == 2 && w.size(1) == op.n && w.type == op.weight_type &&
              (dense || (w.stride(0) == 1 && w.stride(1) > 1)),
          "norm_linear_cpu: a weight does not fit x");
-    const Tensor* bias = next(vectors, used, which, static_cast<int>(i));
-    need(!bias || (bias->type == w.type && bias->size(0) == w.size(0)),
-         "norm_linear_cpu: a bias does not fit its weight");
-    op.segment[i] = {w.data, bias ? bias->data : nullptr, w.size(0), w.stride(0),
-                     dense ? 1 : w.stride(1), {}, {}, {}};
+    op.segment[i] = {w.data, nullptr, w.size(0), w.stride(0), dense ? 1 : w.stride(1), {}, {}, {}, nullptr};
     need(turned(op) == !dense, "norm_linear_cpu: weights of two layouts");
+    call.bias(i);
+    need(op.bias_type == op.weight_type, "norm_linear_cpu: a bias does not fit its weight");
   }
-  need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");
-  if (const Tensor* gain = next(vectors, used, which, MOST_SEGMENTS)) {
-    need(gain->size(0) == op.n, "norm_linear_cpu: the gain does not fit x");
-    op.gain = gain->data, op.gain_type = gain->type;
-  }
-  if (const Tensor* shift = next(vectors, used, which, MOST_SEGMENTS + 1)) {
-    need(shift->size(0) == op.n, "norm_linear_cpu: the norm's bias does not fit x");
-    op.shift = shift->data, op.shift_type = shift->type;
-  }
+  return call.run();
+}
 
-  Storage<Call, Output> call_storage;
-  Call& call = call_storage.head;
-  call = {};
-  call.x = x.data, call.x_stride = op.n, call.threads = threads();
-  call.rows = 1;
-  for (int64_t i = 0; i + 1 < x.dims; ++i) call.rows *= x.size(i);
-  std::vector<int64_t> shape(x.sizes, x.sizes + x.dims);
-  std::vector<Tensor> results;
-  for (size_t i = 0; i < (op.act ? 1 : segments); ++i) {
-    shape.back() = op.segment[i].rows;
-    results.push_back(empty(shape, x.dtype));
-    call.out[i] = {results[i].data, shape.back()};
+// What norm_packed_cpu is given beside: the format, features of a group (0: all), which parts each
+// weight has (bits: scales, zeros, offsets, table), and how many rows.
+struct Packing {
+  int64_t format, group, parts;
+  const int64_t* rows;
+  size_t segments;
+};
+
+const Tensor& part(const std::vector<Tensor>& parts, size_t& used) {
+  need(used < parts.size(), "norm_packed_cpu: a part of a weight is missing");
+  return parts[used++];
+}
+
+Grid grid(const Tensor& part, int64_t rows, int64_t groups, int32_t last, int32_t& type) {
+  need(part.dims == 2 && part.size(0) >= rows && part.size(1) >= groups && part.type <= last &&
+           part.type != BOOLEAN,
+       "norm_packed_cpu: scales, zeros or offsets do not fit their weight");
+  type = part.type;
+  return {part.data, part.stride(0), part.stride(1)};
+}
+
+std::vector<Tensor> norm_packed(const Tensor& x, const std::vector<Tensor>& parts,
+                                const std::vector<Tensor>& vectors, const Numbers& numbers,
+                                const Packing& packing) {
+  Filled call(x, vectors, numbers, packing.segments);
+  Op& op = call.op;
+  op.weight_type = static_cast<int32_t>(packing.format);
+  need(is_packed(op), "norm_packed_cpu: no such format");
+  op.group = packing.group ? packing.group : op.n;
+  const int64_t groups = (op.n + op.group - 1) / op.group;
+  size_t used = 0;
+  for (size_t i = 0; i < packing.segments; ++i) {
+    const int64_t rows = packing.rows[i];
+    const Tensor& values = part(parts, used);
+    need(values.dims == 2 && fits(op, values.size(0), values.size(1), values.stride(0), rows) &&
+             values.stride(1) == 1,
+         "norm_packed_cpu: a weight does not fit x");
+    Segment& s = op.segment[i];
+    s = {values.data, nullptr, rows, values.stride(0), 1, {}, {}, {}, nullptr};
+    if (packing.parts & 1) s.scales = grid(part(parts, used), rows, groups, FLOAT16, op.scale_type);
+    if (packing.parts & 2) s.zeros = grid(part(parts, used), rows, groups, UNSIGNED8, op.zero_type);
+    if (packing.parts & 4) s.offsets = grid(part(parts, used), rows, groups, FLOAT16, op.offset_type);
+    if (packing.parts & 8) {
+      const Tensor& table = part(parts, used);
+      need(table.dims == 1 && table.size(0) == 16 && table.contiguous() && table.type == FLOAT32,
+           "norm_packed_cpu: no table of 16 numbers");
+      s.table = static_cast<const float*>(table.data);
+    }
+    need(op.weight_type != CODEBOOK4 || s.table, "norm_packed_cpu: no table of 16 numbers");
+    call.bias(i);
   }
-  computed(flashnorm_run(&op, &call));
-  return results;
+  return call.run();
+}
+
+Value list_of(std::vector<Tensor>& results) {
+  Handle list;
+  done(torch.new_list(results.size(), &list));
+  for (Tensor& y : results) done(torch.push(list, value_of(y.give())));
+  return value_of(list);
+}
+
+Numbers numbers_of(const Value* stack) {
+  return {from<int64_t>(stack[0]), from<int64_t>(stack[1]), from<double>(stack[2]),
+          from<double>(stack[3]), from<int64_t>(stack[4])};
 }
 
 // (Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, float gain_offset,
@@ -234,13 +329,33 @@ std::vector<Tensor> norm_linear(const Tensor& x, const std::vector<Tensor>& weig
 void norm_linear(Value* stack, uint64_t, uint64_t) {
   const Tensor x(from<Handle>(stack[0]));
   const std::vector<Tensor> weights = tensors(stack[1]), vectors = tensors(stack[2]);
-  const Numbers numbers{from<int64_t>(stack[3]), from<int64_t>(stack[4]), from<double>(stack[5]),
-                        from<double>(stack[6]), from<int64_t>(stack[7])};
-  std::vector<Tensor> results = norm_linear(x, weights, vectors, numbers);
-  Handle list;
-  done(torch.new_list(results.size(), &list));
-  for (Tensor& y : results) done(torch.push(list, value_of(y.give())));
-  stack[0] = value_of(list);
+  std::vector<Tensor> results = norm_linear(x, weights, vectors, numbers_of(stack + 3));
+  stack[0] = list_of(results);
+}
+
+std::vector<int64_t> integers(Value list) {
+  const Handle handle = from<Handle>(list);
+  size_t count;
+  done(torch.list_size(handle, &count));
+  std::vector<int64_t> found(count);
+  for (size_t i = 0; i < count; ++i) {
+    Value value;
+    done(torch.list_item(handle, i, &value));
+    found[i] = from<int64_t>(value);
+  }
+  done(torch.release_list(handle));
+  return found;
+}
+
+// The same with (.., int format, int group, int parts, int[] rows), weights in parts.
+void norm_packed(Value* stack, uint64_t, uint64_t) {
+  const Tensor x(from<Handle>(stack[0]));
+  const std::vector<Tensor> parts = tensors(stack[1]), vectors = tensors(stack[2]);
+  const std::vector<int64_t> rows = integers(stack[11]);
+  const Packing packing{from<int64_t>(stack[8]), from<int64_t>(stack[9]), from<int64_t>(stack[10]),
+                        rows.data(), rows.size()};
+  std::vector<Tensor> results = norm_packed(x, parts, vectors, numbers_of(stack + 3), packing);
+  stack[0] = list_of(results);
 }
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& mask,
@@ -314,6 +429,22 @@ EXPORT int32_t aoti_torch_cpu_norm_linear_cpu(Handle x, const Handle* weights, i
   });
 }
 
+EXPORT int32_t aoti_torch_cpu_norm_packed_cpu(Handle x, const Handle* parts, int64_t many_parts,
+                                              const Handle* vectors, int64_t many_vectors,
+                                              int64_t which, int64_t norm, double eps,
+                                              double gain_offset, int64_t activation, int64_t format,
+                                              int64_t group, int64_t part, const int64_t* rows,
+                                              int64_t many_rows, Handle* result) {
+  return reported([&] {
+    std::vector<Tensor> results = norm_packed(
+        Tensor(x, false), borrowed(parts, many_parts), borrowed(vectors, many_vectors),
+        {which, norm, eps, gain_offset, activation},
+        {format, group, part, rows, static_cast<size_t>(many_rows)});
+    need(results.size() == 1, "norm_packed_cpu: a package takes one result of a call");
+    *result = results[0].give();
+  });
+}
+
 EXPORT int32_t aoti_torch_cpu_attend_cpu(Handle q, Handle k, Handle v, const Handle* mask,
                                          int64_t many_masks, double scale, Handle* result) {
   return reported([&] {
@@ -329,5 +460,6 @@ EXPORT int32_t flashnorm_register_operators(void* const* shim) {
   Handle library;  // stays: closing it would take the operators back
   if (const int32_t error = torch.open("flashnorm", "CPU", "operators.cpp", 1, &library)) return error;
   if (const int32_t error = torch.implement(library, "norm_linear_cpu", norm_linear)) return error;
+  if (const int32_t error = torch.implement(library, "norm_packed_cpu", norm_packed)) return error;
   return torch.implement(library, "attend_cpu", attend);
 }
