@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashnorm.kernels.weights import Weight
@@ -26,8 +27,14 @@ class Held:
     origin: who packed W and how, in words ("torchao, int8, a scale per row"). weight, bias: what
     the module calls the tensor that holds the values, and its bias or nothing. tensors(module): all
     plain tensors that W is read from, as they are now, values first: their addresses tell whether W
-    has moved. read(module): W over these tensors, of which values are never copied; KeyError or
-    AttributeError where the module no longer holds them.
+    has moved. read(module): W over these tensors, of which values are never copied; KeyError,
+    AttributeError or Unreadable where the module no longer holds them so.
+
+    dtypes: of x, in which it computes at no less than their own precision; None: in all that it
+    takes. own(module, x): what it computes by itself, where calling the forward of its class is
+    something else. forward(f): whether a forward f on the module itself is the origin's own, which
+    does nothing else here. settles: attributes that its own forward sets at its first call, and
+    that change nothing of what is said here.
     """
 
     origin: str
@@ -35,10 +42,21 @@ class Held:
     bias: str
     tensors: Callable[[nn.Module], Sequence[Tensor]]
     read: Callable[[nn.Module], Weight]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    own: Callable[[nn.Module, Tensor], Tensor] | None = None
+    forward: Callable[[Any], bool] | None = None
+    settles: frozenset[str] = frozenset()
+
+
+class Unreadable(Exception):
+    """A module that held a packed weight does no longer hold it so; the text says why."""
 
 
 Layout = Callable[[Any], "Held | str | None"]
+# (dict of hooks, key): hooks of a model that would unpack its weights at the first call.
+Unpacking = Callable[[nn.Module], "list[tuple[dict[int, Any], int]]"]
 _layouts: list[Layout] = []
+_unpacking: list[Unpacking] = []
 
 
 def register(layout: Layout) -> Layout:
@@ -53,3 +71,19 @@ def find(module: nn.Module) -> Held | str | None:
         if (found := layout(module)) is not None:
             return found
     return None
+
+
+def register_unpacking(hooks: Unpacking) -> Unpacking:
+    """Ask this one too which hooks unpack a model's weights at its first call."""
+    _unpacking.append(hooks)
+    return hooks
+
+
+def unpacking(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The hooks that would unpack weights at the first call, each as (dict, key)."""
+    return [found for hooks in _unpacking for found in hooks(model)]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written into; tensors of inference do not count."""
+    return 0 if tensor.is_inference() else tensor._version
