@@ -128,8 +128,10 @@ class Packed:
 
     def install(self, recorder: Recorder) -> None:
         """Make products of all packed layers of the stand-in, and unhook who would unpack them."""
-        for hooks, key in layout.unpacking(self.model):
-            self.copies.of(hooks).pop(key)
+        known = {module for module, _ in self.layers.values()}
+        for found in layout.unpacking(self.model):
+            if known.issuperset(found.layers):
+                self.copies.of(found.hooks).pop(found.key)
 
         def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             key = (id(tensor), dtype)

@@ -9,7 +9,6 @@ Two q in a byte, the even feature in the high half. With nested statistics absma
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def _layout(module: Any) -> Held | str | None:
     origin = f"bitsandbytes, {state.quant_type}, a scale for {state.blocksize} features{nested}"
     bias = "" if module.bias is None else "bias"
     dtypes = _dtypes(module.compute_dtype)
-    return Held(origin, WEIGHT, bias, _tensors, _read, dtypes, settles=SETTLES)
+    return Held(origin, WEIGHT, bias, _tensors, _read, dtypes, _rounds(module), settles=SETTLES)
 
 
 def _dtypes(compute: torch.dtype | None) -> tuple[torch.dtype, ...] | None:
@@ -60,6 +59,12 @@ def _dtypes(compute: torch.dtype | None) -> tuple[torch.dtype, ...] | None:
     if compute is None or compute == torch.float32:
         return None
     return (compute,) if compute in HALVES else ()
+
+
+def _rounds(module: Any) -> torch.dtype | None:
+    """On processors with such instructions its own code multiplies in bfloat16, whatever x is."""
+    fast = getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu"
+    return torch.bfloat16 if fast else None
 
 
 def _state(module: nn.Module) -> Any:
@@ -102,22 +107,15 @@ def _read(module: Any) -> Weight:
         k,
         n,
         block,
-        table=state.code.float(),
+        table=layout.made_of([state.code], state.code.float),
     )
-
-
-# Nested statistics as float32, as long as the tensor is there that they are made of.
-_made: weakref.WeakKeyDictionary[Any, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _absmax(state: Any) -> Tensor:
     if not state.nested:
         return state.absmax
     parts = (state.absmax, state.state2.absmax, state.state2.code, state.offset)
-    key = tuple((id(part), part.data_ptr(), layout.version(part)) for part in parts)
-    if state not in _made or _made[state][0] != key:
-        _made[state] = (key, _unnested(state))
-    return _made[state][1]
+    return layout.made_of(parts, lambda: _unnested(state))
 
 
 def _unnested(state: Any) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashnorm.kernels.formats.groups import INT4_GROUPS, INT8_GROUPS, NIBBLE_ZERO, nibbles
-from flashnorm.kernels.formats.rows import FP8_ROWS
+from flashnorm.kernels.formats.groups import INT4_GROUPS, INT8_GROUPS, nibbles
+from flashnorm.kernels.formats.rows import FP8_ROWS, INT8_ROWS
 from flashnorm.kernels.weights import FP8, INT8, Weight, WeightFormat
 from flashnorm.quantized import layout
-from flashnorm.quantized.layout import Held, Unreadable
+from flashnorm.quantized.layout import Held, Unpacking, Unreadable
 
 LIBRARY = "compressed_tensors"
 ACTIVATIONS = (
@@ -59,14 +59,15 @@ def _layout(module: Any) -> Held | str | None:
         return str(error)
     if reason := weight.unfit():
         return reason
-    word = {INT4_GROUPS: "int4", INT8_GROUPS: "int8"}.get(weight.format, "float8")
-    origin = f"compressed-tensors, {word}, a scale for {weight.group} features"
+    word = {INT4_GROUPS: "int4", FP8_ROWS: "float8"}.get(weight.format, "int8")
+    scales = f"a scale for {weight.group} features" if weight.group else "a scale per row"
+    origin = f"{LIBRARY.replace('_', '-')}, {word}, {scales}"
     name = PACKED if PACKED in module._parameters else PLAIN
     bias = "" if module._parameters.get("bias") is None else "bias"
     # What is unpacked is multiplied in the dtype of its scales.
     assert weight.scales is not None
     dtypes = (weight.scales.dtype,)
-    return Held(origin, name, bias, _tensors, _read, dtypes, own, is_own)
+    return Held(origin, name, bias, _tensors, _read, dtypes, None, own, is_own)
 
 
 def is_own(forward: Any) -> bool:
@@ -99,7 +100,10 @@ def _read(module: Any) -> Weight:
         raise Unreadable(f"scales are {list(scales.shape)}, for [{k}, {n}]")
     values, made = _values(module, asked.num_bits)
     zeros = _zeros(held.get(ZERO), made, scales)
-    return Weight(values, made, scales, k, n, n // scales.shape[1], zeros)
+    group = n // scales.shape[1]
+    if group == n and zeros is None and made is not INT4_GROUPS:
+        made, group = INT8_ROWS if made is INT8_GROUPS else made, 0
+    return Weight(values, made, scales, k, n, group, zeros)
 
 
 def _values(module: Any, bits: int) -> tuple[Tensor, WeightFormat]:
@@ -121,15 +125,21 @@ def _zeros(zeros: Tensor | None, made: WeightFormat, scales: Tensor) -> Tensor |
     if zeros is None:
         return None
     if zeros.dtype == torch.int32:  # packed like the weight, along the outputs
-        zeros = nibbles(zeros.detach().T.contiguous().view(torch.uint8)).T[: scales.shape[0]]
-        return zeros.to(torch.int8).contiguous()
+        words = zeros.detach()
+        return layout.made_of([zeros], lambda: _unpacked(words)[: scales.shape[0]].contiguous())
     if made is FP8_ROWS or not bool(zeros.any()):
         if bool(zeros.double().any()):
             raise Unreadable("it has zero points, which its format does not have")
         return None
     zeros = zeros.detach().reshape(-1, 1) if zeros.dim() < 2 else zeros.detach()
-    whole = zeros.to(torch.int8).expand(scales.shape)
-    return whole + NIBBLE_ZERO if made is INT4_GROUPS else whole
+    if zeros.dtype != torch.int8 or made is INT4_GROUPS:
+        raise Unreadable(f"its zero points are {zeros.dtype}, beside {made.name}")
+    return zeros.expand(scales.shape)
+
+
+def _unpacked(words: Tensor) -> Tensor:
+    """[k, groups] int8 of words that hold eight outputs each, [k / 8, groups]."""
+    return nibbles(words.T.contiguous().view(torch.uint8)).T.to(torch.int8)
 
 
 def own(module: nn.Module, x: Tensor) -> Tensor:
@@ -148,12 +158,10 @@ def own(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @layout.register_unpacking
-def _hooks(model: nn.Module) -> list[tuple[dict[int, Any], int]]:
-    """The hook that unpacks all layers, where every layer it would unpack is read as it lies."""
+def _hooks(model: nn.Module) -> list[Unpacking]:
+    """The hook that unpacks all layers."""
     handle = getattr(model, HOOK, None)
     if handle is None or getattr(handle, "id", None) not in model._forward_pre_hooks:
         return []
-    packed = [module for module in model.modules() if is_compressed(module)]
-    if not all(isinstance(layout.find(module), Held) for module in packed):
-        return []
-    return [(model._forward_pre_hooks, handle.id)]
+    layers = [module for module in model.modules() if is_compressed(module)]
+    return [Unpacking(model._forward_pre_hooks, handle.id, layers)]

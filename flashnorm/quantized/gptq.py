@@ -79,15 +79,22 @@ def _read(module: Any) -> Weight:
     if order and not torch.equal(order[0][:n].to(plain), plain):
         raise Unreadable(ACT_ORDER)
     if words.shape == (n // EACH, k):
-        made, whole = GPTQ4, _unpacked(zeros)[:, :k] + _raised(module)
+        made, raised = GPTQ4, _raised(module)
+        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros)[:, :k] + raised))
     elif words.shape == (n, k // EACH):
         place = torch.tensor(AWQ_ORDER, device=words.device).argsort()
-        made, whole = AWQ4, _unpacked(zeros, place)
+        made = AWQ4
+        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros, place)))
     else:
         raise Unreadable(f"words are {list(words.shape)}, for [{k}, {n}]")
-    if whole.shape != scales.shape:
-        raise Unreadable(f"zeros are {list(whole.shape)}, scales {list(scales.shape)}")
-    return Weight(words, made, scales.T, k, n, group, whole.to(torch.int8).T.contiguous())
+    if whole.shape != scales.T.shape:
+        raise Unreadable(f"zeros are {list(whole.shape)}, scales {list(scales.T.shape)}")
+    return Weight(words, made, scales.T, k, n, group, whole)
+
+
+def _bytes(zeros: Tensor) -> Tensor:
+    """[k, groups] int8 of [groups, k]."""
+    return zeros.to(torch.int8).T.contiguous()
 
 
 def _unpacked(words: Tensor, place: Tensor | None = None) -> Tensor:

@@ -38,11 +38,12 @@ def why_not(
     forward: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     coarse: torch.dtype | None = None,
+    rounds: torch.dtype | None = None,
 ) -> str:
     """Why `forward` is not `x Wᵀ + c` for x of a dtype; empty where it is.
 
-    coarse: a dtype of the module's, which its weights may be rounded to. Any error of the module's
-    code is a reason.
+    coarse: a dtype of the module's, which its weights may be rounded to; rounds: one that all that
+    it multiplies and returns is rounded to. Any error of the module's code is a reason.
     """
     x, chosen = _probes(weight.features, weight.values.device)
     x = x.to(dtype)
@@ -56,7 +57,10 @@ def why_not(
         if y.dtype != dtype or y.shape != (rows, weight.outputs):
             return RETURNS.format(dtype, list(y.shape), y.dtype)
     y = torch.cat(made).double()
-    return _compare(weight, bias, torch.cat([x, x[-1:]]).double(), chosen, y, dtype, coarse)
+    x = torch.cat([x, x[-1:]]).double()
+    u = max(_roundoff(d) for d in (dtype, rounds) if d is not None)
+    stored = max(_roundoff(d) for d in (dtype, rounds, coarse) if d is not None)
+    return _compare(weight, bias, x, y, len(chosen), u, stored, dtype)
 
 
 def _probes(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -84,13 +88,13 @@ def _compare(
     weight: Weight,
     bias: Tensor | None,
     x: Tensor,
-    chosen: Tensor,
     y: Tensor,
+    single: int,
+    u: float,
+    stored: float,
     dtype: torch.dtype,
-    coarse: torch.dtype | None,
 ) -> str:
-    u = _roundoff(dtype)
-    stored = max(u, _roundoff(coarse) if coarse is not None else u)
+    """Why y is not `x Wᵀ + c`, up to roundings by u of x and y and by `stored` of W."""
     for start, length in _stretches(weight.outputs):
         w = part(weight, start, length).dequantized()
         c = 0.0 if bias is None else bias[start : start + length].detach().double()
@@ -98,8 +102,9 @@ def _compare(
         size = exact.abs() + (c.abs() if isinstance(c, Tensor) else c)
         spread = (x.square() @ w.square().T).sqrt()
         sums = sqrt(weight.features) * _roundoff(torch.float32) * (x.abs() @ w.abs().T)
-        bound = CONFIDENCE * (ROUNDINGS * stored * spread + sums) + ROUNDINGS * u * size
-        rows = slice(len(chosen))  # of one feature: nothing is summed
+        moved = (ROUNDINGS * stored + u) * spread
+        bound = CONFIDENCE * (moved + sums) + ROUNDINGS * u * size
+        rows = slice(single)  # of one feature: nothing is summed, and x is 0 or 1
         bound[rows] = ROUNDINGS * (stored * spread[rows] + u * size[rows]) * (1 + 4 * stored)
         bound += torch.finfo(dtype).smallest_normal
         off = (found - exact).abs()

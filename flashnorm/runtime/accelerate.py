@@ -49,6 +49,11 @@ PACKAGED = (
 )
 
 _log = logging.getLogger("flashnorm")
+UNPACKS = (
+    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} runs "
+    "its own code ({}); load the model dequantized instead (its quantization config has "
+    "dequantize=True)"
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -228,11 +233,18 @@ def _lay_out(builder: Builder, change: Transaction) -> list[nn.Parameter]:
 def _keep_packed(
     model: nn.Module, builder: Builder, change: Transaction
 ) -> list[tuple[dict[int, Any], int, Any]]:
-    """Set aside the hooks that would unpack weights at the first call, where kernels read all."""
-    held = [m for m in model.modules() if isinstance(builder.proven.find(m), Held)]
-    if {id(module) for module in held} - {id(module) for module, _ in builder.forwards}:
-        return []
-    hooks = [(hooks, key, hooks[key]) for hooks, key in unpacking(model)]
+    """Set aside the hooks that would unpack weights at the first call.
+
+    Raises FlashNormError where a layer that they unpack has no kernel.
+    """
+    taken, hooks = {id(module) for module, _ in builder.forwards}, []
+    for found in unpacking(model):
+        left = [layer for layer in found.layers if id(layer) not in taken]
+        if left:
+            reason = builder.proven.find(left[0])
+            why = reason if isinstance(reason, str) else "no kernel takes its packed weight"
+            raise FlashNormError(UNPACKS.format(type(left[0]).__name__, why))
+        hooks.append((found.hooks, found.key, found.hooks[found.key]))
     change.step(lambda: _put_back(hooks))
     for place, key, _ in hooks:
         del place[key]
@@ -240,8 +252,9 @@ def _keep_packed(
 
 
 def _put_back(hooks: list[tuple[dict[int, Any], int, Any]]) -> None:
+    """Every hook in front of those that came since, where it is not there."""
     for place, key, hook in hooks:
-        others = {k: place.pop(k) for k in list(place)}
+        others = {k: place.pop(k) for k in list(place) if k != key}
         place[key] = hook
         place.update(others)
 

@@ -79,7 +79,7 @@ def _proof(
     coarse = [_dtype(module, held), None if weight.scales is None else weight.scales.dtype]
     known = [d for d in coarse if d is not None and d.is_floating_point and d.itemsize > 1]
     widest = max(known, key=lambda d: torch.finfo(d).eps, default=None)
-    return proof.why_not(weight, bias, forward, dtype, widest)
+    return proof.why_not(weight, bias, forward, dtype, widest, held.rounds)
 
 
 def _shown(tensor: Tensor) -> Tensor:
