@@ -122,9 +122,12 @@ class Packed:
 
     def _without_memory(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.mode is None:
-            return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape), False)
-        with self.mode:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
+            made = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        else:
+            with self.mode:
+                made = torch.empty(shape, dtype=dtype, device=device)
+        # As weights of models do, which makes torch multiply all rows of x at once.
+        return nn.Parameter(made, requires_grad=True)
 
     def install(self, recorder: Recorder) -> None:
         """Make products of all packed layers of the stand-in, and unhook who would unpack them."""
@@ -137,8 +140,7 @@ class Packed:
             key = (id(tensor), dtype)
             if key not in self.alike:
                 with without_dispatch_modes():
-                    made = self._without_memory(tensor.shape, dtype, tensor.device)
-                    self.alike[key] = made if self.mode is not None else tensor.to(dtype)
+                    self.alike[key] = self._without_memory(tensor.shape, dtype, tensor.device)
                 recorder.alias(self.alike[key], recorder.value_of(tensor))
             return self.alike[key]
 

@@ -63,7 +63,9 @@ def _dtypes(compute: torch.dtype | None) -> tuple[torch.dtype, ...] | None:
 
 def _rounds(module: Any) -> torch.dtype | None:
     """On processors with such instructions its own code multiplies in bfloat16, whatever x is."""
-    fast = getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu"
+    fast = (
+        getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu"
+    )
     return torch.bfloat16 if fast else None
 
 

@@ -32,10 +32,11 @@ class Held:
     AttributeError or Unreadable where the module no longer holds them so.
 
     dtypes: of x, in which it computes at no less than their own precision; None: in all that it
-    takes. rounds: what its own code rounds x, W and y to, where that is narrower than x. own(module, x): what it computes by itself, where calling the forward of its class is
-    something else. forward(f): whether a forward f on the module itself is the origin's own, which
-    does nothing else here. settles: attributes that its own forward sets at its first call, and
-    that change nothing of what is said here.
+    takes. rounds: what its own code rounds x, W and y to, where that is narrower than x.
+    own(module, x): what it computes by itself, where calling the forward of its class is something
+    else. forward(f): whether a forward f on the module itself is the origin's own, which does
+    nothing else here. settles: attributes that its own forward sets at its first call, and that
+    change nothing of what is said here.
     """
 
     origin: str

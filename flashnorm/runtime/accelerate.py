@@ -27,7 +27,7 @@ from flashnorm.integrations.transformers_experts import (
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
-from flashnorm.quantized.layout import Held, unpacking
+from flashnorm.quantized.layout import unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_

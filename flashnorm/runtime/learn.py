@@ -82,7 +82,7 @@ def _twin(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Mod
         weight, shape = named(inner, held.weight), held.read(inner).shape
         assert weight is not None
         with mode:
-            made = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device), False)
+            made = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
         copies.stands_for(weight, made)
     twin = copies.of(module)
     for inner, held in layers:

@@ -68,11 +68,7 @@ def _proof(
     """`proof.why_not` of the module's own code, on a copy over the same memory."""
 
     def forward(x: Tensor) -> Tensor:
-        # A new one each time: a layer's code may pack its weight anew.
-        twin = Copies(_shown).of(module)
-        vars(twin).pop("forward", None)
-        for name in [name for name in vars(twin) if name.endswith("_hooks")]:
-            vars(twin)[name].clear()
+        twin = twin_of(module)  # a new one each time: its code may pack its weight anew
         made: Tensor = (held.own or type(twin).forward)(twin, x)
         return made
 
@@ -80,6 +76,15 @@ def _proof(
     known = [d for d in coarse if d is not None and d.is_floating_point and d.itemsize > 1]
     widest = max(known, key=lambda d: torch.finfo(d).eps, default=None)
     return proof.why_not(weight, bias, forward, dtype, widest, held.rounds)
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Another module over the same memory, without hooks and without a forward of its own."""
+    twin = Copies(_shown).of(module)
+    vars(twin).pop("forward", None)
+    for name in [name for name in vars(twin) if name.endswith("_hooks")]:
+        vars(twin)[name].clear()
+    return twin
 
 
 def _shown(tensor: Tensor) -> Tensor:
