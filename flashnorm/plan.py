@@ -156,7 +156,8 @@ class Site:
     the module at `path` is this norm and nothing else, so that another module can take its place.
 
     `scale` says where the scale per row of an RMSNorm may be applied, `scale_reason` why not
-    elsewhere; `readers` and `renorms` say it one by one.
+    elsewhere; `readers` and `renorms` say it one by one. `quantized` names the readers that hold
+    packed weights: nothing is folded into them, `accelerate_` defers the norm into them.
     """
 
     path: str
@@ -178,6 +179,7 @@ class Site:
     scale_reason: str = ""
     readers: tuple[ScaledReader, ...] = ()
     renorms: tuple[Renorm, ...] = ()
+    quantized: tuple[str, ...] = ()
 
     @property
     def saved_multiplies(self) -> int:

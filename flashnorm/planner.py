@@ -22,12 +22,14 @@ from flashnorm.graph.modules import is_replaceable
 from flashnorm.graph.norm_biases import find_norm_biases, find_slots
 from flashnorm.graph.recording import operations, record
 from flashnorm.graph.sites import NormCall
+from flashnorm.graph.ties import names_of
 from flashnorm.graph.unreached import Unreached, refuse_unreached, refuse_unreached_readers
 from flashnorm.kernels import norms
 from flashnorm.plan import Cancelling, Consumer, Epsilon, Gain, Plan, Site
 from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
+QUANTIZED = "its reader {} is quantized: what was calibrated with this norm keeps it"
 FORWARD_CHANGES = (
     "the tied head was not given a gain of its own: this model's forward does something else "
     "when its config says that the head is not tied"
@@ -118,7 +120,20 @@ def make_plan(graph: Graph, *, untie: bool = False, center: bool = False) -> Pla
     plan, flow, rows = _make_plan(graph, untie)
     norm_calls = [row.norm_calls for row in rows]
     plan = centered(plan, flow, norm_calls, untie) if center else plan
-    return deferred(plan, flow, norm_calls)
+    plan = deferred(plan, flow, norm_calls)
+    sites = tuple(_with_quantized(site, graph) for site in plan.sites) if graph.packed else None
+    return replace(plan, sites=sites) if sites else plan
+
+
+def _with_quantized(site: Site, graph: Graph) -> Site:
+    """With the readers that hold packed weights, whose norms keep their scale: it is deferred."""
+    found = [reader.parameter for reader in site.readers]
+    quantized = [name for name in found if names_of(graph, name)[0] in graph.packed]
+    site = replace(site, quantized=tuple(dict.fromkeys((*site.quantized, *quantized))))
+    if not site.quantized or site.scale not in ("partial", "cancelled"):
+        return site
+    reason = QUANTIZED.format(site.quantized[0])
+    return replace(site, scale="kept", scale_reason=reason, readers=(), renorms=())
 
 
 def _make_plan(graph: Graph, untie: bool) -> tuple[Plan, Flow, list[_Row]]:
@@ -214,6 +229,9 @@ def _site(
         odd = flow.odd.get(id(norm_call), "")
         return Site(*common, "kept" if odd else "none", odd or NO_GAIN, **facts)
     found = consumers.get(row.parameter, ())
+    packed = flow.graph.packed
+    names = [c.parameter for c in found if names_of(flow.graph, c.parameter)[0] in packed]
+    facts["quantized"] = tuple(names)
     reason = flow.refused.get(row.parameter, "" if found else "nothing that was recorded reads it")
     norm_bias = norm_biases.get(row.parameter, "")
     if reason:

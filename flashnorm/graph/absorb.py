@@ -15,6 +15,10 @@ from flashnorm.graph.gain_index import NONE
 from flashnorm.graph.ties import can_be_untied, copies, names_of, owned
 from flashnorm.plan import Consumer, Span
 
+PACKED = (
+    "its reader {} is quantized ({}): a gain per input channel does not fit its scales; the norm "
+    "is deferred into it by accelerate_"
+)
 _UNTOUCHED = -2
 _FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,6 +79,10 @@ def _column(flow: Flow, name: str, uses: Iterable[Use]) -> Column | None:
     assert axis is not None
     held = flow.graph.values[flow.graph.parameters[names_of(flow.graph, name)[0]]]
     size, dtype = held.shape[axis], held.dtype
+    if (origin := flow.graph.packed.get(names_of(flow.graph, name)[0])) is not None:
+        for use in absorbing:
+            assert use.indices is not None
+            flow.refuse(use.indices, PACKED.format(name, origin))
     column = Column(axis, torch.full((size,), _UNTOUCHED), absorbing[0].node.where)
     # What absorbs comes first, so that every other reading is held against all of it.
     for use in sorted(uses, key=lambda use: use.indices is None):

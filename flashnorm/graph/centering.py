@@ -15,6 +15,7 @@ from flashnorm.plan import Centering, Entry, Plan, Site
 
 NOT_LINEAR = "what it reads is not written by linear layers alone ({})"
 WITHOUT_MEAN = "hidden states taken from a centered stream come without their mean"
+PACKED = "its writer {} is quantized ({}): what is subtracted from it does not fit its scales"
 UNTIE = "; untie it (--untie) to center"
 # An operation of its own at the beginning of a stream must save more than the one it costs.
 _SAVES = 2
@@ -64,6 +65,8 @@ def _refusal(streams: Streams, tag: Centering | Entry, untie: bool) -> str:
     if isinstance(tag, Entry):
         return ""
     names = names_of(streams.graph, tag.parameter)
+    if (origin := streams.graph.packed.get(names[0])) is not None:
+        return PACKED.format(tag.parameter, origin)
     if len(names) == 1 or (untie and can_be_untied(streams.whole, names[0])):
         return ""
     other = names[names[0] == tag.parameter]

@@ -92,7 +92,8 @@ class Graph:
 
     `parameters` maps every parameter's first name to its value; `aliases` to all of its names;
     `calls` every number of a module's call to what went in and out; `buffers` every buffer to its
-    value; `modules` every path of a module to the first path of the same module.
+    value; `modules` every path of a module to the first path of the same module; `packed` the first
+    name of every parameter that is held packed to who packed it, and how.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Graph:
     calls: dict[int, Call] = field(default_factory=dict)
     buffers: dict[str, int] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, str] = field(default_factory=dict)
 
     def producer(self, value: int) -> Node | None:
         index = self.values[value].node

@@ -63,6 +63,14 @@ class Copies:
             (self._unfilled or self._hashed).popleft()()
         return made
 
+    def has(self, original: Any) -> bool:
+        """Whether something stands for it already."""
+        return id(original) in self._made
+
+    def stands_for(self, original: Any, made: Any) -> None:
+        """Say what stands for an object, before it is copied."""
+        self._keep(original, made)
+
     def _of(self, item: Any) -> Any:
         kind = type(item)
         if kind in _ATOMS or isinstance(item, (type, Enum)):

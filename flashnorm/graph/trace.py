@@ -23,6 +23,7 @@ from flashnorm.compat.torch_names import FakeTensor, FakeTensorMode
 from flashnorm.errors import TraceError
 from flashnorm.graph.ambient import undisturbed
 from flashnorm.graph.ir import Graph
+from flashnorm.graph.packed import Packed
 from flashnorm.graph.record import ForeignWrite, Recorder
 from flashnorm.graph.standin import Copies, evaluating
 from flashnorm.graph.tensors import Tensors, overlaps, place
@@ -141,10 +142,12 @@ class _Session:
         mode = _fake_mode(self.model) if self.fake else None
         tensors = Tensors(self.model, mode, self.copied)
         copies = Copies(tensors)
+        packed = Packed(self.model, copies, mode)
         model = evaluating(copies.of(self.model))
         inputs = copies.of(self.inputs)
         recorder = Recorder(tensors.owned())
-        _declare_state(self.model, copies, recorder)
+        packed.install(recorder)
+        _declare_state(self.model, copies, recorder, packed)
         with _quiet(), ExitStack() as stack:
             _reach_everything(model)
             if self.prepare is not None:
@@ -198,14 +201,17 @@ def _fake_mode(model: nn.Module) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _declare_state(model: nn.Module, copies: Copies, recorder: Recorder) -> None:
+def _declare_state(model: nn.Module, copies: Copies, recorder: Recorder, packed: Packed) -> None:
     """Enter parameters, buffers and modules into the graph; other names are aliases.
 
     Two parameters over the same memory are one, whatever objects they are.
     """
     graph = recorder.graph
     first: dict[Any, str] = {}
+    hidden = packed.hidden()
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in hidden:
+            continue
         stand_in = copies.of(parameter)
         known = first.setdefault(place(parameter), name)
         if known != name:
@@ -216,7 +222,10 @@ def _declare_state(model: nn.Module, copies: Copies, recorder: Recorder) -> None
             graph.parameters[name] = recorder.add(stand_in, "parameter", name)
         if stand_in is not parameter:
             recorder.alias(parameter, graph.parameters[known])
+    packed.declare(recorder)
     for name, buffer in model.named_buffers():
+        if name in hidden or name in packed.buffers():
+            continue
         graph.buffers[name] = recorder.value_of(copies.of(buffer))
     first_paths = {id(module): path for path, module in model.named_modules()}
     for path, module in model.named_modules(remove_duplicate=False):

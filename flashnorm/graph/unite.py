@@ -32,6 +32,7 @@ def _append(into: Graph, graph: Graph) -> None:
     into.buffers |= {name: numbers[v] for name, v in graph.buffers.items() if v in read}
     into.outputs |= {numbers[value] for value in graph.outputs}
     into.notes += [note for note in graph.notes if note not in into.notes]
+    into.packed |= graph.packed
     for number, call in graph.calls.items():
         given, made = ([numbers[v] for v in held] for held in (call.received, call.returned))
         into.calls[number + calls] = Call(call.path, tuple(given), call.arguments, tuple(made))

@@ -29,13 +29,15 @@ class WeightFormat:
 
     dequantize(weight): W as the products see it, [k, n], in float64. unfit(weight): why its tensors
     do not lie as the format says, or empty; kernels ask before they read. code: the format's number
-    in csrc/api.h, or None where no kernel of the CPU decodes it.
+    in csrc/api.h, or None where no kernel of the CPU decodes it. cut(values, start, stop): what the
+    outputs start : stop take of the values, as a view.
     """
 
     name: str
     dequantize: Callable[[Weight], Tensor]
     unfit: Callable[[Weight], str] = lambda weight: ""
     code: int | None = None
+    cut: Callable[[Tensor, int, int], Tensor] = lambda values, start, stop: values[start:stop]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return find, (self.name,)
@@ -105,6 +107,21 @@ class Weight(NamedTuple):
 
 
 AnyWeight = Tensor | Weight
+
+
+def part(weight: Weight, start: int, length: int) -> Weight:
+    """The outputs `start : start + length` of a weight; nothing is copied."""
+    stop = start + length
+    scales, zeros, offsets = (
+        given if given is None else given[start:stop]
+        for given in (weight.scales, weight.zeros, weight.offsets)
+    )
+    values = weight.format.cut(weight.values, start, stop)
+    return weight._replace(
+        values=values, scales=scales, zeros=zeros, offsets=offsets, outputs=length
+    )
+
+
 FORMATS: dict[str, WeightFormat] = {}
 
 

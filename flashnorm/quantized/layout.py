@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flashnorm.kernels.weights import Weight
 
@@ -26,8 +28,15 @@ class Held:
     origin: who packed W and how, in words ("torchao, int8, a scale per row"). weight, bias: what
     the module calls the tensor that holds the values, and its bias or nothing. tensors(module): all
     plain tensors that W is read from, as they are now, values first: their addresses tell whether W
-    has moved. read(module): W over these tensors, of which values are never copied; KeyError or
-    AttributeError where the module no longer holds them.
+    has moved. read(module): W over these tensors, of which values are never copied; KeyError,
+    AttributeError or Unreadable where the module no longer holds them so.
+
+    dtypes: of x, in which it computes at no less than their own precision; None: in all that it
+    takes. rounds: what its own code rounds x, W and y to, where that is narrower than x.
+    own(module, x): what it computes by itself, where calling the forward of its class is something
+    else. forward(f): whether a forward f on the module itself is the origin's own, which does
+    nothing else here. settles: attributes that its own forward sets at its first call, and that
+    change nothing of what is said here.
     """
 
     origin: str
@@ -35,10 +44,30 @@ class Held:
     bias: str
     tensors: Callable[[nn.Module], Sequence[Tensor]]
     read: Callable[[nn.Module], Weight]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    rounds: torch.dtype | None = None
+    own: Callable[[nn.Module, Tensor], Tensor] | None = None
+    forward: Callable[[Any], bool] | None = None
+    settles: frozenset[str] = frozenset()
+
+
+class Unreadable(Exception):
+    """A module that held a packed weight does no longer hold it so; the text says why."""
 
 
 Layout = Callable[[Any], "Held | str | None"]
+
+
+class Unpacking(NamedTuple):
+    """A hook `hooks[key]` of a model that unpacks these layers at the first call."""
+
+    hooks: dict[int, Any]
+    key: int
+    layers: Sequence[nn.Module]
+
+
 _layouts: list[Layout] = []
+_unpacking: list[Callable[[nn.Module], list[Unpacking]]] = []
 
 
 def register(layout: Layout) -> Layout:
@@ -53,3 +82,37 @@ def find(module: nn.Module) -> Held | str | None:
         if (found := layout(module)) is not None:
             return found
     return None
+
+
+def register_unpacking(
+    hooks: Callable[[nn.Module], list[Unpacking]],
+) -> Callable[[nn.Module], list[Unpacking]]:
+    """Ask this one too which hooks unpack a model's weights at its first call."""
+    _unpacking.append(hooks)
+    return hooks
+
+
+def unpacking(model: nn.Module) -> list[Unpacking]:
+    """The hooks that would unpack weights at the first call."""
+    return [found for hooks in _unpacking for found in hooks(model)]
+
+
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    """What is made of tensors that a format does not have as they lie: once, until one changes.
+
+    It is there as long as the first of them is.
+    """
+    key = tuple((id(part), part.data_ptr(), version(part)) for part in parts)
+    known = _made.get(parts[0])
+    if known is None or known[0] != key:
+        _made[parts[0]] = known = (key, make())
+    found: Tensor = known[1]
+    return found
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written into; tensors of inference do not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -27,6 +27,7 @@ from flashnorm.integrations.transformers_experts import (
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
+from flashnorm.quantized.layout import unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_
@@ -42,8 +43,17 @@ from flashnorm.runtime.training import Trainer
 from flashnorm.transaction import Transaction
 
 RECORD = "_flashnorm_acceleration"
+PACKAGED = (
+    "the decode step cannot be packaged: {} is quantized, and compiled code does not read packed "
+    "weights; accelerate_ without package"
+)
 
 _log = logging.getLogger("flashnorm")
+UNPACKS = (
+    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} runs "
+    "its own code ({}); load the model dequantized instead (its quantization config has "
+    "dequantize=True)"
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -98,6 +108,8 @@ class _Undo:
     alone: list[Fused] = field(default_factory=list)  # what has a kernel in captured steps alone
     # Attributes of the model, beside forwards, that leave with them.
     held: list[tuple[str, Any]] = field(default_factory=list)
+    # Hooks of the model that would unpack its weights: (dict of hooks, key, hook).
+    hooks: list[tuple[dict[int, Any], int, Any]] = field(default_factory=list)
 
 
 def accelerate_(
@@ -155,6 +167,8 @@ def accelerate_(
         raise FlashNormError("this model is accelerated already; restore_ it first")
     graph = record(model, example_inputs)
     plan = make_plan(graph)
+    if package is not None and graph.packed:
+        raise FlashNormError(PACKAGED.format(next(iter(graph.packed))))
     backend = dispatch.backend_of(*model.parameters())
     available, kernels = backend.available(_device(model, backend))
     with Transaction() as change:
@@ -172,7 +186,9 @@ def accelerate_(
             made.install()
         moved = _lay_out(builder, change) if adjacent_weights and available else []
         if huge_pages and available:
-            backend.prepare_memory(model.parameters())
+            kernels_of = [kernel for made in builder.made.values() for kernel in made.kernels()]
+            inside = [tensor for kernel in kernels_of for tensor in kernel.parameters()]
+            backend.prepare_memory([*model.parameters(), *inside])
         attention = _attend(model, change)
         experts = _route(model, change)
         reason = attention if isinstance(attention, str) else ""
@@ -183,8 +199,9 @@ def accelerate_(
             forwards[model] = growing.Growing(model)
             change.item(model.__dict__, "forward", forwards[model])
         found = Acceleration(tuple(parts), kernels, reason, folded, tuple(trained), left, where)
+        hooks = _keep_packed(model, builder, change)
         alone = builder.alone
-        undo = _Undo(list(forwards.items()), attention, experts, found, moved, alone)
+        undo = _Undo(list(forwards.items()), attention, experts, found, moved, alone, hooks=hooks)
         change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
     return model
@@ -211,6 +228,35 @@ def _lay_out(builder: Builder, change: Transaction) -> list[nn.Parameter]:
     for made in builder.made.values():
         lay_out_(made.kernels(), moved)
     return moved
+
+
+def _keep_packed(
+    model: nn.Module, builder: Builder, change: Transaction
+) -> list[tuple[dict[int, Any], int, Any]]:
+    """Set aside the hooks that would unpack weights at the first call.
+
+    Raises FlashNormError where a layer that they unpack has no kernel.
+    """
+    taken, hooks = {id(module) for module, _ in builder.forwards}, []
+    for found in unpacking(model):
+        left = [layer for layer in found.layers if id(layer) not in taken]
+        if left:
+            reason = builder.proven.find(left[0])
+            why = reason if isinstance(reason, str) else "no kernel takes its packed weight"
+            raise FlashNormError(UNPACKS.format(type(left[0]).__name__, why))
+        hooks.append((found.hooks, found.key, found.hooks[found.key]))
+    change.step(lambda: _put_back(hooks))
+    for place, key, _ in hooks:
+        del place[key]
+    return hooks
+
+
+def _put_back(hooks: list[tuple[dict[int, Any], int, Any]]) -> None:
+    """Every hook in front of those that came since, where it is not there."""
+    for place, key, hook in hooks:
+        others = {k: place.pop(k) for k in list(place) if k != key}
+        place[key] = hook
+        place.update(others)
 
 
 def _package(
@@ -266,6 +312,8 @@ def restore_(model: Model) -> Model:
     if isinstance(undo.experts, UsedExperts):
         restore_experts_(model)
     take_apart_(undo.moved)
+    _put_back(undo.hooks)
+    undo.hooks = []
     if undo.acceleration.folded:
         unfold_(model)
     del model.__dict__[RECORD]
@@ -277,6 +325,8 @@ def _take_away(module: nn.Module, forward: Stand) -> bool:
     found = module.__dict__.get("forward")
     if found is forward:
         del module.__dict__["forward"]
+        if (before := getattr(forward, "before", None)) is not None:
+            module.__dict__["forward"] = before
     retire(forward)
     return found is None or found is forward
 

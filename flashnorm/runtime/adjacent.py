@@ -37,9 +37,10 @@ def _groups(kernel: Kernel) -> Iterator[list[nn.Parameter]]:
     """The weights, and the biases, of products with whole matrices of several modules."""
     if len(kernel.products) < 2:
         return
-    if any(rows.turned or rows.length != rows.total for _, rows in kernel.products):
+    parts = [product.rows for product in kernel.products]
+    if kernel.packed or any(rows.turned or rows.length != rows.total for rows in parts):
         return
-    for names in zip(*((rows.weight, rows.bias) for _, rows in kernel.products), strict=True):
+    for names in zip(*((rows.weight, rows.bias) for rows in parts), strict=True):
         if all(names):
             pairs = zip(kernel.modules, names, strict=True)
             group = [module._parameters[name] for module, name in pairs]

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from flashnorm.kernels import norms
 from flashnorm.kernels.backend import Backend, Bound
 from flashnorm.kernels.call import Call
+from flashnorm.kernels.weights import AnyWeight, Weight
+from flashnorm.kernels.weights import part as packed_part
+from flashnorm.quantized.layout import Held, Unreadable, version
 
+UNLIMITED = 2**62  # rows: nothing but a kernel multiplies by a packed weight
+UNPROVEN = "what the module computes in this dtype was not held against its packed weight"
+LEFT = (KeyError, AttributeError)  # where a tensor is no longer there
 GONE = "a parameter is no longer held by its module: it is computed, or was removed"
 
 
@@ -55,11 +61,19 @@ class Slice(NamedTuple):
     turned: bool = False
 
 
+class Packed(NamedTuple):
+    """How a linear module holds a packed weight; why not, for each dtype of x that is not taken."""
+
+    held: Held
+    dtypes: dict[torch.dtype, str]
+
+
 class Product(NamedTuple):
     """A linear module, and which of its rows are multiplied."""
 
     module: nn.Module
     rows: Slice
+    packed: Packed | None = None
 
 
 class KernelSpec(NamedTuple):
@@ -122,49 +136,77 @@ class Kernel:
     ) -> None:
         self.backend, self.norm, self.holder = backend, norm, holder
         self.products, self.activation = tuple(products), activation
-        self.modules = tuple(module for module, _ in self.products)
+        self.modules = tuple(product.module for product in self.products)
+        self.packs = tuple(product.packed for product in self.products)
+        self.packed = any(packed is not None for packed in self.packs)
         self._slots: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name) for module, name in self._names()
         ]
+        self._layers = [(p.module, p.packed.held) for p in self.products if p.packed is not None]
         # How many elements of x are worth the kernel; with more of them a library is faster.
         self.most = self._most(compiled=False)
         self.written = self._write()
         self._bound: tuple[list[Any], Bound | None, str] = ([], None, "")
+        self._kept: list[AnyWeight] = []  # packed weights, parts of which are made for a call
 
     def _most(self, compiled: bool) -> dict[torch.dtype, int]:
         n, count = self._weight(self.products[0]).shape[1] if self.products else 0, self.products
         limits = self.backend.limits
+        if self.packed:  # of which compiled graphs know no operator yet: there modules run
+            return dict.fromkeys(limits.dtypes, 0 if compiled else n * UNLIMITED)
         most = {d: self.backend.rows(d, n, len(count), compiled) for d in limits.dtypes}
-        if any(rows.turned for _, rows in self.products):
+        if any(product.rows.turned for product in self.products):
             most = {dtype: min(rows, limits.turned) for dtype, rows in most.items()}
         return {dtype: n * rows for dtype, rows in most.items()}
 
     def _write(self) -> str:
         """The kernel as a text, which `read_spec` reads."""
-        rows = [rows for _, rows in self.products]
+        rows = [product.rows for product in self.products]
         most = [(str(dtype), most) for dtype, most in self._most(compiled=True).items() if most]
         device, policy = self.backend.device, self.backend.compiled
         unknown = [str(dtype) for dtype in policy.unknown]
         made = [astuple(self.norm), rows, self.activation]
         adds, defers = self.backend.uses("residual"), self.backend.uses("deferral")
         rest = [policy.alone and adds, policy.precompute, most, unknown]
-        rest += [policy.fuses and adds, policy.defers and defers]
+        rest += [policy.fuses and adds, policy.defers and defers and not self.packed]
         return json.dumps([*made, device, *rest])
 
+    @property
+    def width(self) -> int:
+        """n: features of x."""
+        return int(self._weight(self.products[0]).shape[1])
+
     @staticmethod
-    def _weight(product: Product) -> Tensor:
+    def _weight(product: Product) -> AnyWeight:
+        if product.packed is not None:
+            return product.packed.held.read(product.module)
         return whole(product.module, product.rows)
 
     def _names(self) -> list[tuple[nn.Module, str]]:
         found = []
         if self.holder is not None:
             found += [(self.holder, name) for name in self.norm.names() if name]
-        for module, rows in self.products:
-            found += [(module, name) for name in (rows.weight, rows.bias) if name]
+        for module, rows, packed in self.products:
+            names = (rows.weight, rows.bias) if packed is None else ()
+            found += [(module, name) for name in names if name]
         return found
 
     def parameters(self) -> list[Tensor]:
-        return [held[name] for held, name in self._slots if held.get(name) is not None]
+        """All that is read, as far as it is there."""
+        found = [held[name] for held, name in self._slots if held.get(name) is not None]
+        try:
+            return found + self._packed_tensors()
+        except (*LEFT, Unreadable):
+            return found
+
+    def _packed_tensors(self) -> list[Tensor]:
+        """What packed products are made of. Raises where it is gone, as `Held.tensors` does."""
+        found: list[Tensor] = []
+        for module, held in self._layers:
+            found += held.tensors(module)
+            if held.bias:
+                found.append(_held_bias(module, held))
+        return found
 
     def bind(self, x: Tensor) -> tuple[Bound | None, str]:
         """What the backend has bound for an x like this, or None and why there is none."""
@@ -176,8 +218,13 @@ class Kernel:
                 p = held[name]
                 strides = p.is_contiguous() or p.stride()
                 state += (p.data_ptr(), type(p), p.dtype, p.shape, strides)
-        except (AttributeError, KeyError):
+            if self.packed:
+                for p in self._packed_tensors():
+                    state += (p.data_ptr(), version(p), p.dtype, p.shape, p.stride())
+        except LEFT:
             return None, GONE
+        except Unreadable as reason:
+            return None, str(reason)
         except RuntimeError:  # there is no memory to point to
             return None, self.why_not(x) or GONE
         bound = self._bound
@@ -186,9 +233,16 @@ class Kernel:
         return bound[1:]
 
     def _bind(self, x: Tensor) -> tuple[Bound | None, str]:
-        if reason := self.why_not(x):
-            return None, reason
-        found = self.backend.bind(self.call(x))
+        try:
+            if reason := self.why_not(x):
+                return None, reason
+            call = self.call(x)
+        except LEFT:
+            return None, GONE
+        except Unreadable as reason:
+            return None, str(reason)
+        self._kept = list(call.weights) if self.packed else []
+        found = self.backend.bind(call)
         return (None, found) if isinstance(found, str) else (found, "")
 
     def call(self, x: Tensor) -> Call:
@@ -196,7 +250,8 @@ class Kernel:
         made = read_spec(self.written)
         norm = made.norm
         gain, bias, alpha = self._vectors(norm)
-        pairs = [part(*product) for product in zip(self.modules, made.products, strict=True)]
+        found = zip(self.modules, made.products, self.packs, strict=True)
+        pairs = [part(*product) for product in found]
         return Call(
             x,
             [weight for weight, _ in pairs],
@@ -226,6 +281,9 @@ class Kernel:
                 return f"a parameter is a {type(parameter).__name__}, not a plain tensor"
             if parameter.dtype != x.dtype:
                 return f"x is {x.dtype}, a parameter is {parameter.dtype}"
+        for packed in self.packs:
+            if packed is not None and (reason := packed.dtypes.get(x.dtype, UNPROVEN)):
+                return reason
         for product in self.products:
             total, found = product.rows.total, self._weight(product).shape[0]
             if found != total:
@@ -238,7 +296,7 @@ class Kernel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was bound, which holds addresses of this process."""
-        return {**self.__dict__, "_bound": ([], None, "")}
+        return {**self.__dict__, "_bound": ([], None, ""), "_kept": []}
 
 
 def misfit(
@@ -259,11 +317,25 @@ def whole(module: nn.Module, rows: Slice) -> Tensor:
     return held.T if rows.turned else held
 
 
-def part(module: nn.Module, rows: Slice) -> tuple[Tensor, Tensor | None]:
+def part(
+    module: nn.Module, rows: Slice, packed: Packed | None = None
+) -> tuple[AnyWeight, Tensor | None]:
     """These rows of the weight and of the bias, as they are now."""
-    weight = whole(module, rows)
+    weight = whole(module, rows) if packed is None else packed.held.read(module)
     bias = getattr(module, rows.bias) if rows.bias else None
     if rows.length == weight.shape[0]:
         return weight, bias
     chosen = slice(rows.start, rows.start + rows.length)
-    return weight[chosen], None if bias is None else bias[chosen]
+    bias = None if bias is None else bias[chosen]
+    if isinstance(weight, Weight):
+        return packed_part(weight, rows.start, rows.length), bias
+    return weight[chosen], bias
+
+
+def _held_bias(module: nn.Module, held: Held) -> Tensor:
+    """The bias of a module with a packed weight: a parameter or a buffer of its own."""
+    found: Tensor | None = module._parameters.get(held.bias)
+    found = module._buffers[held.bias] if found is None else found
+    if found is None:
+        raise KeyError(held.bias)
+    return found

@@ -5,30 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flashnorm.graph.affine import NOT_ALONE
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Fusible, Gated, Linear, Rows
-from flashnorm.kernels.backend import Backend, has_memory
+from flashnorm.kernels.backend import Backend
 from flashnorm.plan import Site
+from flashnorm.quantized.layout import Held
 from flashnorm.runtime import learn
 from flashnorm.runtime.bound import Kernel, Norm, Product, Slice
-from flashnorm.runtime.forwards import Fused, FusedGated, FusedLinear, FusedNorm, Inner
+from flashnorm.runtime.forward_norm import FusedNorm
+from flashnorm.runtime.forwards import (
+    Fused,
+    FusedGated,
+    FusedLinear,
+    Inner,
+    watch_of,
+)
 from flashnorm.runtime.handoff import Between
+from flashnorm.runtime.packed import Proven, kind, packed_product, taken_linear, taken_pair
+from flashnorm.runtime.refused import REPLACED as REPLACED
+from flashnorm.runtime.refused import Refused as Refused
+from flashnorm.runtime.refused import check
 from flashnorm.runtime.watch import Watch
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"
 NOT_OWN = "it reads a parameter that its module does not hold itself"
-REPLACED = "its forward has been replaced on the module itself"
 TURNED = "its weight is held as [in, out], which these kernels do not read"
-SUBCLASS = "its {} is a {}, not a plain tensor with memory"
-
-
-class Refused(Exception):
-    """A module keeps its own forward; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,11 @@ class Builder:
     fusible: Fusible
     backend: Backend
     made: dict[str, Fused] = field(default_factory=dict)
+    proven: Proven = field(init=False)
     idle: dict[str, Fused] = field(default_factory=dict)  # linear layers that keep their forward
+
+    def __post_init__(self) -> None:
+        self.proven = Proven(self.backend.limits.dtypes)
 
     @property
     def forwards(self) -> list[tuple[nn.Module, Fused]]:
@@ -104,16 +115,25 @@ class Builder:
         yield from known
         for path, module in self.model.named_modules():
             matrix = any(p is not None and p.ndim == 2 for p in module._parameters.values())
+            matrix = matrix or self.proven.find(module) is not None
             if matrix and path not in known and not isinstance(module, nn.Embedding):
                 yield path
 
     def _try(self, path: str, kind: str, make: Callable[[str], Fused]) -> Part:
         try:
-            check(self.model.get_submodule(path))
+            self._check(self.model.get_submodule(path))
             self.made[path] = make(path)
         except Refused as refusal:
             return Part(path, kind, str(refusal))
         return Part(path, kind)
+
+    def _check(self, module: nn.Module) -> Held | None:
+        """How a module holds a packed weight, if it does; raises as `check`."""
+        held = self.proven.find(module)
+        if isinstance(held, str):
+            raise Refused(held)
+        check(module, held)
+        return held
 
     def _linear(self, path: str) -> Fused:
         linear = self.fusible.linears.get(path) or self.fusible.turned.get(path)
@@ -123,6 +143,10 @@ class Builder:
             raise Refused(TURNED)
         module = self.model.get_submodule(path)
         product = self._product(linear)
+        if product.packed is not None:
+            taken = taken_linear(product, self.fusible.kept[path], self.backend)
+            packed = product.packed
+            return FusedLinear(module, taken, packed.dtypes, (), packed.held)
         own, bias = product.rows.weight, product.rows.bias
         known = self._known(path, replace(linear, path="", weight=own, bias=bias))
         return FusedLinear(module, Kernel(self.backend, products=(product,)), *known)
@@ -132,7 +156,11 @@ class Builder:
         pair = self._pair(gated)
         down = self.model.get_submodule(gated.down)
         kernel = Kernel(self.backend, products=pair, activation=gated.activation)
-        return FusedGated(module, kernel, down, *self._known(path, _relative(gated), down))
+        dtypes, inner = self._known(path, _relative(gated), down)
+        if kernel.packed:
+            parts = {rows.path: rows.path in self.made for rows in (gated.gate, gated.up)}
+            dtypes = taken_pair(kernel, dtypes, parts)
+        return FusedGated(module, kernel, down, dtypes, inner)
 
     def _known(
         self, path: str, told: learn.Told | None, called: nn.Module | None = None
@@ -145,7 +173,9 @@ class Builder:
         module = self.model.get_submodule(path)
         inner = self.inner(module, called)
         for child in (module, *(i.module for i in inner if i.watch)):
-            check(child)
+            held = self._check(child)
+            if held is not None:  # proven, whatever its code looks like
+                continue
             if reason := Watch(child).why_not():
                 raise Refused(reason)
         shape, kept = self.fusible.given[path], self.fusible.kept[path]
@@ -158,10 +188,14 @@ class Builder:
         found = []
         for name, child in module._modules.items():
             if child is not None:
-                watch = None if child is called else Watch(child)
+                watch = None if child is called else watch_of(child, self._held_by(child))
                 found.append(Inner(module._modules, name, child, watch))
                 found += [] if child is called else self.inner(child, called)
         return found
+
+    def _held_by(self, module: nn.Module) -> Held | None:
+        held = self.proven.find(module)
+        return held if isinstance(held, Held) else None
 
     def _pair(self, gated: Gated) -> tuple[Product, Product]:
         linears = self.fusible.linears
@@ -171,6 +205,12 @@ class Builder:
     def _product(self, linear: Linear, rows: Rows | None = None) -> Product:
         """The module at a path, and some of its rows, or all."""
         module = self.model.get_submodule(linear.path)
+        if (held := self._held_by(module)) is not None:
+            known = self.made.get(linear.path)
+            packed = None if known is None else known.kernel.packs[0]
+            if packed is None:
+                packed = self.proven.packed(module, held, self.fusible.kept[linear.path])
+            return packed_product(module, packed, rows)
         weight = self.held(module, linear.weight)
         bias = self.held(module, linear.bias) if linear.bias else ""
         total = self.model.get_parameter(linear.weight).shape[1 if linear.turned else 0]
@@ -259,24 +299,12 @@ class Builder:
     def _alike(self, readers: Sequence[str]) -> Iterator[Sequence[str]]:
         """The linear layers of these whose weights one call takes."""
         most = self.backend.limits.weights
+        alike: dict[Any, list[str]] = {}
         for layout in (self.fusible.linears, self.fusible.turned):
-            names = [name for name in readers if name in layout]
+            for name in (name for name in readers if name in layout):
+                alike.setdefault(kind(self.made[name].kernel.products[0]), []).append(name)
+        for names in alike.values():
             yield from (names[first : first + most] for first in range(0, len(names), most))
-
-
-def check(module: nn.Module) -> None:
-    """Raise Refused where a module's forward or tensors are of a kind that has to run itself."""
-    if "forward" in module.__dict__:
-        raise Refused(REPLACED)
-    for held in (module._parameters, module._buffers):
-        for name, tensor in held.items():
-            if tensor is not None and not has_memory(tensor):
-                raise Refused(SUBCLASS.format(name, _kind(tensor)))
-
-
-def _kind(tensor: Tensor) -> str:
-    kind = type(tensor).__name__
-    return f"{kind} on {tensor.device}" if tensor.is_meta else kind
 
 
 def _relative(gated: Gated) -> Gated | None:

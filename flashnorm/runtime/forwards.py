@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from flashnorm.compat.torch_names import forward_hooks_of_all, forward_pre_hooks_of_all
 from flashnorm.functional import fused
 from flashnorm.kernels import dispatch, reference
-from flashnorm.kernels.backend import Bound, Precompute, Way
+from flashnorm.kernels.backend import Bound, Way
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.exporting import exporting
-from flashnorm.kernels.loaded import Loaded
-from flashnorm.runtime import deferred, handoff, lazy, learn
+from flashnorm.kernels.weights import dense
+from flashnorm.quantized.layout import Held
+from flashnorm.runtime import handoff, lazy, learn
 from flashnorm.runtime.bound import Kernel, part, read_spec
-from flashnorm.runtime.handoff import Between, Places
+from flashnorm.runtime.handoff import Places
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, TRAINING, Watch
 
@@ -44,6 +45,12 @@ class Inner(NamedTuple):
     watch: Watch | None
 
 
+def watch_of(module: nn.Module, held: Held | None = None) -> Watch:
+    """What looks after a module; of one with a packed weight the attributes that it sets itself
+    may change."""
+    return Watch(module) if held is None else Watch(module, settles=held.settles)
+
+
 class Fused(Stand):
     """A forward with a kernel; it falls back to that of the module's class, with a reason.
 
@@ -56,9 +63,13 @@ class Fused(Stand):
         kernel: Kernel,
         dtypes: dict[torch.dtype, str],
         inner: Sequence[Inner] = (),
+        held: Held | None = None,
     ) -> None:
         self.module, self.kernel, self.dtypes = module, kernel, dtypes
-        self.inner, self.watch = tuple(inner), Watch(module)
+        self.inner, self.watch = tuple(inner), watch_of(module, held)
+        self.held = held
+        # A forward of the origin's own that this one takes the place of.
+        self.before = module.__dict__.get("forward")
         self.places = Places([(owner, name, child) for owner, name, child, _ in self.inner])
         self.watches = [watch for *_, watch in self.inner if watch is not None]
         # What is called by the module's name: this forward, or one around it.
@@ -96,6 +107,8 @@ class Fused(Stand):
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.held is not None and self.held.own is not None:
+            return self.held.own(self.module, *args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -203,6 +216,8 @@ class FusedGated(Fused):
         """Whether torch's own operations take the least of Python for this x."""
         if self.kernel.backend.policy.few is not Way.LIBRARY or not isinstance(x, Tensor):
             return False
+        if self.kernel.packed:
+            return False
         if x.numel() > self.kernel.most.get(x.dtype, 0):
             return False
         return not (self.why_not(x) or self.kernel.why_not(x))
@@ -210,7 +225,7 @@ class FusedGated(Fused):
     def fast(self, x: Tensor, bound: Bound) -> Tensor:
         policy = self.kernel.backend.policy
         way = policy.few if x.numel() <= bound.most else policy.many
-        if way is Way.KERNEL:
+        if way is Way.KERNEL or self.kernel.packed:
             return self._in_blocks(x, lambda block: bound.run(block)[0])
         return self._in_blocks(x, self._gated) if way is Way.BLOCKS else self._by_library(x)
 
@@ -230,7 +245,8 @@ class FusedGated(Fused):
         return gate
 
     def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = (F.linear(x, *part(*product)) for product in self.kernel.products)
+        pairs = [part(*product) for product in self.kernel.products]
+        gate, up = (F.linear(x, dense(w, x.dtype), c) for w, c in pairs)
         return gate, up
 
     def _by_library(self, x: Tensor) -> Tensor:
@@ -276,120 +292,3 @@ def run_in_graph(call: Call) -> list[Tensor]:
         if found is not None:
             return found
     return fused.run(call)
-
-
-class FusedNorm(Fused):
-    """A norm, and what reads it in the same call: kernels, and forwards that take the results."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        kernel: Kernel,
-        readers: Sequence[tuple[Kernel, tuple[Fused, ...], Between]],
-        *rest: Any,
-    ) -> None:
-        super().__init__(module, kernel, *rest)
-        self.readers = tuple(readers)
-        # Elements, dtypes and devices whose kernels are loaded, as they have to be in a capture.
-        self._loaded = Loaded()
-
-    def kernels(self) -> list[Kernel]:
-        return [self.kernel, *(kernel for kernel, _, _ in self.readers)]
-
-    def why_not(self, x: Any) -> str:
-        if reason := super().why_not(x):
-            return reason
-        dense = x.is_contiguous() or not self.kernel.backend.limits.contiguous
-        return "" if dense else "x is not contiguous"
-
-    def eager(self, x: Any) -> Any:
-        x = lazy.value(x)
-        if reason := self.why_not(x):
-            return self.fall_back(reason, x)
-        # A reader's weights may want a gradient where the norm has none.
-        if self.readers and not torch.is_grad_enabled():
-            if self.kernel.backend.policy.precompute is Precompute.ALWAYS:
-                z, found = self._precomputed(x)
-                if z is not None:
-                    handoff.leave(z, found)
-                    return z
-            elif (z := self._in_capture(x)) is not None:
-                return z
-        bound, reason = self.kernel.bind(x)
-        return self.fall_back(reason, x) if bound is None else bound.normalize(x)
-
-    def _precomputed(self, x: Tensor) -> tuple[Tensor | None, dict[Fused, Tensor]]:
-        """norm(x), and what the readers will ask for; None where there is nothing of that."""
-        z: Tensor | None = None
-        found: dict[Fused, Tensor] = {}
-        for kernel, readers, between in self.readers:
-            if not between.is_clear():
-                continue
-            bound, _ = kernel.bind(x)
-            if bound is not None and bound.precomputes(x):
-                z, results = bound.normalize_and_run(x, z)
-                found.update(zip(readers, results, strict=True))
-        return z, found
-
-    def _in_capture(self, x: Tensor) -> Tensor | None:
-        """`_precomputed` where a step is captured, by kernels that are loaded then.
-
-        Before that they are run once to load them, for nothing else: every call outside of a
-        capture has to give the same bits.
-        """
-        backend = self.kernel.backend
-        rows = backend.policy.captured_rows
-        if x.numel() > rows * x.shape[-1] or torch.is_inference_mode_enabled():
-            return None
-        state = (x.numel(), x.dtype, x.device.index)
-        if backend.capturing():
-            if state not in self._loaded:
-                return None
-            if (step := lazy.current()) is not None:
-                return self._left_out(x, step)
-            z, found = self._precomputed(x)
-            if z is not None:
-                handoff.leave(z, found, captured=True)
-            return z
-        self._loaded.load(state, lambda: self._precomputed(x))
-        return None
-
-    def _left_out(self, x: Tensor, step: lazy.Pass) -> Tensor | None:
-        """The same in a pass of `capture_`, where nothing computes z unless somebody reads it."""
-        found: dict[Fused, Tensor] = {}
-        for kernel, readers, between in self.readers:
-            bound = kernel.bind(x)[0] if between.is_clear() else None
-            if bound is not None and bound.precomputes(x):
-                found.update(zip(readers, bound.run(x), strict=True))
-        alone, _ = self.kernel.bind(x)
-        if not found or alone is None:
-            return None
-        like = (x.shape, x.dtype, x.device)
-        z = step.leave(like, [x, *self.kernel.parameters()], lambda: alone.normalize(x))
-        handoff.leave(z, found, captured=True)
-        return z
-
-    def compiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What nobody reads of z is left out of a compiled graph."""
-        z = self.original(x, *args, **kwargs)
-        if args or kwargs or not read_spec(self.kernel.written).precompute or z.dtype != x.dtype:
-            return z
-        if self.kernel.misfit(x):
-            return z
-        found: dict[Fused, Tensor] = {}
-        for kernel, readers, between in self.readers:
-            if between.is_heard():
-                continue
-            if self.in_graph(kernel, x):
-                found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
-            elif self._defers_in_graph(kernel, x):
-                found[readers[0]] = deferred.gated(kernel.call(x))
-        if found:
-            handoff.leave_in_graph(z, found)
-        return z
-
-    def _defers_in_graph(self, kernel: Kernel, x: Tensor) -> bool:
-        """Whether a graph should scale the products of x; not where others read norm(x) as well."""
-        if len(self.readers) > 1 or not deferred.defers(read_spec(kernel.written), x):
-            return False
-        return self.is_free_in_graph(x) and not fused.wants_torch(kernel.call(x).tensors())

@@ -5,7 +5,7 @@ On tensors without memory, so that no number of the module's own is ever the ans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashnorm.compat.torch_names import FakeTensorMode
 from flashnorm.graph.affine import Normed
 from flashnorm.graph.fusible import Gated, Linear, find_fusible
+from flashnorm.graph.packed import Product, become_product, find_held, named
 from flashnorm.graph.standin import Copies
 from flashnorm.graph.trace import trace
 from flashnorm.runtime.watch import Watch
@@ -62,7 +63,7 @@ def _recorded(
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             with mode:
                 x = torch.empty(tuple(shape), dtype=dtype, device=device)
-            twin = _twin(module, partial(_moved, mode, dtype))
+            twin = _twin(module, mode, dtype)
             found = find_fusible(trace(twin, [(x,)], allow_real=False))
     except Exception as error:
         return f"{UNKNOWN.format(dtype)} ({type(error).__name__})"
@@ -71,9 +72,22 @@ def _recorded(
     return "" if seen == told and dtype in found.kept[""] else OTHER.format(dtype)
 
 
-def _twin(module: nn.Module, moved: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A module like this one, without memory, hooks and other forwards; all inside it as well."""
-    twin = Copies(moved).of(module)
+def _twin(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+    """A module like this one, without memory, hooks and other forwards; all inside it as well.
+
+    What is packed inside of it is the product that it was seen to be.
+    """
+    copies, layers = Copies(partial(_moved, mode, dtype)), find_held(module).values()
+    for inner, held in layers:
+        weight, shape = named(inner, held.weight), held.read(inner).shape
+        assert weight is not None
+        with mode:
+            made = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+        copies.stands_for(weight, made)
+    twin = copies.of(module)
+    for inner, held in layers:
+        made = copies.of(named(inner, held.weight))  # type: ignore[assignment]
+        become_product(copies.of(inner), held, made, Product(held.weight, held.bias))
     for inner in twin.modules():
         state = vars(inner)
         state.pop("forward", None)

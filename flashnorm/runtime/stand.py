@@ -39,6 +39,9 @@ class Retired(Stand):
     """A forward that was taken away, for those who still hold it: the module's own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held = self.__dict__.get("held")
+        if held is not None and held.own is not None:
+            return held.own(self.module, *args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
 

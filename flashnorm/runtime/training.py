@@ -14,7 +14,9 @@ from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.fusible import Rows
 from flashnorm.kernels import norms
 from flashnorm.plan import Site
+from flashnorm.quantized.layout import Held
 from flashnorm.runtime.build import REPLACED, Builder, Part, Refused
+from flashnorm.runtime.packed import TRAINED
 from flashnorm.runtime.steps import GatedStep, Half, LinearStep, NormStep, Step
 
 
@@ -41,8 +43,12 @@ class Trainer:
 
     def _try(self, path: str, kind: str, make: Callable[[str], Step]) -> Part:
         try:
-            if "forward" in self.builder.model.get_submodule(path).__dict__:
+            module = self._module(path)
+            if "forward" in module.__dict__:
                 raise Refused(REPLACED)
+            for inner in module.modules():
+                if kind != "norm" and isinstance(held := self.builder.proven.find(inner), Held):
+                    raise Refused(TRAINED.format(held.origin))
             self.steps[path] = make(path)
         except Refused as refusal:
             return Part(path, kind, str(refusal))

@@ -31,10 +31,15 @@ _MISSING = object()
 
 
 class Watch:
-    """One module, as it was when this was made; `modes` where `training` has to stay off."""
+    """One module, as it was when this was made; `modes` where `training` has to stay off.
 
-    def __init__(self, module: nn.Module, modes: bool = True) -> None:
-        self.module, self.kind = module, type(module)
+    settles: attributes that may change, because nothing depends on them.
+    """
+
+    def __init__(
+        self, module: nn.Module, modes: bool = True, settles: frozenset[str] = frozenset()
+    ) -> None:
+        self.module, self.kind, self.settles = module, type(module), settles
         self.code = self.kind.forward
         self.names = named_in(self.kind)
         held = module.__dict__
@@ -48,7 +53,7 @@ class Watch:
         self.outer = outer_values(self.kind)
         self.buffers = _shown(module._buffers)
         self.absent = [name for name, p in self.parameters.items() if p is None]
-        self.noticed = self.names.all - _TORCH
+        self.noticed = self.names.all - _TORCH - settles
         self.seen = frozenset(held)
         self._arrange()
 
@@ -82,6 +87,8 @@ class Watch:
         self._arrange()
 
     def _is_compared(self, name: str, value: Any) -> bool:
+        if name in self.settles:
+            return False
         if name in _TORCH or (name.startswith("_") and name not in self.names.all):
             return False
         return is_plain(value)
@@ -92,7 +99,8 @@ class Watch:
         """(name, object, its own plain attributes) of what the forward names and is not plain."""
         found = []
         for name, value in held.items():
-            if name in self.names.all and name not in plain and name not in _TORCH:
+            known = name in plain or name in _TORCH or name in self.settles
+            if name in self.names.all and not known:
                 inside = getattr(value, "__dict__", None) or {}
                 kept = {n: _frozen(v) for n, v in inside.items() if n in self.names.all}
                 found.append((name, value, {n: v for n, v in kept.items() if is_plain(v)}))

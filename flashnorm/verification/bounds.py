@@ -12,6 +12,8 @@ from math import sqrt
 import torch
 from torch import nn
 
+from flashnorm.quantized import layout
+
 # λ of the probabilistic bounds: one sum keeps within them with probability 1 − 2·exp(−λ²/2), which
 # is 0.9993 for λ = 4. More would only hide mistakes.
 CONFIDENCE = 4.0
@@ -61,5 +63,7 @@ def width_of(model: nn.Module) -> int:
 
 
 def owns_matrix(module: nn.Module) -> bool:
-    """Whether the module itself holds a parameter with two or more axes: it counts in the depth."""
-    return any(p.ndim >= 2 for p in module.parameters(recurse=False))
+    """Whether the module itself holds a parameter with two or more axes, or a packed weight: it
+    counts in the depth."""
+    matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+    return matrix or isinstance(layout.find(module), layout.Held)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import TorchDispatchMode, tree_map_only
 from flashnorm.errors import FlashNormError
+from flashnorm.graph.packed import find_held
 from flashnorm.verification.choices import CHOOSING, Choices
+from flashnorm.verification.packed import computing, parts
 
 WIDE = {
     torch.float16: torch.float64,
@@ -146,20 +148,28 @@ def float64_truth(choices: Choices | None = None) -> Iterator[Float64Mode]:
 
 @contextmanager
 def in_dtype(
-    model: nn.Module, dtype: torch.dtype, *, narrow_tables: bool = False
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    narrow_tables: bool = False,
+    notes: list[str] | None = None,
 ) -> Iterator[nn.Module]:
     """The model with its floating parameters in `dtype`, and as it was when the context ends.
 
     The values are held twice meanwhile, nothing else is copied; ties survive. Buffers of the state
     dict follow the parameters. Other buffers (rotary frequencies, masks) are only ever widened: a
     model that is loaded in a half dtype keeps them in the dtype in which it made them. For models
-    that do not, `narrow_tables` narrows them as well.
+    that do not, `narrow_tables` narrows them as well. Packed layers compute in it as `packed` says,
+    which grows `notes` where one does not run in it.
     """
     held: list[tuple[Tensor, Tensor]] = []
-    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    layers = find_held(model)
+    saved, packed = _saved(model), parts(layers)
     try:
         for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.dtype not in WIDE and tensor.dtype not in WIDE.values():
+            if id(tensor) in packed or (
+                tensor.dtype not in WIDE and tensor.dtype not in WIDE.values()
+            ):
                 continue
             goal = dtype if not tensor.is_complex() else _complex_of(dtype)
             narrows = torch.finfo(goal).eps > torch.finfo(tensor.dtype).eps
@@ -168,10 +178,20 @@ def in_dtype(
                 continue
             held.append((tensor, tensor.data))
             tensor.data = tensor.data.to(goal)
-        yield model
+        with computing(layers, dtype, notes):
+            yield model
     finally:
         for tensor, data in held:
             tensor.data = data
+
+
+def _saved(model: nn.Module) -> set[int]:
+    """The tensors of the state dict, by id; asking for one may pack quantized weights anew."""
+    found = {id(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        hidden = module._non_persistent_buffers_set
+        found |= {id(buffer) for name, buffer in module._buffers.items() if name not in hidden}
+    return found
 
 
 def _complex_of(dtype: torch.dtype) -> torch.dtype:
@@ -180,5 +200,6 @@ def _complex_of(dtype: torch.dtype) -> torch.dtype:
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
     """The narrowest floating dtype of the parameters with two or more axes, float32 without any."""
-    dtypes = {p.dtype for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()}
+    wide = [p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()]
+    dtypes = {p.dtype for p in wide if p.dtype.itemsize > 1}
     return max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flashnorm.checkpoint.twins import why_untied
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.ambient import on_cpu
+from flashnorm.graph.packed import find_held
 from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transformers
 from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
@@ -24,6 +25,7 @@ from flashnorm.verification.bounds import Size, output_bound, width_of
 from flashnorm.verification.choices import Choices
 from flashnorm.verification.inputs import Inputs, Samples
 from flashnorm.verification.layers import counted_matrices, layer_errors
+from flashnorm.verification.packed import PACKED
 from flashnorm.verification.precision import Float64Mode, float64_truth, in_dtype, parameter_dtype
 from flashnorm.verification.report import Greedy, LayerError, Perplexity, Report
 
@@ -129,7 +131,8 @@ def _examine(
         truth = _true_outputs(name, model, samples)
     size = Size(width, max(1, count[0] // len(samples.windows)), stored)
     output = truth[0][0]
-    with torch.no_grad(), in_dtype(model, torch.float32):
+    told: list[str] = []
+    with torch.no_grad(), in_dtype(model, torch.float32, notes=told):
         step(f"{name}: {STEPS[1]}")
         single = _outputs(model, samples)
         ids = samples.ids if output == "logits" and feed.writes_tokens(model) else None
@@ -138,7 +141,9 @@ def _examine(
         step(f"{name}: {STEPS[3]}")
         writing = None if ids is None else measure.write_text(model, ids[: measure.PROMPT_TOKENS])
     step(f"{name}: {STEPS[4]}")
-    notes = _own_notes(name, mode, choices)
+    notes = [*_own_notes(name, mode, choices), *(f"{name}: {note}" for note in told)]
+    if packed := len(find_held(model)):
+        notes.append(PACKED.format(name, packed))
     lower = _half_outputs(name, model, samples, half, notes)
     values = [value.cpu() for _, value in truth]
     return Outcome(
@@ -179,7 +184,8 @@ def _half_outputs(
     failure = ""
     for narrow_tables in (False, True):
         try:
-            with torch.no_grad(), in_dtype(model, half, narrow_tables=narrow_tables):
+            how: dict[str, Any] = {"narrow_tables": narrow_tables, "notes": notes}
+            with torch.no_grad(), in_dtype(model, half, **how):
                 return _outputs(model, samples)
         except RuntimeError as error:
             failure = str(error).splitlines()[0]

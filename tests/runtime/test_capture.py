@@ -17,7 +17,8 @@ from flashnorm.bench.variants import Variant
 from flashnorm.kernels import dispatch, norms
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import policy as gpu
-from flashnorm.runtime.forwards import FusedGated, FusedLinear, FusedNorm
+from flashnorm.runtime.forward_norm import FusedNorm
+from flashnorm.runtime.forwards import FusedGated, FusedLinear
 from tests.kernels.bounds import assert_close
 from tests.kernels.cases import random
 from tests.runtime.models import LLAMA, NEOX, QWEN3, SIZES, close, dyt, ids, logits, tiny

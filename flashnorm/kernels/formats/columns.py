@@ -51,5 +51,15 @@ def _awq_unfit(weight: Weight) -> str:
     return _unfit(weight, weight.features, -(-weight.outputs // EACH))
 
 
-GPTQ4 = register(WeightFormat("gptq4", _gptq, _gptq_unfit, 20))
-AWQ4 = register(WeightFormat("awq4", _awq, _awq_unfit, 21))
+def _gptq_cut(words: Tensor, start: int, stop: int) -> Tensor:
+    return words[:, start:stop]
+
+
+def _awq_cut(words: Tensor, start: int, stop: int) -> Tensor:
+    if start % EACH:
+        raise ValueError(f"a part of the outputs begins at {start}, within a word")
+    return words[:, start // EACH : -(-stop // EACH)]
+
+
+GPTQ4 = register(WeightFormat("gptq4", _gptq, _gptq_unfit, 20, _gptq_cut))
+AWQ4 = register(WeightFormat("awq4", _awq, _awq_unfit, 21, _awq_cut))
