@@ -6,6 +6,7 @@ others have a processor for each tensor, which is given its numbers in float32.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from flashnorm.compat import Private
@@ -35,13 +36,6 @@ def conversions(architecture: str, config: Any) -> list[Any] | None:
     return None if make is None else list(make(config))
 
 
-def description(file: str) -> dict[str, Any]:
-    """What the metadata of a file says of its model, by the names that processors know."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    return dict(load_gguf_checkpoint(file)["config"])
-
-
 def processor(architecture: str, config: dict[str, Any]) -> Any:
     """What changes the numbers of tensors. `process(weights=, name=, ..)` has a name, or None."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
@@ -49,11 +43,28 @@ def processor(architecture: str, config: dict[str, Any]) -> Any:
     return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
 
 
-def parameter_names(model: Any, processor: Any) -> dict[str, str]:
-    """Parameters of a model by the names that tensors have in a file."""
+def parameter_names(model: Any, processor: Any, tensors: Collection[str]) -> dict[str, str]:
+    """Parameters of a model by the names of a file's tensors, some without `.weight`.
+
+    The parts of a model are asked only where the model itself does not know a tensor: each takes as
+    long, and what a part says of a tensor that the model knows is not heard.
+    """
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    return dict(get_gguf_hf_weights_map(model, processor))
+    found = get_gguf_hf_weights_map(_Whole(model), processor)
+    if not all(name in found or name.removesuffix(".weight") in found for name in tensors):
+        found = get_gguf_hf_weights_map(model, processor)
+    return dict(found)
+
+
+class _Whole:
+    """A model without its parts."""
+
+    def __init__(self, model: Any) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> list[Any]:
+        return []
 
 
 def _private(theirs: str, ours: str, use: str) -> Private:
@@ -69,7 +80,6 @@ NAMES = (
         "conversions",
         "rules for one config, by the name of an architecture",
     ),
-    _private(f"{_OLDER}.load_gguf_checkpoint", "description", "reads no tensor unless asked to"),
     _private(f"{_OLDER}.TENSOR_PROCESSORS", "processor", "classes by names of architectures"),
     _private(
         f"{_OLDER}.TensorProcessor",

@@ -77,8 +77,9 @@ def load_gguf(
 
 def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
     file = look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
-    model, dtype_of = _empty(place, dtype)
-    routes, found = Routes(file, model), Loaded()
+    described = _described(place)
+    model = _empty(described, place, dtype)
+    routes, dtype_of, found = Routes(file, model, described), dtypes(model, dtype), Loaded()
     for group in routes.groups(file.tensors):
         made = dict(_made(file, group, routes, dtype_of, found))
         for name, tensor in made.items():
@@ -94,18 +95,26 @@ def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _empty(place: dict[str, str], dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model without memory for parameters; and the dtype that each is to have, by name."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
+def _described(place: dict[str, str]) -> dict[str, Any]:
+    """The config of a file, as transformers reads it from the metadata."""
+    from transformers import PreTrainedConfig
 
-    config = AutoConfig.from_pretrained(**place)
+    described: dict[str, Any] = PreTrainedConfig.get_config_dict(**place)[0]
+    return described
+
+
+def _empty(described: dict[str, Any], place: dict[str, str], dtype: torch.dtype) -> Any:
+    """The model without memory for parameters, which are in float32 for now."""
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[described["model_type"]].from_dict(described)
     config.name_or_path = place["pretrained_model_name_or_path"]
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = builder(model_class(config))(config, dtype=dtype)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         place_(model, name, nn.Parameter(parameter.float(), requires_grad=False))
-    return model, dtypes(model, dtype)
+    return model
 
 
 def _made(

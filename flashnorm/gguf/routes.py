@@ -24,15 +24,17 @@ Array = np.ndarray[Any, Any]
 class Routes:
     """How the tensors of a file become the parameters of `model`, whose parameters are float32."""
 
-    def __init__(self, file: File, model: Any) -> None:
+    def __init__(self, file: File, model: Any, described: dict[str, Any]) -> None:
+        """described: what transformers reads of the file's metadata, by the names of a config."""
         self.model, self.names = model, set(model.state_dict())
         rules = gguf_names.conversions(file.architecture, model.config)
         self.processor: Any = None
         self.mapping: dict[str, str] = {}
         if rules is None:
-            described = gguf_names.description(str(file.path))
             self.processor = gguf_names.processor(file.architecture, described)
-            self.mapping = gguf_names.parameter_names(model, self.processor)
+            self.mapping = gguf_names.parameter_names(
+                model, self.processor, [stored.name for stored in file.tensors]
+            )
             rules = conversion_rules(model)
         self.rules = rules
         self._route = router(model, rules)
