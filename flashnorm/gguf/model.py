@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat.transformers_names import builder, dtypes, no_init_weights
+from flashnorm.compat.transformers_names import builder, dtypes, no_init_weights, set_experts_
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.gguf.file import File, Stored, look, weight
 from flashnorm.gguf.rearranged import Rows, rearrangement
@@ -88,6 +89,8 @@ def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
         if not made:
             found.unused += [stored.name for stored in group]
     _complete(model, str(file.path))
+    if any(isinstance(p, PackedTensor) and p.dim() > 2 for p in model.parameters()):
+        set_experts_(model.config, "eager")  # which takes one matrix after the other
     model._flashnorm_gguf = found
     for name, why in found.dense.items():
         _log.warning("%s of %s is dequantized: %s", name, file.path.name, why)
@@ -121,9 +124,11 @@ def _made(
     file: File, group: list[Stored], routes: Routes, dtype_of: Any, found: Loaded
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a group of tensors makes, packed where that can be."""
-    why = _why_dense(group)
-    rows = None if why else rearrangement(routes.run, {s.name: s.shape for s in group})
-    if rows is not None and _worth_packing(group, rows, dtype_of):
+    why, rows = _why_dense(group), None
+    if not why and group[0].type != "f32":
+        with np.errstate(all="ignore"):  # of marks that are no numbers of a model
+            rows = rearrangement(routes.run, {stored.name: stored.shape for stored in group})
+    if rows is not None and _worth_packing(group[0], rows, dtype_of):
         values = [file.values(stored) for stored in group]
         every = values[0] if len(values) == 1 else torch.cat(values)
         for name, row in rows.items():
@@ -145,12 +150,10 @@ def _why_dense(group: list[Stored]) -> str:
     return ""
 
 
-def _worth_packing(group: list[Stored], rows: dict[str, Rows], dtype_of: Any) -> bool:
+def _worth_packing(stored: Stored, rows: dict[str, Rows], dtype_of: Any) -> bool:
     """Plain numbers stay as they are where the dtype would take more memory."""
-    if group[0].quantized:
-        return True
-    own = PLAIN[group[0].type]
-    return all(own.itemsize < dtype_of(name).itemsize for name in rows)
+    own = PLAIN.get(stored.type)
+    return own is None or all(own.itemsize < dtype_of(name).itemsize for name in rows)
 
 
 def _packed(stored: Stored, every: Tensor, row: Rows, dtype: torch.dtype) -> PackedTensor:
