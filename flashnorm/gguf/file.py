@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +16,8 @@ from flashnorm.errors import CheckpointError
 from flashnorm.kernels.formats.blocks import Block
 from flashnorm.kernels.weights import Weight
 from flashnorm.quantized.decoding import decoded
-from flashnorm.quantized.ggml import PLAIN, kind, spoiled_blocks
+from flashnorm.gguf import header
+from flashnorm.quantized.ggml import PLAIN, kind, named, spoiled_blocks
 
 
 class Stored(NamedTuple):
@@ -89,45 +91,27 @@ def look(path: Path) -> File:
     if damaged := why_damaged(path):
         raise CheckpointError(damaged)
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
+        head = header.read(path)
+    except (ValueError, struct.error, OSError, OverflowError) as error:
         raise CheckpointError(
-            f"reading {path.name} needs the packages gguf, accelerate and sentencepiece: "
-            "pip install 'flashnorm[gguf]'"
+            f"{path} cannot be read as a GGUF file ({error}): it is damaged, {AGAIN}"
         ) from error
-    try:
-        reader = GGUFReader(path)
-        architecture = str(reader.get_field("general.architecture").contents())
-        tensors = tuple(_stored(tensor) for tensor in reader.tensors)
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"{path} cannot be read as a GGUF file ({first}): it is cut off or damaged, {AGAIN}"
-        ) from error
-    if reader.byte_order == "S":
-        raise CheckpointError(f"{path} was written for machines of the other byte order")
-    _check(path, tensors)
-    return File(path, architecture, tensors)
-
-
-def _stored(tensor: object) -> Stored:
-    found: dict[str, object] = tensor._asdict()  # type: ignore[attr-defined]
-    shape = tuple(int(size) for size in reversed(found["shape"].tolist()))  # type: ignore[attr-defined]
-    name = str(found["tensor_type"].name).lower()  # type: ignore[attr-defined]
-    place, size = int(str(found["data_offset"])), int(str(found["n_bytes"]))
-    return Stored(str(found["name"]), name, shape, place, size)
-
-
-def _check(path: Path, tensors: tuple[Stored, ...]) -> None:
+    tensors = tuple(_stored(path, entry, head.end) for entry in head.entries)
     length = path.stat().st_size
     for stored in tensors:
         if stored.place + stored.size > length:
             raise CheckpointError(
                 f"{path} ends before {stored.name} does: its download was interrupted, {AGAIN}"
             )
-        block = stored.block
-        if not stored.shape or stored.shape[-1] % block.elements:
-            raise CheckpointError(
-                f"{stored.name} in {path} is {list(stored.shape)}: its rows are no multiple of the "
-                f"{block.elements} numbers in a block of {stored.type}"
-            )
+    return File(path, head.architecture, tensors)
+
+
+def _stored(path: Path, entry: header.Entry, first: int) -> Stored:
+    name, block = named(entry.type)
+    if entry.shape[-1] % block.elements:
+        raise CheckpointError(
+            f"{entry.name} in {path} is {list(entry.shape)}: its rows are no multiple of the "
+            f"{block.elements} numbers in a block of {name}: the file is damaged, {AGAIN}"
+        )
+    size = prod(entry.shape) // block.elements * block.bytes
+    return Stored(entry.name, name, entry.shape, first + entry.place, size)

@@ -7,6 +7,7 @@ a format that decodes with it; float16 and bfloat16 are blocks of one number.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +24,27 @@ def kind(name: str) -> Block:
     return BLOCKS[name] if name in BLOCKS else _defined(name)
 
 
+def named(number: int) -> tuple[str, Block]:
+    """The name and the blocks of a type by ggml's number for it.
+
+    Raises CheckpointError where nothing here decodes it.
+    """
+    types = _gguf().GGMLQuantizationType
+    try:
+        name = types(number).name.lower()
+    except ValueError as error:
+        raise CheckpointError(
+            f"type {number} of a tensor is none that gguf {_version()} knows: a newer one may"
+        ) from error
+    return name, kind(name)
+
+
 def _defined(name: str) -> Block:
     if name in PLAIN:
         dtype = PLAIN[name]
         return define(name, None, 1, dtype.itemsize, lambda blocks: blocks.view(dtype).double())
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            f"decoding {name} needs the package gguf: pip install 'flashnorm[gguf]'"
-        ) from error
-    sizes = {kind.name.lower(): (kind, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    gguf = _gguf()
+    sizes = {found.name.lower(): (found, *size) for found, size in gguf.GGML_QUANT_SIZES.items()}
     if name not in sizes:
         raise CheckpointError(f"{name!r} is no type of tensors that gguf {_version()} knows")
     found, elements, size = sizes[name]
@@ -48,6 +59,17 @@ def _defined(name: str) -> Block:
     except NotImplementedError as error:
         raise CheckpointError(f"gguf {_version()} cannot decode tensors of type {name}") from error
     return define(name, None, elements, size, decode)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(
+            "reading GGUF files needs the packages gguf, accelerate and sentencepiece: "
+            "pip install 'flashnorm[gguf]'"
+        ) from error
+    return gguf
 
 
 def _version() -> str:
