@@ -14,20 +14,12 @@ from flashnorm.compat import Private
 SEEN = ("5.23.0",)
 
 
-def architectures() -> set[str]:
-    """The names of all architectures that transformers reads from GGUF files."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    apart = {"general", "tokenizer"}  # of their table of keys, no architectures
-    return {*GGUF_SUPPORTED_ARCHITECTURES, *_rules()} - apart
-
-
 def _rules() -> dict[str, Any]:
     try:
         from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
     except ImportError:  # a version that had processors alone
         return {}
-    return GGUF_ARCHS  # type: ignore[no-any-return]
+    return dict(GGUF_ARCHS)
 
 
 def conversions(architecture: str, config: Any) -> list[Any] | None:
@@ -74,7 +66,6 @@ def _private(theirs: str, ours: str, use: str) -> Private:
 _OLDER = "modeling_gguf_pytorch_utils"
 
 NAMES = (
-    _private(f"{_OLDER}.GGUF_SUPPORTED_ARCHITECTURES", "architectures", "names, and two others"),
     _private(
         "integrations.gguf.gguf_conversion_mapping.GGUF_ARCHS",
         "conversions",

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flashnorm.content import AGAIN, why_damaged
 from flashnorm.errors import CheckpointError
+from flashnorm.gguf import header
 from flashnorm.kernels.formats.blocks import Block
 from flashnorm.kernels.weights import Weight
 from flashnorm.quantized.decoding import decoded
-from flashnorm.gguf import header
 from flashnorm.quantized.ggml import PLAIN, kind, named, spoiled_blocks
 
 
@@ -56,7 +56,7 @@ class File:
         found = torch.empty(stored.size, dtype=torch.uint8)
         with open(self.path, "rb") as opened:
             opened.seek(stored.place)
-            read = opened.readinto(found.numpy())
+            read = opened.readinto(found.numpy().data)
         if read != stored.size:
             raise CheckpointError(
                 f"{self.path} ends in the middle of {stored.name}: its download was interrupted, "

@@ -48,16 +48,15 @@ def loaded(model: nn.Module) -> Loaded | None:
     return found
 
 
-def load_gguf(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The model in a GGUF file, in eval mode on the CPU, computing in `dtype`, in the file's memory.
+def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in a GGUF file, in the memory of the file, in eval mode on the CPU.
 
     Matrices stay in the blocks of the file, whatever their format, as `PackedTensor`: the same
     numbers as transformers' own loading gives, which dequantizes. Of what transformers does to a
     matrix, a new order of rows and a transpose keep it packed; after anything else it is dense, and
     the log says so. Vectors are dense, and so are matrices that are in `dtype` or float32 already.
-    `path`: a file, or a directory that holds just one. `dtype`: float32, bfloat16 or float16.
+    `path`: a file, or a directory that holds just one. `dtype`: what it computes in, float32,
+    bfloat16 or float16.
 
     Raises FlashNormError where there is no such file, CheckpointError where it is damaged, of an
     architecture that transformers does not read, or lacks tensors of its model.
@@ -95,7 +94,8 @@ def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
     for name, why in found.dense.items():
         _log.warning("%s of %s is dequantized: %s", name, file.path.name, why)
     _log.info("%s: %s", file.path.name, found)
-    return model.eval()  # type: ignore[no-any-return]
+    done: nn.Module = model.eval()
+    return done
 
 
 def _described(place: dict[str, str]) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def _same_bits(result: Tensor, every: Tensor, row: Rows) -> bool:
     source = row.source
     if source is None or len(source) != len(found):
         return False
-    bits = ((found[i : i + _ROWS], every[source[i : i + _ROWS]]) for i in range(0, len(found), _ROWS))
-    return all(
-        bool((a.contiguous().view(torch.int32) == b.view(torch.int32)).all()) for a, b in bits
-    )
+    parts = (slice(i, i + _ROWS) for i in range(0, len(found), _ROWS))
+    return all(bool((_bits(found[part]) == _bits(every[source[part]])).all()) for part in parts)
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(torch.int32)

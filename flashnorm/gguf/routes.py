@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat import gguf_names
+from flashnorm.compat.gguf_names import conversions, parameter_names, processor
 from flashnorm.compat.transformers_names import conversion_rules, load_state, router
 from flashnorm.errors import CheckpointError
 from flashnorm.gguf.file import File, Stored
@@ -27,12 +27,12 @@ class Routes:
     def __init__(self, file: File, model: Any, described: dict[str, Any]) -> None:
         """described: what transformers reads of the file's metadata, by the names of a config."""
         self.model, self.names = model, set(model.state_dict())
-        rules = gguf_names.conversions(file.architecture, model.config)
+        rules = conversions(file.architecture, model.config)
         self.processor: Any = None
         self.mapping: dict[str, str] = {}
         if rules is None:
-            self.processor = gguf_names.processor(file.architecture, described)
-            self.mapping = gguf_names.parameter_names(
+            self.processor = processor(file.architecture, described)
+            self.mapping = parameter_names(
                 model, self.processor, [stored.name for stored in file.tensors]
             )
             rules = conversion_rules(model)

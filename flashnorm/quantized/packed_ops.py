@@ -172,10 +172,10 @@ def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
 
 def _gathered(weight: PackedTensor, indices: Tensor) -> Tensor:
     """Decoded rows, or matrices, of any shape of indices along the first dimension."""
-    flat, each = indices.reshape(-1).long(), _rows_of_one(weight)
-    if flat.numel() and not -weight.shape[0] <= int(flat.min()) <= int(flat.max()) < weight.shape[0]:
-        raise IndexError(f"an index is outside of a first dimension of {weight.shape[0]}")
-    flat = flat % weight.shape[0]
+    flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
+    if flat.numel() and not -count <= int(flat.min()) <= int(flat.max()) < count:
+        raise IndexError(f"an index is outside of a first dimension of {count}")
+    flat = flat % max(1, count)
     if each != 1:
         flat = (flat[:, None] * each + torch.arange(each, device=flat.device)).flatten()
     part = rows(weight.held, flat)

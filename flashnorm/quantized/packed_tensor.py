@@ -1,4 +1,4 @@
-"""A tensor whose numbers stay packed: blocks of bytes inside, [.., k, n] of a floating dtype outside.
+"""A tensor whose numbers stay packed: bytes inside, [.., k, n] of a floating dtype outside.
 
 Only what is asked for is decoded: a matrix is multiplied in blocks of rows, an embedding decodes
 the rows of its tokens. The numbers are those of the blocks, rounded once to the dtype.
@@ -55,7 +55,7 @@ class PackedTensor(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __repr__(self, **ignored: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         turned = ", turned" if self.turned else ""
         name = self.held.format.name
         return f"PackedTensor({list(self.shape)}, {self.dtype}, {name}{turned}, {self.device})"
@@ -103,7 +103,7 @@ class PackedTensor(Tensor):
         cls,
         func: Callable[..., Any],
         types: Any,
-        args: Sequence[Any] = (),
+        args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _REFUSED:
@@ -113,7 +113,7 @@ class PackedTensor(Tensor):
         return no_torch_function(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
         cls,
         func: Any,
         types: Any,
@@ -125,7 +125,8 @@ class PackedTensor(Tensor):
         return run(func, args, kwargs or {})
 
 
-_WANT_GRADIENT = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})
+_SETTER = vars(torch.Tensor.__base__)["requires_grad"].__set__
+_WANT_GRADIENT = frozenset({Tensor.requires_grad_, _SETTER})
 
 
 def rebuilt(
@@ -145,7 +146,7 @@ def rebuilt(
 
 def _parameter(made: PackedTensor) -> PackedTensor:
     parameter: Any = nn.Parameter(made, requires_grad=False)
-    return parameter  # type: ignore[no-any-return]
+    return parameter
 
 
 def _layout(module: nn.Module) -> layout.Held | None:
@@ -159,9 +160,17 @@ def _layout(module: nn.Module) -> layout.Held | None:
         origin=f"GGUF, {weight.held.format.name}",
         weight="weight",
         bias="bias" if getattr(module, "bias", None) is not None else "",
-        tensors=lambda module: [module.weight.packed],
-        read=lambda module: module.weight.held,
+        tensors=lambda module: [_weight(module).packed],
+        read=lambda module: _weight(module).held,
     )
+
+
+def _weight(module: nn.Module) -> PackedTensor:
+    """Raises AttributeError where it is not packed any more."""
+    weight = module.weight
+    if not isinstance(weight, PackedTensor):
+        raise AttributeError("its weight is plain now")
+    return weight
 
 
 layout.register(_layout)
