@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from flashnorm.adapters.fold import fold_adapter as fold_adapter
     from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
     from flashnorm.functional import explain as explain
+    from flashnorm.gguf.model import load_gguf as load_gguf
     from flashnorm.inspection import inspect as inspect
+    from flashnorm.quantized.plain import dequantize_ as dequantize_
     from flashnorm.rewrite import fold_ as fold_
     from flashnorm.rewrite import folding as folding
     from flashnorm.rewrite import unfold_ as unfold_
@@ -45,6 +47,8 @@ _LAZY = {
     "Package": "flashnorm.runtime.package.options",
     "verify": "flashnorm.verification",
     "explain": "flashnorm.functional",
+    "load_gguf": "flashnorm.gguf.model",
+    "dequantize_": "flashnorm.quantized.plain",
 }
 
 __all__ = [

@@ -41,7 +41,7 @@ def load_model(source: PathName, dtype: torch.dtype | str = "auto") -> nn.Module
         except FlashNormError:
             raise
         except Exception as error:
-            raise CheckpointError(_unreadable(source, error)) from error
+            raise CheckpointError(unreadable(source, error)) from error
 
 
 def load_tokenizer(source: PathName) -> Any | None:
@@ -161,7 +161,7 @@ def _load_pretrained(place: dict[str, str], dtype: torch.dtype | str) -> nn.Modu
     model, info = model_class(config).from_pretrained(
         **place, dtype=dtype, output_loading_info=True
     )
-    _check_complete(model, info, place["pretrained_model_name_or_path"])
+    check_complete(model, info, place["pretrained_model_name_or_path"])
     return model.eval()
 
 
@@ -178,7 +178,7 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _check_complete(model: nn.Module, info: Any, name: str) -> None:
+def check_complete(model: nn.Module, info: Any, name: str) -> None:
     """Raise CheckpointError for missing tensors; a strict fold may leave out its folded gains."""
     shapes = {key: parameter.ndim for key, parameter in model.named_parameters()}
     folded = bool(getattr(model.config, "flashnorm_folded", False))
@@ -201,7 +201,8 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
-def _unreadable(source: PathName, error: Exception) -> str:
+def unreadable(source: PathName, error: Exception) -> str:
+    """What is said where transformers failed to load what `source` names."""
     name = os.fspath(source)
     if not Path(name).expanduser().exists():
         return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from flashnorm.compat import TRANSFORMERS, Private
@@ -65,14 +66,42 @@ def load_state(model: Any, state: dict[str, Any], rules: list[Any]) -> Any:
     return convert_and_load_state_dict_in_model(model, state, settings)[0]
 
 
-def namer(model: Any, rules: list[Any]) -> Callable[[str], str]:
-    """What says which parameter of the model a tensor of a checkpoint is loaded as."""
+def router(model: Any, rules: list[Any]) -> Callable[[str], tuple[str, bool]]:
+    """The parameter that a tensor of a checkpoint is loaded as, and whether a rule computes it."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    rules = deepcopy(rules)  # some count how often they were asked
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
-    return lambda key: rename_source_key(key, renamings, converters, prefix, state)[0]
+
+    def route(key: str) -> tuple[str, bool]:
+        found, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        return found, pattern is not None
+
+    return route
+
+
+def namer(model: Any, rules: list[Any]) -> Callable[[str], str]:
+    """What says which parameter of the model a tensor of a checkpoint is loaded as."""
+    route = router(model, rules)
+    return lambda key: route(key)[0]
+
+
+def dtypes(model: Any, dtype: Any) -> Callable[[str], Any]:
+    """In which dtype each tensor is loaded, by its name: some of a model stay in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: dtype
+    pattern, kinds, _ = build_glob_alternation(list(plan))
+
+    def of(name: str) -> Any:
+        found = pattern.search(name)
+        return plan[kinds[found.lastgroup]] if found else dtype
+
+    return of
 
 
 # Attention.
@@ -242,9 +271,21 @@ NAMES = (
         "loads tensors of any kind, and says what went wrong",
     ),
     _private("modeling_utils.LoadStateDictConfig", "load_state", "is given the rules alone"),
-    _private("core_model_loading.WeightConverter", "namer", "a rule that computes"),
-    _private("core_model_loading.WeightRenaming", "namer", "a rule that only renames"),
-    _private("core_model_loading.rename_source_key", "namer", "the parameter, before the rest"),
+    _private("core_model_loading.WeightConverter", "router", "a rule that computes"),
+    _private("core_model_loading.WeightRenaming", "router", "a rule that only renames"),
+    _private(
+        "core_model_loading.rename_source_key",
+        "router",
+        "the parameter, and the pattern of the rule that computes",
+    ),
+    _private(
+        "core_model_loading.build_glob_alternation",
+        "dtypes",
+        "a pattern, and which of those that it is made of a group stands for",
+    ),
+    _private(
+        "PreTrainedModel._get_dtype_plan", "dtypes", "dtypes by parts of names, where not the same"
+    ),
     _private(
         "PreTrainedConfig._attn_implementation",
         "attention_of",

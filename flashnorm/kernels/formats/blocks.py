@@ -33,7 +33,9 @@ def find(weight: Weight) -> Block:
     return BLOCKS[weight.format.name]
 
 
-def _register(name: str, code: int | None, elements: int, size: int, decode: Decode) -> Block:
+def define(name: str, code: int | None, elements: int, size: int, decode: Decode) -> Block:
+    """A kind of block, registered as a format."""
+
     def dequantize(weight: Weight) -> Tensor:
         held = weight.values[: weight.outputs].unflatten(1, (-1, size))
         return decode(held).flatten(1)
@@ -129,11 +131,11 @@ def _q6_k(b: Tensor) -> Tensor:
     return (q.flatten(-3).unflatten(-1, (16, 16)) * scales[..., None]).flatten(-2)
 
 
-Q8_0 = _register("q8_0", 32, 32, 34, _q8_0)
-Q4_0 = _register("q4_0", 33, 32, 18, _q4_0)
-Q4_1 = _register("q4_1", 34, 32, 20, _q4_1)
-Q5_0 = _register("q5_0", 35, 32, 22, _q5_0)
-Q5_1 = _register("q5_1", 36, 32, 24, _q5_1)
-Q4_K = _register("q4_k", 37, 256, 144, _q4_k)
-Q5_K = _register("q5_k", 38, 256, 176, _q5_k)
-Q6_K = _register("q6_k", 39, 256, 210, _q6_k)
+Q8_0 = define("q8_0", 32, 32, 34, _q8_0)
+Q4_0 = define("q4_0", 33, 32, 18, _q4_0)
+Q4_1 = define("q4_1", 34, 32, 20, _q4_1)
+Q5_0 = define("q5_0", 35, 32, 22, _q5_0)
+Q5_1 = define("q5_1", 36, 32, 24, _q5_1)
+Q4_K = define("q4_k", 37, 256, 144, _q4_k)
+Q5_K = define("q5_k", 38, 256, 176, _q5_k)
+Q6_K = define("q6_k", 39, 256, 210, _q6_k)

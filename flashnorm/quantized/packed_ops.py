@@ -1,0 +1,231 @@
+"""What torch's operations do with packed weights: those that know rows, and all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashnorm.compat.torch_names import tree_map_only
+from flashnorm.errors import FlashNormError
+from flashnorm.quantized.decoding import decoded, in_blocks, rows
+from flashnorm.quantized.packed_tensor import MEND, PackedTensor
+
+Handler = Callable[..., Any]
+_aten = torch.ops.aten
+_HANDLERS: dict[Any, Handler] = {}
+
+
+def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """An operation of which an argument is packed."""
+    handler = _HANDLERS.get(func)
+    if handler is not None and isinstance(args[0], PackedTensor) | (func in _PRODUCTS):
+        found = handler(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+    _refuse_writes(func, args, kwargs)
+    args, kwargs = tree_map_only(PackedTensor, PackedTensor.dequantize, (tuple(args), kwargs))
+    return func(*args, **kwargs)
+
+
+def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[i] if i < len(args) else kwargs.get(argument.name)
+        if any(isinstance(one, PackedTensor) for one in _listed(given)):
+            name = func._schema.name.removeprefix("aten::")
+            raise FlashNormError(f"{name} would write into a packed weight: {MEND}")
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, (list, tuple)) else [given]
+
+
+def _handles(*funcs: Any) -> Callable[[Handler], Handler]:
+    def keep(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(funcs, handler))
+        return handler
+
+    return keep
+
+
+# The same bytes.
+
+
+@_handles(_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
+def _same(weight: PackedTensor) -> PackedTensor:
+    return weight.like(weight.packed)
+
+
+@_handles(_aten.clone.default)
+def _clone(weight: PackedTensor, memory_format: Any = None) -> PackedTensor:
+    return weight.like(weight.packed.clone())
+
+
+@_handles(_aten._to_copy.default)
+def _to_copy(
+    weight: PackedTensor,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    **other: Any,
+) -> Any:
+    """A floating dtype changes what the numbers are rounded to, and no byte."""
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    return weight.like(weight.packed.to(device, non_blocking=non_blocking), dtype)
+
+
+@_handles(_aten.copy_.default)
+def _copy(weight: PackedTensor, source: Tensor, non_blocking: bool = False) -> PackedTensor:
+    """Only the bytes of the same format: what a state dict of such a model holds."""
+    if not isinstance(source, PackedTensor):
+        raise FlashNormError(
+            f"numbers cannot be written into a packed weight of {weight.held.format.name}: {MEND}, "
+            "and so does load_state_dict(.., assign=True) with the tensors that it is given"
+        )
+    ours, theirs = weight.held, source.held
+    if (ours.format, weight.shape, weight.turned) != (theirs.format, source.shape, source.turned):
+        raise FlashNormError(f"{source!r} cannot be written into {weight!r}: another format")
+    weight.packed.copy_(source.packed, non_blocking=non_blocking)
+    return weight
+
+
+# Views.
+
+
+@_handles(_aten.t.default)
+def _t(weight: PackedTensor) -> Any:
+    if weight.dim() != 2:
+        return NotImplemented
+    return PackedTensor(weight.held, weight.shape[::-1], weight.dtype, not weight.turned)
+
+
+@_handles(_aten.transpose.int)
+def _transpose(weight: PackedTensor, first: int, second: int) -> Any:
+    if weight.dim() != 2:
+        return NotImplemented
+    return _t(weight) if (first - second) % 2 else _same(weight)
+
+
+@_handles(_aten.permute.default)
+def _permute(weight: PackedTensor, dims: Sequence[int]) -> Any:
+    if weight.dim() != 2:
+        return NotImplemented
+    return _t(weight) if dims[0] % 2 else _same(weight)
+
+
+@_handles(_aten.select.int)
+def _select(weight: PackedTensor, dim: int, index: int) -> Any:
+    """One matrix of several, or one decoded row."""
+    if weight.turned or dim % weight.dim():
+        return NotImplemented
+    index = index + weight.shape[0] if index < 0 else index
+    if not 0 <= index < weight.shape[0]:
+        raise IndexError(f"there is no index {index} in a first dimension of {weight.shape[0]}")
+    each, shape = _rows_of_one(weight), weight.shape[1:]
+    part = rows(weight.held, slice(index * each, (index + 1) * each))
+    return PackedTensor(part, shape, weight.dtype) if len(shape) > 1 else _decoded(weight, part)
+
+
+@_handles(_aten.slice.Tensor)
+def _slice(
+    weight: PackedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    if weight.turned or dim % weight.dim() or step != 1:
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(weight.shape[0])
+    each, count = _rows_of_one(weight), max(0, last - first)
+    part = rows(weight.held, slice(first * each, (first + count) * each))
+    return PackedTensor(part, (count, *weight.shape[1:]), weight.dtype)
+
+
+# Rows that are asked for.
+
+
+@_handles(_aten.embedding.default)
+def _embedding(weight: PackedTensor, indices: Tensor, *options: Any, **named: Any) -> Any:
+    if weight.turned or weight.dim() != 2:
+        return NotImplemented
+    return _gathered(weight, indices)
+
+
+@_handles(_aten.index_select.default)
+def _index_select(weight: PackedTensor, dim: int, index: Tensor) -> Any:
+    if weight.turned or dim % weight.dim():
+        return NotImplemented
+    return _gathered(weight, index)
+
+
+@_handles(_aten.index.Tensor)
+def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
+    first = indices[0]
+    if weight.turned or len(indices) != 1 or first is None or first.dtype.itemsize == 1:
+        return NotImplemented
+    return _gathered(weight, first)
+
+
+def _gathered(weight: PackedTensor, indices: Tensor) -> Tensor:
+    """Decoded rows, or matrices, of any shape of indices along the first dimension."""
+    flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
+    if flat.numel() and not -count <= int(flat.min()) <= int(flat.max()) < count:
+        raise IndexError(f"an index is outside of a first dimension of {count}")
+    flat = flat % max(1, count)
+    if each != 1:
+        flat = (flat[:, None] * each + torch.arange(each, device=flat.device)).flatten()
+    part = rows(weight.held, flat)
+    return decoded(part, weight.dtype).view(*indices.shape, *weight.shape[1:])
+
+
+def _rows_of_one(weight: PackedTensor) -> int:
+    """How many packed rows one index of the first dimension stands for."""
+    return prod(weight.shape[1:-1])
+
+
+def _decoded(weight: PackedTensor, part: Any) -> Tensor:
+    return decoded(part, weight.dtype).view(weight.shape[1:])
+
+
+# Products.
+
+
+@_handles(_aten.linear.default)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, PackedTensor) or weight.turned or weight.dim() != 2:
+        return NotImplemented
+    return _product(x, weight, bias)
+
+
+@_handles(_aten.mm.default)
+def _mm(x: Tensor, weight: Tensor) -> Any:
+    if not isinstance(weight, PackedTensor) or not weight.turned or isinstance(x, PackedTensor):
+        return NotImplemented
+    return _product(x, weight, None)
+
+
+@_handles(_aten.addmm.default)
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if not isinstance(weight, PackedTensor) or not weight.turned or bias.dim() != 1:
+        return NotImplemented
+    if isinstance(x, PackedTensor) or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return _product(x, weight, bias.expand(weight.shape[1]))
+
+
+def _product(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + c in blocks of rows of W, which are decoded one after the other."""
+    made = []
+    for first, part in in_blocks(weight.held):
+        own = None if bias is None else bias[first : first + part.outputs]
+        made.append(F.linear(x, decoded(part, weight.dtype), own))
+    if not made:
+        return x.new_empty((*x.shape[:-1], 0))
+    return made[0] if len(made) == 1 else torch.cat(made, -1)
+
+
+_PRODUCTS = frozenset({_aten.linear.default, _aten.mm.default, _aten.addmm.default})

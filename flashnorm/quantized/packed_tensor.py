@@ -1,0 +1,177 @@
+"""A tensor whose numbers stay packed: bytes inside, [.., k, n] of a floating dtype outside.
+
+Only what is asked for is decoded: a matrix is multiplied in blocks of rows, an embedding decodes
+the rows of its tokens. The numbers are those of the blocks, rounded once to the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm.compat.torch_names import make_wrapper_subclass, no_torch_function
+from flashnorm.errors import FlashNormError
+from flashnorm.kernels.weights import Weight
+from flashnorm.quantized import layout
+from flashnorm.quantized.decoding import decoded
+from flashnorm.quantized.ggml import kind
+
+MEND = "flashnorm.dequantize_(model) makes the weights of a model plain"
+# What would hand out memory that does not hold numbers of this dtype.
+_MEMORY = ("data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__")
+_REFUSED = frozenset(getattr(Tensor, name) for name in _MEMORY)
+
+
+class PackedTensor(Tensor):
+    """A weight in blocks, used as a tensor [.., k, n] of a floating dtype; it has no gradient.
+
+        W[r, :] = decode(values[r, :]), rounded once to the dtype
+
+    held: the packed rows, those of all leading dimensions one behind the other. turned: this is the
+    transpose of them, [n, k]. Operations that know rows decode what they need, all others the whole
+    tensor; those that write in place, and those that ask for its memory, raise FlashNormError.
+    """
+
+    held: Weight
+    turned: bool
+
+    @staticmethod
+    def __new__(
+        cls, held: Weight, shape: Sequence[int], dtype: torch.dtype, turned: bool = False
+    ) -> PackedTensor:
+        if held.scales is not None or held.values.shape[0] != held.outputs:
+            raise ValueError(f"{held.format} of {list(held.values.shape)} has no rows of its own")
+        if not dtype.is_floating_point:
+            raise ValueError(f"a packed weight has a floating dtype, not {dtype}")
+        made: PackedTensor = make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=held.values.device, requires_grad=False
+        )
+        made.held, made.turned = held, turned
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        turned = ", turned" if self.turned else ""
+        name = self.held.format.name
+        return f"PackedTensor({list(self.shape)}, {self.dtype}, {name}{turned}, {self.device})"
+
+    def dequantize(self) -> Tensor:
+        """All its numbers as a plain tensor of its shape and dtype."""
+        rows = decoded(self.held, self.dtype)
+        return rows.T if self.turned else rows.view(self.shape)
+
+    @property
+    def packed(self) -> Tensor:
+        """The bytes, [rows, bytes of a row], uint8."""
+        return self.held.values
+
+    def like(self, values: Tensor, dtype: torch.dtype | None = None) -> PackedTensor:
+        """The same of other bytes, or in another dtype."""
+        held = self.held._replace(values=values)
+        return PackedTensor(held, self.shape, dtype or self.dtype, self.turned)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
+        if id(self) not in memo:
+            copied = self.like(self.packed.clone())
+            memo[id(self)] = _parameter(copied) if isinstance(self, nn.Parameter) else copied
+        found: PackedTensor = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        held, is_parameter = self.held, isinstance(self, nn.Parameter)
+        parts = (held.values, held.format.name, held.features, list(self.shape))
+        return rebuilt, (*parts, self.dtype, self.turned, is_parameter)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        held = self.held
+        return ["packed"], (held.format.name, held.features, self.dtype, self.turned)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> PackedTensor:
+        name, features, dtype, turned = context
+        return rebuilt(inner["packed"], name, features, outer_size, dtype, turned)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _REFUSED:
+            raise FlashNormError(f"a packed weight has no plain memory: {MEND}")
+        if func in _WANT_GRADIENT and (args[1:] or (True,))[0] and (kwargs or {}).get("x", True):
+            raise FlashNormError(f"a packed weight has no gradient: {MEND}")
+        return no_torch_function(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        from flashnorm.quantized.packed_ops import run
+
+        return run(func, args, kwargs or {})
+
+
+_SETTER = vars(torch.Tensor.__base__)["requires_grad"].__set__
+_WANT_GRADIENT = frozenset({Tensor.requires_grad_, _SETTER})
+
+
+def rebuilt(
+    values: Tensor,
+    name: str,
+    features: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    turned: bool = False,
+    is_parameter: bool = False,
+) -> PackedTensor:
+    """A packed weight of its parts: the bytes, the name of their format, and what it is used as."""
+    held = Weight(values, kind(name).format, None, values.shape[0], features)
+    made = PackedTensor(held, shape, dtype, turned)
+    return _parameter(made) if is_parameter else made
+
+
+def _parameter(made: PackedTensor) -> PackedTensor:
+    parameter: Any = nn.Parameter(made, requires_grad=False)
+    return parameter
+
+
+def _layout(module: nn.Module) -> layout.Held | None:
+    """A module whose only parameters are a packed matrix `weight`, and perhaps a `bias`."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, PackedTensor) or isinstance(module, nn.Embedding):
+        return None
+    if weight.dim() != 2 or {*module._parameters} - {"weight", "bias"}:
+        return None
+    return layout.Held(
+        origin=f"GGUF, {weight.held.format.name}",
+        weight="weight",
+        bias="bias" if getattr(module, "bias", None) is not None else "",
+        tensors=lambda module: [_weight(module).packed],
+        read=lambda module: _weight(module).held,
+    )
+
+
+def _weight(module: nn.Module) -> PackedTensor:
+    """Raises AttributeError where it is not packed any more."""
+    weight = module.weight
+    if not isinstance(weight, PackedTensor):
+        raise AttributeError("its weight is plain now")
+    return weight
+
+
+layout.register(_layout)
+torch.serialization.add_safe_globals([rebuilt])
