@@ -261,7 +261,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
+    """Whether a tensor has its elements in memory; a subclass that wraps others has theirs."""
+    return tensor.layout == torch.strided and not hasattr(type(tensor), "__tensor_flatten__")
 
 
 def _storage(tensor: Tensor) -> int:
