@@ -43,10 +43,6 @@ from flashnorm.runtime.training import Trainer
 from flashnorm.transaction import Transaction
 
 RECORD = "_flashnorm_acceleration"
-PACKAGED = (
-    "the decode step cannot be packaged: {} is quantized, and compiled code does not read packed "
-    "weights; accelerate_ without package"
-)
 
 _log = logging.getLogger("flashnorm")
 UNPACKS = (
@@ -167,8 +163,6 @@ def accelerate_(
         raise FlashNormError("this model is accelerated already; restore_ it first")
     graph = record(model, example_inputs)
     plan = make_plan(graph)
-    if package is not None and graph.packed:
-        raise FlashNormError(PACKAGED.format(next(iter(graph.packed))))
     backend = dispatch.backend_of(*model.parameters())
     available, kernels = backend.available(_device(model, backend))
     with Transaction() as change:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashnorm.kernels import norms
 from flashnorm.kernels.backend import Backend, Bound
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.weights import AnyWeight, Weight
+from flashnorm.kernels.weights import AnyWeight, Weight, find
 from flashnorm.kernels.weights import part as packed_part
 from flashnorm.quantized.layout import Held, Unreadable, version
 
@@ -76,6 +76,32 @@ class Product(NamedTuple):
     packed: Packed | None = None
 
 
+class Laid(NamedTuple):
+    """A packed weight whose tensors are buffers of its module by now (`runtime.laid`).
+
+    has: whether there are scales, zeros, offsets and a table, in this order, behind the values.
+    """
+
+    format: str
+    outputs: int
+    features: int
+    group: int
+    names: list[str]
+    has: list[bool]
+
+    def read(self, module: nn.Module) -> Weight:
+        """The weight over these buffers."""
+        parts = [getattr(module, name) for name in self.names]
+        given: list[Tensor | None] = []
+        used = 1
+        for has in self.has:
+            given.append(parts[used] if has else None)
+            used += has
+        scales, zeros, offsets, table = given
+        size = (self.outputs, self.features, self.group)
+        return Weight(parts[0], find(self.format), scales, *size, zeros, offsets, table)
+
+
 class KernelSpec(NamedTuple):
     """What a kernel is made of but for modules, and what a compiled graph has to know of it.
 
@@ -95,6 +121,7 @@ class KernelSpec(NamedTuple):
     unknown: list[str]
     fuses: bool
     defers: bool
+    laid: list[Laid]
 
     def takes(self, x: Tensor) -> bool:
         """Whether a compiled graph should call the kernel on x: by place, dtype and size."""
@@ -115,8 +142,9 @@ def read_spec(written: str) -> KernelSpec:
 
 @cache
 def _read(written: str) -> KernelSpec:
-    norm, products, *rest = json.loads(written)
-    return KernelSpec(Norm(*norm), [Slice(*rows) for rows in products], *rest)
+    norm, products, *rest, laid = json.loads(written)
+    rows = [Slice(*given) for given in products]
+    return KernelSpec(Norm(*norm), rows, *rest, [Laid(*given) for given in laid])
 
 
 class Kernel:
@@ -143,6 +171,7 @@ class Kernel:
             (module._parameters, name) for module, name in self._names()
         ]
         self._layers = [(p.module, p.packed.held) for p in self.products if p.packed is not None]
+        self.laid: list[Laid] = []  # of packed products, while a step is traced
         # How many elements of x are worth the kernel; with more of them a library is faster.
         self.most = self._most(compiled=False)
         self.written = self._write()
@@ -152,8 +181,9 @@ class Kernel:
     def _most(self, compiled: bool) -> dict[torch.dtype, int]:
         n, count = self._weight(self.products[0]).shape[1] if self.products else 0, self.products
         limits = self.backend.limits
-        if self.packed:  # of which compiled graphs know no operator yet: there modules run
-            return dict.fromkeys(limits.dtypes, 0 if compiled else n * UNLIMITED)
+        if self.packed:  # a graph that reads wrapped tensors runs the modules' own code
+            wrapped = compiled and not self.laid
+            return dict.fromkeys(limits.dtypes, 0 if wrapped else n * UNLIMITED)
         most = {d: self.backend.rows(d, n, len(count), compiled) for d in limits.dtypes}
         if any(product.rows.turned for product in self.products):
             most = {dtype: min(rows, limits.turned) for dtype, rows in most.items()}
@@ -168,8 +198,13 @@ class Kernel:
         made = [astuple(self.norm), rows, self.activation]
         adds, defers = self.backend.uses("residual"), self.backend.uses("deferral")
         rest = [policy.alone and adds, policy.precompute, most, unknown]
-        rest += [policy.fuses and adds, policy.defers and defers and not self.packed]
+        rest += [policy.fuses and adds, policy.defers and defers and not self.packed, self.laid]
         return json.dumps([*made, device, *rest])
+
+    def lay(self, laid: list[Laid]) -> None:
+        """From now on packed weights are read from buffers, or again from their modules."""
+        self.laid = laid
+        self.written = self._write()
 
     @property
     def width(self) -> int:
@@ -250,8 +285,15 @@ class Kernel:
         made = read_spec(self.written)
         norm = made.norm
         gain, bias, alpha = self._vectors(norm)
-        found = zip(self.modules, made.products, self.packs, strict=True)
-        pairs = [part(*product) for product in found]
+        if made.laid:
+            weights: list[AnyWeight] = [
+                laid.read(module) for module, laid in zip(self.modules, made.laid, strict=True)
+            ]
+            biases = [_bias(*product) for product in zip(self.modules, made.products, strict=True)]
+            pairs = list(zip(weights, biases, strict=True))
+        else:
+            found = zip(self.modules, made.products, self.packs, strict=True)
+            pairs = [part(*product) for product in found]
         return Call(
             x,
             [weight for weight, _ in pairs],
@@ -322,14 +364,21 @@ def part(
 ) -> tuple[AnyWeight, Tensor | None]:
     """These rows of the weight and of the bias, as they are now."""
     weight = whole(module, rows) if packed is None else packed.held.read(module)
-    bias = getattr(module, rows.bias) if rows.bias else None
+    bias = _bias(module, rows)
     if rows.length == weight.shape[0]:
         return weight, bias
     chosen = slice(rows.start, rows.start + rows.length)
-    bias = None if bias is None else bias[chosen]
     if isinstance(weight, Weight):
         return packed_part(weight, rows.start, rows.length), bias
     return weight[chosen], bias
+
+
+def _bias(module: nn.Module, rows: Slice) -> Tensor | None:
+    """These rows of the bias, if there is one."""
+    bias: Tensor | None = getattr(module, rows.bias) if rows.bias else None
+    if bias is None or rows.length == rows.total:
+        return bias
+    return bias[rows.start : rows.start + rows.length]
 
 
 def _held_bias(module: nn.Module, held: Held) -> Tensor:

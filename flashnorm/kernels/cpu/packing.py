@@ -70,4 +70,7 @@ def segment(weight: Weight, bias: int) -> Sequence[int]:
 
 
 def _grid(part: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if part is None else (part.data_ptr(), *part.stride())
+    if part is None:
+        return 0, 0, 0
+    row, group = part.stride()
+    return part.data_ptr(), row, group

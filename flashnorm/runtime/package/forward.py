@@ -15,6 +15,7 @@ from flashnorm.compat.torch_names import (
 )
 from flashnorm.kernels import dispatch
 from flashnorm.runtime import growing
+from flashnorm.runtime.laid import Parts, is_laid
 from flashnorm.runtime.package.arguments import PLACES, Given, Masks, read
 from flashnorm.runtime.package.caches import Shapes, find
 from flashnorm.runtime.package.still import HOOKED, Still
@@ -29,7 +30,7 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-Slot = tuple[dict[str, Any], str]
+Slot = tuple[Any, str]  # what holds tensors by name, and a name
 
 
 class Inputs:
@@ -61,6 +62,8 @@ class Inputs:
 def _slot(model: nn.Module, name: str) -> Slot:
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
+    if is_laid(last):
+        return Parts(owner), last
     return (owner._parameters if last in owner._parameters else owner._buffers), last
 
 

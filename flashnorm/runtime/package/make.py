@@ -16,12 +16,15 @@ from flashnorm.compat.transformers_names import fixed_layer
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Packaging
+from flashnorm.runtime.bound import Kernel
+from flashnorm.runtime.forwards import Fused
+from flashnorm.runtime.laid import plain_parts
 from flashnorm.runtime.package import store
 from flashnorm.runtime.package.arguments import Given
 from flashnorm.runtime.package.caches import Shapes
 from flashnorm.runtime.package.compiled import LIBRARY, compile_, trace
 from flashnorm.runtime.package.fingerprint import fingerprint, name
-from flashnorm.runtime.package.forward import Packaged
+from flashnorm.runtime.package.forward import Inputs, Packaged
 from flashnorm.runtime.package.options import Package
 from flashnorm.runtime.package.store import Description
 
@@ -141,6 +144,12 @@ def _own_step(model: Any, ids: Tensor, cache: Any, positions: Any) -> Any:
     )
 
 
+def kernels_of(model: nn.Module) -> list[Kernel]:
+    """All kernels of an accelerated model."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return [k for forward in forwards if isinstance(forward, Fused) for k in forward.kernels()]
+
+
 def _make(
     model: nn.Module,
     cache: Any,
@@ -158,11 +167,11 @@ def _make(
     ids, visible = _ids(options, 0), torch.ones(options.batch, options.length, dtype=torch.bool)
     inputs = (ids, visible, torch.ones_like(ids), lengths, keys, values)
     with store.being_made(place) as made:
-        traced = trace(model, cache, inputs)
+        with plain_parts(model, kernels_of(model)):
+            traced = trace(model, cache, inputs)
         _log.info("traced in %.0f s; compiling", time.perf_counter() - start)
         flat = [ids, visible, torch.ones_like(ids), *lengths, *keys, *values]
-        tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-        given = [*(tensors[name].detach() for name in traced.names), *flat]
+        given = [*(tensor.detach() for tensor in Inputs(model, traced.names).find()), *flat]
         compile_(traced, given, packaging, made / LIBRARY)
         store.write(made, Description(described, traced.names))
     _log.info("compiled in %.0f s", time.perf_counter() - start)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import dict_version
+from flashnorm.runtime.laid import wrapped
 from flashnorm.runtime.names import named_in
 from flashnorm.runtime.watch import CHANGED, HOOKS, is_plain
 
@@ -51,7 +52,11 @@ class Still:
         # What can change within a value of a config, which its dictionary does not notice.
         self.open = [v for c in self.configs for v in vars(c).values() if isinstance(v, _OPEN)]
         self.open_values = copy.deepcopy(self.open)
+        # What packed weights are made of, by identity: their tensors cannot be compared.
+        self.wrapped = wrapped(model)
+        self.wrapped_values = _ids(self.wrapped)
         self.dicts: list[Any] = [
+            *self.wrapped,
             *map(vars, self.inner),
             *(part._parameters for part in parts),
             # Of those without any, which are most, code cannot have read one.
@@ -80,7 +85,8 @@ class Still:
 
     def _same(self) -> bool:
         return (
-            list(map(vars, self.inner)) == self.held
+            _ids(self.wrapped) == self.wrapped_values
+            and list(map(vars, self.inner)) == self.held
             and list(chain.from_iterable(self.tables)) == self.tensor_names
             and [t is None for t in chain.from_iterable(map(dict.values, self.tables))]
             == self.missing
@@ -104,6 +110,10 @@ class Still:
             and list(map(vars, self.classes)) == self.class_held
             and self.open == self.open_values
         )
+
+
+def _ids(tables: Iterable[_Table]) -> list[dict[str, int]]:
+    return [{name: id(value) for name, value in table.items()} for table in tables]
 
 
 def _picked(held: _Table, names: Iterable[str]) -> tuple[Callable[[_Table], Any], Any]:

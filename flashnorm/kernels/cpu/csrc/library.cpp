@@ -101,13 +101,13 @@ std::atomic<int64_t> prefetch_bytes{4096};
 std::atomic<int64_t> tile_prefetch{512};  // the same for each of the rows that tiles read
 
 int32_t run_job(const Job& job, int64_t part, int64_t) {
-  const bool one = static_cast<const Call*>(job.call)->rows == 1;
+  const Op& op = *static_cast<const Op*>(job.op);
+  const bool one = static_cast<const Call*>(job.call)->rows == 1 || has_columns(op.weight_type);
   const Table* table = one ? one_row_table(job.use) : job.use.table;
   const Options options{prefetch_bytes.load(std::memory_order_relaxed),
                         table == job.use.table ? job.use.pairs : nullptr, job.passing,
                         job.use.bytes};
-  return table->run(*static_cast<const Op*>(job.op), *static_cast<const Call*>(job.call),
-                            options, *job.queue, part);
+  return table->run(op, *static_cast<const Call*>(job.call), options, *job.queue, part);
 }
 
 int32_t normalize_job(const Job& job, int64_t part, int64_t parts) {

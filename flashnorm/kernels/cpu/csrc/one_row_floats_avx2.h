@@ -3,6 +3,7 @@
 // product for eight features.
 #pragma once
 #define FLASHNORM_ONE_ROW
+#include "columns_avx2.h"
 #include "one_row.h"
 #include "one_row_groups_avx2.h"
 
@@ -321,12 +322,15 @@ const OneRow* one_row(const Op& op) {
       q5_0{arrange_floats, pairs_of_blocks<FloatsQ5_0>},
       q5_1{arrange_floats, pairs_of_blocks<FloatsQ5_1>},
       q4_k{arrange_floats, large_blocks<FloatsQ4_K>}, q5_k{arrange_floats, large_blocks<FloatsQ5_K>},
-      q6_k{arrange_floats, large_blocks<FloatsQ6_K>};
+      q6_k{arrange_floats, large_blocks<FloatsQ6_K>}, gptq4{nullptr, columns_of_words<GptqWords>},
+      awq4{nullptr, columns_of_words<AwqWords>};
   switch (op.weight_type) {
     case INT8: return fits_steps(op, FloatsInt8::features) ? &int8 : nullptr;
     case FP8: return fits_steps(op, FloatsFp8::features) ? &fp8 : nullptr;
     case INT4: return fits_steps(op, FloatsInt4::features) ? &int4 : nullptr;
     case CODEBOOK4: return fits_steps(op, FloatsTable::features) ? &table : nullptr;
+    case GPTQ4: return &gptq4;
+    case AWQ4: return &awq4;
     case Q8_0: return &q8_0;
     case Q4_0: return &q4_0;
     case Q4_1: return &q4_1;

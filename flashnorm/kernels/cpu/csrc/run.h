@@ -183,14 +183,14 @@ inline int64_t space_for(const Op& op, int64_t rows) {
 // Has the only row of a block arranged for packed weights, behind everything else in `space`.
 inline void arrange(Block& b, float* space) {
   b.one = nullptr;
-  if (b.rows != 1 || !is_packed(b.op)) return;
+  if (!is_packed(b.op)) return;
   float* to = space + padded(b.op.n) + padded(b.op.n) / 2;
   const OneRowOf ways[] = {b.options.bytes, one_row};
   for (const OneRowOf of : ways) {
     const OneRow* way = of ? of(b.op) : nullptr;
-    if (!way || !way->arrange(b.op, b.x, to)) continue;
+    if (!way || (way->arrange && (b.rows != 1 || !way->arrange(b.op, b.x, to)))) continue;
     b.one = way;
-    b.x = to;
+    if (way->arrange) b.x = to;
     return;
   }
 }

@@ -32,7 +32,8 @@ struct PackedProduct {
   const void* next;  // the weights that are read after these, or null
 };
 
-// A way for one row of x, which is arranged first; where it cannot be, the next way takes it.
+// A way for one row of x, which is arranged first; where it cannot be, the next way takes it. Without
+// `arrange` x is read as it is, and there may be several rows.
 struct OneRow {
   bool (*arrange)(const Op&, const float* x, float* to);
   void (*products)(const PackedProduct&);
