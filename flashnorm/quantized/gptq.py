@@ -61,7 +61,7 @@ def _held(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _tensors(module: nn.Module) -> Sequence[Tensor]:
-    found = [_held(module, name) for name in (WEIGHT, ZEROS, SCALES, GROUPS)]
+    found = [_held(module, name) for name in (WEIGHT, SCALES, ZEROS, GROUPS)]
     if any(tensor is None for tensor in found[:3]):
         raise KeyError(WEIGHT)
     return [tensor for tensor in found if tensor is not None]
@@ -69,7 +69,7 @@ def _tensors(module: nn.Module) -> Sequence[Tensor]:
 
 def _read(module: Any) -> Weight:
     """W over the module's words."""
-    words, zeros, scales, *order = _tensors(module)
+    words, scales, zeros, *order = _tensors(module)
     k, n = module.out_features, module.in_features
     groups = scales.shape[0]
     if n % groups or scales.shape[1] != k or words.dtype != torch.int32:
@@ -80,7 +80,7 @@ def _read(module: Any) -> Weight:
         raise Unreadable(ACT_ORDER)
     if words.shape == (n // EACH, k):
         made, raised = GPTQ4, _raised(module)
-        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros)[:, :k] + raised))
+        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros)[:, :k] + raised), raised)
     elif words.shape == (n, k // EACH):
         place = torch.tensor(AWQ_ORDER, device=words.device).argsort()
         made = AWQ4

@@ -100,12 +100,12 @@ def unpacking(model: nn.Module) -> list[Unpacking]:
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor], how: object = None) -> Tensor:
     """What is made of tensors that a format does not have as they lie: once, until one changes.
 
-    It is there as long as the first of them is.
+    It is there as long as the first of them is. how: what else it depends on.
     """
-    key = tuple((id(part), part.data_ptr(), version(part)) for part in parts)
+    key = how, tuple((id(part), part.data_ptr(), version(part)) for part in parts)
     known = _made.get(parts[0])
     if known is None or known[0] != key:
         _made[parts[0]] = known = (key, make())

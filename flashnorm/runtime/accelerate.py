@@ -50,8 +50,8 @@ PACKAGED = (
 
 _log = logging.getLogger("flashnorm")
 UNPACKS = (
-    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} runs "
-    "its own code ({}); load the model dequantized instead (its quantization config has "
+    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} "
+    "runs its own code ({}); load the model dequantized instead (its quantization config has "
     "dequantize=True)"
 )
 Model = TypeVar("Model", bound=nn.Module)
