@@ -29,7 +29,10 @@ from flashnorm.plan import Cancelling, Consumer, Epsilon, Gain, Plan, Site
 from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
-QUANTIZED_WEIGHTS = "{} weights are quantized ({}): nothing is folded into them; accelerate_ defers {} norms into them"
+QUANTIZED_WEIGHTS = (
+    "{} weights are quantized ({}): nothing is folded into them; accelerate_ defers {} norms into "
+    "them"
+)
 QUANTIZED = "its reader {} is quantized: what was calibrated with this norm keeps it"
 FORWARD_CHANGES = (
     "the tied head was not given a gain of its own: this model's forward does something else "

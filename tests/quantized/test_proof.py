@@ -1,4 +1,4 @@
-"""A layout that says anything else than what its module computes is found, whatever it gets wrong."""
+"""A layout that says anything else than its module computes is found, whatever it gets wrong."""
 
 from functools import partial
 
