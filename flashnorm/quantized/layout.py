@@ -97,6 +97,17 @@ def unpacking(model: nn.Module) -> list[Unpacking]:
     return [found for hooks in _unpacking for found in hooks(model)]
 
 
+Aside = tuple[dict[int, Any], int, Any]  # (dict of hooks, key, a hook that was taken out of it)
+
+
+def put_back(hooks: Sequence[Aside]) -> None:
+    """Every hook in front of those that came since, where it is not there."""
+    for place, key, hook in hooks:
+        others = {k: place.pop(k) for k in list(place) if k != key}
+        place[key] = hook
+        place.update(others)
+
+
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

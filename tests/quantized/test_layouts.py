@@ -56,7 +56,9 @@ def test_values_and_scales_are_never_copied(origin):
     values, scales, *_ = held.tensors(module)
     first, second = held.read(module), held.read(module)
     assert first.values.data_ptr() == values.data_ptr()
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first.tensors(), second.tensors(), strict=True))
+    assert all(
+        a.data_ptr() == b.data_ptr() for a, b in zip(first.tensors(), second.tensors(), strict=True)
+    )
     if "nested" not in origin:  # its scales are quantized too
         assert first.scales.data_ptr() == scales.data_ptr()
 

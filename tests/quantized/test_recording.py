@@ -17,6 +17,7 @@ from flashnorm.quantized import layout
 from tests.quantized.columns import GptqLinear
 from tests.quantized.models import GROUP, ORIGINS, N, Toy, rows, toy
 
+
 def names(fusible):
     """What was found, by modules: buffers and parameters have names of their own."""
     return {
@@ -121,7 +122,8 @@ def test_nothing_is_folded_into_packed_weights(origin):
     model = ORIGINS[origin](toy())
     plan = flashnorm.inspect(model, (rows(2, N),), center=True)
     assert [site.gain_state for site in plan.sites] == ["kept"] * 3
-    assert not plan.folded and not plan.centerings
+    assert not plan.folded
+    assert not plan.centerings
     held, where = layout.find(model.q), ("q", "mlp.gate", "head")
     for site, path in zip(plan.sites, where, strict=True):
         assert f"{path}.{held.weight} is quantized ({held.origin})" in site.reason
