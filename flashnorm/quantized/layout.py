@@ -124,6 +124,11 @@ def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor], how: object = N
     return found
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor subclass that is nothing but a tensor with attributes."""
+    return tensor.detach().as_subclass(Tensor)
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was written into; tensors of inference do not count."""
     return 0 if tensor.is_inference() else tensor._version

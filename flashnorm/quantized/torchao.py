@@ -58,9 +58,9 @@ def _origin(tensor: Any) -> str:
 
 
 def _tensors(tensor: Any) -> Sequence[Tensor]:
-    held = vars(tensor)
+    held = tensor.__dict__  # this is asked at every call
     for name in TO_X:
-        if held.get(name) is not None:
+        if name in held and held[name] is not None:
             raise Unreadable(ACTIVATIONS)
     zeros = held.get("zero_point")
     return (tensor.qdata, tensor.scale) if zeros is None else (tensor.qdata, tensor.scale, zeros)

@@ -27,7 +27,7 @@ from flashnorm.integrations.transformers_experts import (
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
-from flashnorm.quantized.layout import Aside, put_back, unpacking
+from flashnorm.quantized.layout import Aside, plain, put_back, unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_
@@ -187,7 +187,7 @@ def accelerate_(
         moved = _lay_out(builder, change) if adjacent_weights and available else []
         if huge_pages and available:
             kernels_of = [kernel for made in builder.made.values() for kernel in made.kernels()]
-            inside = [tensor for kernel in kernels_of for tensor in kernel.parameters()]
+            inside = [plain(tensor) for kernel in kernels_of for tensor in kernel.parameters()]
             backend.prepare_memory([*model.parameters(), *inside])
         attention = _attend(model, change)
         experts = _route(model, change)
