@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashnorm.graph.packed import named
+from flashnorm.graph.packed import named, twin_of
 from flashnorm.kernels.weights import dense
 from flashnorm.quantized import layout
 from flashnorm.quantized.layout import Aside, Held, put_back
 from flashnorm.runtime.forwards import Fused
-from flashnorm.runtime.packed import twin_of
 
 Layers = dict[str, tuple[nn.Module, Held]]
 

@@ -258,9 +258,10 @@ def test_a_layer_that_became_another_runs_itself(decoded, change):
     assert relative(run(model, x).double(), run(plain, x).double()) <= bound(torch.float32)
 
 
-def test_a_gradient_is_the_model_s_own(decoded):
+@pytest.mark.parametrize("origin", ["gptq", "torchao int8", "compressed-tensors int4"])
+def test_a_gradient_is_the_model_s_own(decoded, origin):
     x = rows(5, N).requires_grad_()
-    plain = ORIGINS["gptq"](toy())
+    plain = ORIGINS[origin](toy())
     model, _ = accelerated(copy.deepcopy(plain), x.detach())
     grads = [torch.autograd.grad(one(x).square().sum(), x)[0] for one in (plain, model)]
     assert torch.equal(*grads)
@@ -378,3 +379,25 @@ def test_bitsandbytes_layers_that_were_packed_anew_run_themselves(decoded):
     truth = run(dequantized(ORIGINS["bitsandbytes nf4"](toy())), x.double())
     assert relative(run(model, x).double(), truth) <= bound(torch.float32, torch.bfloat16)
     assert relative(found.double(), truth) <= bound(torch.float32)
+
+
+class Times(GptqLinear):
+    """A layer like the others, but for a factor that no layout knows of."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_a_layer_that_is_not_what_its_weight_says_runs_its_own_code(decoded):
+    x = rows(5, N)
+    model = toy()
+    model.q, model.v = Times.of(model.q, GROUP), Times.of(model.v, GROUP)
+    model.v.factor = 2.0  # one of its kind has shown to be a product, this one is none
+    own = run(copy.deepcopy(model.eval()), x)
+    model, reasons = accelerated(model, x)
+    assert list(reasons) == ["v"]
+    assert "is not what its packed weight says" in reasons["v"]
+    assert relative(run(model, x).double(), own.double()) <= bound(torch.float32)
+    assert sum(decoded.ran.values()) == 1

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flashnorm.graph.packed import named
+from flashnorm.graph.packed import named, twin_of
 from flashnorm.kernels.weights import dense
 from flashnorm.quantized import layout, proof
-from flashnorm.runtime.packed import Proven, twin_of
+from flashnorm.runtime.packed import Proven
 from tests.quantized.models import ORIGINS, N, toy
 
 HALF = 2  # numbers in a byte

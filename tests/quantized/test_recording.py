@@ -222,3 +222,24 @@ def test_a_table_over_the_same_packed_weight_is_read_as_it_is():
     plan = make_plan(graph, untie=True)
     assert not plan.folded
     assert not plan.untied
+
+
+class Rows(GptqLinear):
+    """A table that is held like a layer, and is none."""
+
+    def forward(self, ids):
+        return self.dense().T[ids]
+
+
+class Squared(GptqLinear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def test_what_is_held_like_a_layer_and_computes_something_else_is_recorded_as_it_is():
+    model = Tied()
+    model.table, model.head = Rows.of(model.head, GROUP), Squared.of(model.head, GROUP)
+    graph = record(model.eval(), (torch.arange(4)[None],))
+    assert graph.packed == {}
+    assert find_fusible(graph).linears == {}
+    assert any(node.op in ("pow", "square") and node.path == "head" for node in graph.nodes)
