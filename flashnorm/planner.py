@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,10 @@ from flashnorm.plan import Cancelling, Consumer, Epsilon, Gain, Plan, Site
 from flashnorm.settled import with_values
 
 NO_GAIN = "the norm has no gain"
+QUANTIZED_WEIGHTS = (
+    "{} weights are quantized ({}): nothing is folded into them; accelerate_ defers {} norms into "
+    "them"
+)
 QUANTIZED = "its reader {} is quantized: what was calibrated with this norm keeps it"
 FORWARD_CHANGES = (
     "the tied head was not given a gain of its own: this model's forward does something else "
@@ -121,8 +125,20 @@ def make_plan(graph: Graph, *, untie: bool = False, center: bool = False) -> Pla
     norm_calls = [row.norm_calls for row in rows]
     plan = centered(plan, flow, norm_calls, untie) if center else plan
     plan = deferred(plan, flow, norm_calls)
-    sites = tuple(_with_quantized(site, graph) for site in plan.sites) if graph.packed else None
-    return replace(plan, sites=sites) if sites else plan
+    if not graph.packed:
+        return plan
+    sites = tuple(_with_quantized(site, graph) for site in plan.sites)
+    return replace(plan, sites=sites, notes=(*plan.notes, *_notes_on_quantized(graph, sites)))
+
+
+def _notes_on_quantized(graph: Graph, sites: tuple[Site, ...]) -> Iterator[str]:
+    """Who packed how many weights, and how many norms accelerate_ defers into them."""
+    by_origin: dict[str, list[str]] = defaultdict(list)
+    for name, origin in graph.packed.items():
+        by_origin[origin].append(name)
+    for origin, names in by_origin.items():
+        read = sum(any(names_of(graph, n)[0] in names for n in site.quantized) for site in sites)
+        yield QUANTIZED_WEIGHTS.format(len(names), origin, read)
 
 
 def _with_quantized(site: Site, graph: Graph) -> Site:

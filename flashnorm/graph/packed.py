@@ -15,26 +15,95 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashnorm.compat.torch_names import FakeTensorMode, without_dispatch_modes
+from flashnorm.compat.torch_names import (
+    FakeTensorMode,
+    is_traceable_wrapper_subclass,
+    make_subclass,
+    without_dispatch_modes,
+)
 from flashnorm.graph.record import Recorder
 from flashnorm.graph.standin import Copies
-from flashnorm.kernels.weights import dense
-from flashnorm.quantized import layout
+from flashnorm.kernels.weights import DTYPES, dense
+from flashnorm.quantized import layout, proof
 from flashnorm.quantized.layout import Held
 
 PRODUCT = "_flashnorm_product"
 
 
 def find_held(model: nn.Module) -> dict[str, tuple[nn.Module, Held]]:
-    """Every layer of a model that holds a packed weight in memory, by its first path."""
+    """Every layer of a model that holds a packed weight in memory, by its first path.
+
+    One of each kind has shown that its own code is a product.
+    """
     found: dict[str, tuple[nn.Module, Held]] = {}
+    shown: dict[Any, bool] = {}
     for path, module in model.named_modules():
         if isinstance(module, (AsProduct, torch.jit.ScriptModule)):
             continue
-        held = layout.find(module)
-        if isinstance(held, Held) and not any(t.is_meta for t in held.tensors(module)):
+        try:
+            held = layout.find(module)
+        except RuntimeError:  # it asks for values, and there are none: fake tensors
+            continue
+        if not isinstance(held, Held) or any(t.is_meta for t in held.tensors(module)):
+            continue
+        if (kind := kind_of(module, held)) not in shown:
+            shown[kind] = _is_shown(module, held)
+        if shown[kind]:
             found[path] = (module, held)
     return found
+
+
+def why_not_product(module: nn.Module, held: Held, dtype: torch.dtype) -> str:
+    """Why a layer's own code, on a copy over the same memory, is not the product that `held` says,
+    for x of a dtype; empty where it is."""
+    weight, bias = held.read(module), named(module, held.bias)
+
+    def forward(x: Tensor) -> Tensor:
+        twin = twin_of(module)  # a new one each time: its code may pack its weight anew
+        made: Tensor = (held.own or type(twin).forward)(twin, x)
+        return made
+
+    coarse = [_dtype(module, held), None if weight.scales is None else weight.scales.dtype]
+    known = [d for d in coarse if d is not None and d.is_floating_point and d.itemsize > 1]
+    widest = max(known, key=lambda d: torch.finfo(d).eps, default=None)
+    return proof.why_not(weight, bias, forward, dtype, widest, held.rounds)
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Another module over the same memory, without hooks and without a forward of its own."""
+    twin = Copies(_shown).of(module)
+    vars(twin).pop("forward", None)
+    for name in [name for name in vars(twin) if name.endswith("_hooks")]:
+        vars(twin)[name].clear()
+    return twin
+
+
+def _shown(tensor: Tensor) -> Tensor:
+    """Another object for the same numbers, so that what a forward puts into it stays its own."""
+    if is_traceable_wrapper_subclass(tensor):
+        return tensor
+    made: Tensor = make_subclass(type(tensor), tensor.detach(), False)
+    return made
+
+
+def _dtype(module: nn.Module, held: Held) -> torch.dtype | None:
+    weight = named(module, held.weight)
+    return None if weight is None else weight.dtype
+
+
+def kind_of(module: nn.Module, held: Held) -> Any:
+    """What two layers have in common whose code does the same."""
+    bias, weight = named(module, held.bias), held.read(module)
+    own = None if bias is None else bias.dtype
+    return type(module), held.origin, weight.format.name, _dtype(module, held), own
+
+
+def _is_shown(module: nn.Module, held: Held) -> bool:
+    """Whether a layer's own code is a product for x of any dtype that it takes."""
+    scales = held.read(module).scales
+    likely = [_dtype(module, held), None if scales is None else scales.dtype, *DTYPES]
+    tried = [dtype for dtype in dict.fromkeys(likely) if dtype in DTYPES]
+    return any(not why_not_product(module, held, dtype) for dtype in tried)
 
 
 def named(module: nn.Module, name: str) -> Tensor | None:

@@ -72,17 +72,15 @@ def _rounds(module: Any) -> torch.dtype | None:
 def _state(module: nn.Module) -> Any:
     """What the weight was quantized to, which a wrapped parameter may have lost."""
     held: Any = module._parameters[WEIGHT]
-    found = getattr(held, "quant_state", None)
+    found = vars(held).get("quant_state")
     return module.__dict__.get("quant_state") if found is None else found
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_subclass(Tensor)
-
-
 def _tensors(module: nn.Module) -> Sequence[Tensor]:
-    state = _state(module)
-    found = [_plain(module._parameters[WEIGHT]), state.absmax, state.code]  # type: ignore[arg-type]
+    state, weight = _state(module), module._parameters[WEIGHT]
+    if weight is None:
+        raise KeyError(WEIGHT)
+    found = [weight, state.absmax, state.code]
     return [*found, state.state2.absmax, state.state2.code, state.offset] if state.nested else found
 
 
@@ -99,7 +97,7 @@ def _read(module: Any) -> Weight:
     k, n = shape
     if n % block:
         raise Unreadable(f"blocks of {block} numbers do not divide its {n} features")
-    values = _plain(weight).reshape(-1).view(torch.uint8)
+    values = layout.plain(weight).reshape(-1).view(torch.uint8)
     if values.numel() != k * n // 2:
         raise Unreadable(f"its weight has {values.numel()} bytes, for {k} x {n} numbers")
     return Weight(

@@ -34,7 +34,7 @@ MORE = ("adapter", "online_full_had")
 
 @layout.register
 def _layout(module: Any) -> Held | str | None:
-    held = {**module._parameters, **module._buffers}
+    held: dict[str, Any] = module._buffers if WEIGHT in module._buffers else module._parameters
     if any(held.get(name) is None for name in (WEIGHT, ZEROS, SCALES)):
         return None
     if getattr(module, "bits", None) != BITS:
@@ -49,27 +49,23 @@ def _layout(module: Any) -> Held | str | None:
     if reason := weight.unfit():
         return reason
     word = "GPTQ" if weight.format is GPTQ4 else "AWQ"
-    bias = "" if held.get("bias") is None else "bias"
+    bias = "" if getattr(module, "bias", None) is None else "bias"
     origin = f"{word}, int4, a scale for {weight.group} features"
     # gptqmodel's layers for AWQ compute float32 in float16.
     return Held(origin, WEIGHT, bias, _tensors, _read, None if word == "GPTQ" else HALVES)
 
 
-def _held(module: nn.Module, name: str) -> Tensor | None:
-    found = module._buffers.get(name)
-    return module._parameters.get(name) if found is None else found
-
-
 def _tensors(module: nn.Module) -> Sequence[Tensor]:
-    found = [_held(module, name) for name in (WEIGHT, ZEROS, SCALES, GROUPS)]
-    if any(tensor is None for tensor in found[:3]):
+    held = module._buffers if WEIGHT in module._buffers else module._parameters
+    words, scales, zeros, order = held[WEIGHT], held[SCALES], held[ZEROS], held.get(GROUPS)
+    if words is None or scales is None or zeros is None:
         raise KeyError(WEIGHT)
-    return [tensor for tensor in found if tensor is not None]
+    return (words, scales, zeros) if order is None else (words, scales, zeros, order)
 
 
 def _read(module: Any) -> Weight:
     """W over the module's words."""
-    words, zeros, scales, *order = _tensors(module)
+    words, scales, zeros, *order = _tensors(module)
     k, n = module.out_features, module.in_features
     groups = scales.shape[0]
     if n % groups or scales.shape[1] != k or words.dtype != torch.int32:
@@ -80,7 +76,7 @@ def _read(module: Any) -> Weight:
         raise Unreadable(ACT_ORDER)
     if words.shape == (n // EACH, k):
         made, raised = GPTQ4, _raised(module)
-        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros)[:, :k] + raised))
+        whole = layout.made_of([zeros], lambda: _bytes(_unpacked(zeros)[:, :k] + raised), raised)
     elif words.shape == (n, k // EACH):
         place = torch.tensor(AWQ_ORDER, device=words.device).argsort()
         made = AWQ4

@@ -97,20 +97,36 @@ def unpacking(model: nn.Module) -> list[Unpacking]:
     return [found for hooks in _unpacking for found in hooks(model)]
 
 
+Aside = tuple[dict[int, Any], int, Any]  # (dict of hooks, key, a hook that was taken out of it)
+
+
+def put_back(hooks: Sequence[Aside]) -> None:
+    """Every hook in front of those that came since, where it is not there."""
+    for place, key, hook in hooks:
+        others = {k: place.pop(k) for k in list(place) if k != key}
+        place[key] = hook
+        place.update(others)
+
+
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+def made_of(parts: Sequence[Tensor], make: Callable[[], Tensor], how: object = None) -> Tensor:
     """What is made of tensors that a format does not have as they lie: once, until one changes.
 
-    It is there as long as the first of them is.
+    It is there as long as the first of them is. how: what else it depends on.
     """
-    key = tuple((id(part), part.data_ptr(), version(part)) for part in parts)
+    key = how, tuple((id(part), part.data_ptr(), version(part)) for part in parts)
     known = _made.get(parts[0])
     if known is None or known[0] != key:
         _made[parts[0]] = known = (key, make())
     found: Tensor = known[1]
     return found
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor subclass that is nothing but a tensor with attributes."""
+    return tensor.detach().as_subclass(Tensor)
 
 
 def version(tensor: Tensor) -> int:

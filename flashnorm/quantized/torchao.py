@@ -58,7 +58,11 @@ def _origin(tensor: Any) -> str:
 
 
 def _tensors(tensor: Any) -> Sequence[Tensor]:
-    zeros = getattr(tensor, "zero_point", None)
+    held = tensor.__dict__  # this is asked at every call
+    for name in TO_X:
+        if name in held and held[name] is not None:
+            raise Unreadable(ACTIVATIONS)
+    zeros = held.get("zero_point")
     return (tensor.qdata, tensor.scale) if zeros is None else (tensor.qdata, tensor.scale, zeros)
 
 

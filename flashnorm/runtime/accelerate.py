@@ -27,7 +27,7 @@ from flashnorm.integrations.transformers_experts import (
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.planner import inspect_module, make_plan
-from flashnorm.quantized.layout import unpacking
+from flashnorm.quantized.layout import Aside, plain, put_back, unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
 from flashnorm.runtime import growing
 from flashnorm.runtime.adjacent import lay_out_, take_apart_
@@ -46,8 +46,8 @@ RECORD = "_flashnorm_acceleration"
 
 _log = logging.getLogger("flashnorm")
 UNPACKS = (
-    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} runs "
-    "its own code ({}); load the model dequantized instead (its quantization config has "
+    "the model unpacks its quantized weights at its first call, and cannot be kept from it: a {} "
+    "runs its own code ({}); load the model dequantized instead (its quantization config has "
     "dequantize=True)"
 )
 Model = TypeVar("Model", bound=nn.Module)
@@ -104,8 +104,8 @@ class _Undo:
     alone: list[Fused] = field(default_factory=list)  # what has a kernel in captured steps alone
     # Attributes of the model, beside forwards, that leave with them.
     held: list[tuple[str, Any]] = field(default_factory=list)
-    # Hooks of the model that would unpack its weights: (dict of hooks, key, hook).
-    hooks: list[tuple[dict[int, Any], int, Any]] = field(default_factory=list)
+    # Hooks of the model that would unpack its weights.
+    hooks: list[Aside] = field(default_factory=list)
 
 
 def accelerate_(
@@ -181,7 +181,7 @@ def accelerate_(
         moved = _lay_out(builder, change) if adjacent_weights and available else []
         if huge_pages and available:
             kernels_of = [kernel for made in builder.made.values() for kernel in made.kernels()]
-            inside = [tensor for kernel in kernels_of for tensor in kernel.parameters()]
+            inside = [plain(tensor) for kernel in kernels_of for tensor in kernel.parameters()]
             backend.prepare_memory([*model.parameters(), *inside])
         attention = _attend(model, change)
         experts = _route(model, change)
@@ -224,9 +224,7 @@ def _lay_out(builder: Builder, change: Transaction) -> list[nn.Parameter]:
     return moved
 
 
-def _keep_packed(
-    model: nn.Module, builder: Builder, change: Transaction
-) -> list[tuple[dict[int, Any], int, Any]]:
+def _keep_packed(model: nn.Module, builder: Builder, change: Transaction) -> list[Aside]:
     """Set aside the hooks that would unpack weights at the first call.
 
     Raises FlashNormError where a layer that they unpack has no kernel.
@@ -239,18 +237,10 @@ def _keep_packed(
             why = reason if isinstance(reason, str) else "no kernel takes its packed weight"
             raise FlashNormError(UNPACKS.format(type(left[0]).__name__, why))
         hooks.append((found.hooks, found.key, found.hooks[found.key]))
-    change.step(lambda: _put_back(hooks))
+    change.step(lambda: put_back(hooks))
     for place, key, _ in hooks:
         del place[key]
     return hooks
-
-
-def _put_back(hooks: list[tuple[dict[int, Any], int, Any]]) -> None:
-    """Every hook in front of those that came since, where it is not there."""
-    for place, key, hook in hooks:
-        others = {k: place.pop(k) for k in list(place) if k != key}
-        place[key] = hook
-        place.update(others)
 
 
 def _package(
@@ -306,7 +296,7 @@ def restore_(model: Model) -> Model:
     if isinstance(undo.experts, UsedExperts):
         restore_experts_(model)
     take_apart_(undo.moved)
-    _put_back(undo.hooks)
+    put_back(undo.hooks)
     undo.hooks = []
     if undo.acceleration.folded:
         unfold_(model)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashnorm.compat.torch_names import without_torch_function
 from flashnorm.kernels import norms
 from flashnorm.kernels.backend import Backend, Bound
 from flashnorm.kernels.call import Call
@@ -254,8 +255,9 @@ class Kernel:
                 strides = p.is_contiguous() or p.stride()
                 state += (p.data_ptr(), type(p), p.dtype, p.shape, strides)
             if self.packed:
-                for p in self._packed_tensors():
-                    state += (p.data_ptr(), version(p), p.dtype, p.shape, p.stride())
+                with without_torch_function():  # of a subclass that goes through Python otherwise
+                    for p in self._packed_tensors():
+                        state += (p.data_ptr(), version(p), p.dtype, p.shape, p.stride())
         except LEFT:
             return None, GONE
         except Unreadable as reason:

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flashnorm.compat.torch_names import is_traceable_wrapper_subclass, make_subclass
 from flashnorm.graph.fusible import Rows
-from flashnorm.graph.packed import named
-from flashnorm.graph.standin import Copies
+from flashnorm.graph.packed import kind_of, why_not_product
 from flashnorm.kernels.backend import Backend
 from flashnorm.kernels.weights import Weight
-from flashnorm.quantized import layout, proof
+from flashnorm.quantized import layout
 from flashnorm.quantized.layout import Held
 from flashnorm.runtime.bound import UNPROVEN, Kernel, Packed, Product, Slice, part
 from flashnorm.runtime.refused import Refused
@@ -54,50 +52,10 @@ class Proven:
     def _why_not(self, module: nn.Module, held: Held, dtype: torch.dtype, each: bool) -> str:
         if held.dtypes is not None and dtype not in held.dtypes:
             return NARROW.format(dtype)
-        weight, bias = held.read(module), named(module, held.bias)
-        kind = (type(module), held.origin, weight.format.name, _dtype(module, held), dtype)
-        key = (*kind, None if bias is None else bias.dtype, bias is None)
+        key = (kind_of(module, held), dtype)
         if each or key not in self._alike:
-            self._alike[key] = _proof(module, held, weight, bias, dtype)
+            self._alike[key] = why_not_product(module, held, dtype)
         return self._alike[key]
-
-
-def _proof(
-    module: nn.Module, held: Held, weight: Weight, bias: Tensor | None, dtype: torch.dtype
-) -> str:
-    """`proof.why_not` of the module's own code, on a copy over the same memory."""
-
-    def forward(x: Tensor) -> Tensor:
-        twin = twin_of(module)  # a new one each time: its code may pack its weight anew
-        made: Tensor = (held.own or type(twin).forward)(twin, x)
-        return made
-
-    coarse = [_dtype(module, held), None if weight.scales is None else weight.scales.dtype]
-    known = [d for d in coarse if d is not None and d.is_floating_point and d.itemsize > 1]
-    widest = max(known, key=lambda d: torch.finfo(d).eps, default=None)
-    return proof.why_not(weight, bias, forward, dtype, widest, held.rounds)
-
-
-def twin_of(module: nn.Module) -> nn.Module:
-    """Another module over the same memory, without hooks and without a forward of its own."""
-    twin = Copies(_shown).of(module)
-    vars(twin).pop("forward", None)
-    for name in [name for name in vars(twin) if name.endswith("_hooks")]:
-        vars(twin)[name].clear()
-    return twin
-
-
-def _shown(tensor: Tensor) -> Tensor:
-    """Another object for the same numbers, so that what a forward puts into it stays its own."""
-    if is_traceable_wrapper_subclass(tensor):
-        return tensor
-    made: Tensor = make_subclass(type(tensor), tensor.detach(), False)
-    return made
-
-
-def _dtype(module: nn.Module, held: Held) -> torch.dtype | None:
-    weight = named(module, held.weight)
-    return None if weight is None else weight.dtype
 
 
 def packed_product(module: nn.Module, packed: Packed, rows: Rows | None) -> Product:

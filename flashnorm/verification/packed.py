@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashnorm.graph.packed import named
+from flashnorm.graph.packed import named, twin_of
 from flashnorm.kernels.weights import dense
-from flashnorm.quantized.layout import Held
+from flashnorm.quantized import layout
+from flashnorm.quantized.layout import Aside, Held, put_back
 from flashnorm.runtime.forwards import Fused
-from flashnorm.runtime.packed import twin_of
 
 Layers = dict[str, tuple[nn.Module, Held]]
 
@@ -35,10 +35,13 @@ def parts(layers: Layers) -> set[int]:
 
 
 @contextmanager
-def computing(layers: Layers, dtype: torch.dtype, notes: list[str] | None) -> Iterator[None]:
+def computing(
+    model: nn.Module, layers: Layers, dtype: torch.dtype, notes: list[str] | None
+) -> Iterator[None]:
     """Let packed layers compute x of a dtype, as above; their forwards are put back afterwards."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     lost: list[str] = []
+    hooks = _unhooked(model, layers)
     try:
         for path, (module, held) in layers.items():
             space = vars(module)
@@ -56,6 +59,14 @@ def computing(layers: Layers, dtype: torch.dtype, notes: list[str] | None) -> It
         for space, held_before in before:
             space.pop("forward", None)
             space.update(held_before)
+        put_back(hooks)
+
+
+def _unhooked(model: nn.Module, layers: Layers) -> list[Aside]:
+    """Set aside hooks that would unpack these layers for good."""
+    known = {module for module, _ in layers.values()}
+    found = [one for one in layout.unpacking(model) if known.issuperset(one.layers)]
+    return [(one.hooks, one.key, one.hooks.pop(one.key)) for one in found]
 
 
 LOST = (

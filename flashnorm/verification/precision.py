@@ -178,7 +178,7 @@ def in_dtype(
                 continue
             held.append((tensor, tensor.data))
             tensor.data = tensor.data.to(goal)
-        with computing(layers, dtype, notes):
+        with computing(model, layers, dtype, notes):
             yield model
     finally:
         for tensor, data in held:
