@@ -32,7 +32,8 @@ class PackedTensor(Tensor):
 
     held: the packed rows, those of all leading dimensions one behind the other. turned: this is the
     transpose of them, [n, k]. Operations that know rows decode what they need, all others the whole
-    tensor; those that write in place, and those that ask for its memory, raise FlashNormError.
+    tensor; those that write in place, and those that ask for its memory, raise FlashNormError. Rows
+    and matrices of it are views; what other views give (`view`, `w[:, 3]`) is a decoded copy.
     """
 
     held: Weight
@@ -46,9 +47,10 @@ class PackedTensor(Tensor):
             raise ValueError(f"{held.format} of {list(held.values.shape)} has no rows of its own")
         if not dtype.is_floating_point:
             raise ValueError(f"a packed weight has a floating dtype, not {dtype}")
-        made: PackedTensor = make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=dtype, device=held.values.device, requires_grad=False
-        )
+        with torch.inference_mode(held.values.is_inference()):  # as its bytes are, for views
+            made: PackedTensor = make_wrapper_subclass(
+                cls, torch.Size(shape), dtype=dtype, device=held.values.device, requires_grad=False
+            )
         made.held, made.turned = held, turned
         return made
 
@@ -108,7 +110,9 @@ class PackedTensor(Tensor):
     ) -> Any:
         if func in _REFUSED:
             raise FlashNormError(f"a packed weight has no plain memory: {MEND}")
-        if func in _WANT_GRADIENT and (args[1:] or (True,))[0] and (kwargs or {}).get("x", True):
+        if func is Tensor.__setitem__:
+            raise FlashNormError(f"this would write into a packed weight: {MEND}")
+        if func in _WANT_GRADIENT and ((*args[1:], *(kwargs or {}).values()) or (True,))[0]:
             raise FlashNormError(f"a packed weight has no gradient: {MEND}")
         return no_torch_function(func, types, args, kwargs or {})
 

@@ -34,16 +34,15 @@ DENSE = {"qwen35": 3, "qwen35moe": 3}
 
 
 def test_a_new_architecture_is_noticed():
-    known = {
-        OTHERWISE.get(name, name) for name in {*older.GGUF_SUPPORTED_ARCHITECTURES} | {*GGUF_ARCHS}
-    }
+    told = {*older.GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS}
+    known = {OTHERWISE.get(name, name) for name in told}
     assert known - NOT_HERE.keys() == files.MODELS.keys()
 
 
-def theirs(model: Any, file: Any) -> Any:
+def theirs(model: Any, file: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The same file as transformers loads it: dequantized."""
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        return type(model).from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        return type(model).from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -117,7 +116,7 @@ def test_matrices_in_halves_are_never_widened(kind, tmp_path):
     own = torch.float16 if kind == Q.F16 else torch.bfloat16
     for dtype in (torch.float32, own):
         model: Any = flashnorm.load_gguf(file, dtype)
-        assert torch.equal(logits(model), logits(theirs(model, file).to(dtype)))
+        assert torch.equal(logits(model), logits(theirs(model, file, dtype)))
         packed = [isinstance(p, PackedTensor) for p in model.parameters() if p.dim() == 2]
         assert all(packed) if dtype != own else not any(packed)
 
