@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils as older
@@ -145,3 +146,34 @@ def test_experts_are_taken_one_by_one(tmp_path):
         experts.gate_up_proj.packed.untyped_storage().data_ptr()
     )
     assert torch.equal(one.dequantize(), experts.gate_up_proj.dequantize()[2])
+
+
+class Other(older.LlamaTensorProcessor):
+    """What another version of transformers might do to the matrices of one name."""
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        done = super().process(weights, name, **kwargs)
+        if ".ffn_up." in name:
+            done = done._replace(weights=done.weights * np.float32(2))
+        elif ".ffn_gate." in name:
+            done.weights[...] = done.weights[::-1].copy()
+        elif ".attn_v." in name:
+            done = done._replace(weights=done.weights[::-1])
+        elif ".attn_output." in name:
+            done = done._replace(weights=done.weights[:, ::-1])
+        return done
+
+
+def test_whatever_transformers_does_to_numbers_is_done(tmp_path, monkeypatch, caplog):
+    """Rows stay packed; anything else is computed with numbers, and said."""
+    monkeypatch.setitem(older.TENSOR_PROCESSORS, "llama", Other)
+    file = files.model_file(tmp_path, "llama")
+    model: Any = flashnorm.load_gguf(file)
+    assert torch.equal(logits(model), logits(theirs(model, file)))
+    assert {name.split(".")[4] for name in loaded(model).dense} == {
+        "up_proj",
+        "gate_proj",
+        "o_proj",
+    }
+    assert caplog.text.count("is dequantized: transformers changes more than the order") == 6
+    assert isinstance(model.model.layers[0].self_attn.v_proj.weight, PackedTensor)
