@@ -169,13 +169,13 @@ def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
         return NotImplemented
     if first.dtype in (torch.bool, torch.uint8):
         return NotImplemented
-    return _gathered(weight, first)
+    return _gathered(weight, first, -weight.shape[0])
 
 
-def _gathered(weight: PackedTensor, indices: Tensor) -> Tensor:
+def _gathered(weight: PackedTensor, indices: Tensor, lowest: int = 0) -> Tensor:
     """Decoded rows, or matrices, of any shape of indices along the first dimension."""
     flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
-    if flat.numel() and not -count <= int(flat.min()) <= int(flat.max()) < count:
+    if flat.numel() and not lowest <= int(flat.min()) <= int(flat.max()) < count:
         raise IndexError(f"an index is outside of a first dimension of {count}")
     flat = flat % max(1, count)
     if each != 1:

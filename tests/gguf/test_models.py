@@ -80,6 +80,25 @@ def test_verify_takes_it(model):
     assert flashnorm.verify(plain, model, tokens=64, sample=16).ok
 
 
+def test_accelerated_and_compiled(model):
+    """Whatever takes the packed weights by now, and whatever does not."""
+    plain = flashnorm.dequantize_(copy.deepcopy(model))
+    expected = logits(plain)
+    limit = output_bound(Size(width_of(plain), 15, torch.float32), torch.float32)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    for other in (compiled, flashnorm.accelerate_(model)):
+        found = logits(other)
+        assert float((found - expected).abs().max() / expected.abs().max()) <= limit
+
+
+def test_folding_is_refused_until_it_is_dequantized(model):
+    before = logits(model)
+    with pytest.raises(FlashNormError, match=r"flashnorm\.dequantize_\(model\)"):
+        flashnorm.fold_(model)
+    assert torch.equal(logits(model), before)
+    assert flashnorm.folding(flashnorm.fold_(flashnorm.dequantize_(model))).folded
+
+
 MEMORY = """
 import resource, sys
 import flashnorm

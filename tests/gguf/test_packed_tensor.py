@@ -143,6 +143,9 @@ def test_a_product_never_decodes_the_whole_matrix(monkeypatch):
     F.linear(torch.randn(2, 256), weight)
     assert decoded == [4 * 256] * 16
     decoded.clear()
+    weight.dequantize()
+    assert decoded == [4 * 256] * 16
+    decoded.clear()
     F.embedding(torch.tensor([[3, 63], [0, 3]]), weight)
     assert decoded == [4 * 256]
 
@@ -162,6 +165,7 @@ def test_rows_that_are_asked_for():
     assert torch.equal(rows.index_select(0, ids[0]), whole[ids[0]])
     assert torch.equal(rows.T[3], whole.T[3])
     assert torch.equal(weight[torch.tensor([2, 0])], numbers[[2, 0]])
+    assert torch.equal(weight[torch.tensor([[-1, 0]])], numbers[torch.tensor([[-1, 0]])])
     for part, expected in (
         (weight[2], numbers[2]),
         (weight[torch.tensor(-1)], numbers[-1]),
@@ -177,8 +181,11 @@ def test_rows_that_are_asked_for():
     for wrong in (lambda: rows[24], lambda: rows[-25], lambda: rows[torch.tensor([24])]):
         with pytest.raises(IndexError):
             wrong()
+    for wrong in (24, -1):
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([wrong]), rows)
     with pytest.raises(IndexError):
-        F.embedding(torch.tensor([24]), rows)
+        rows.index_select(0, torch.tensor([-1]))
 
 
 def test_every_other_operation_takes_its_numbers():
@@ -220,7 +227,7 @@ MENDED = r"flashnorm\.dequantize_\(model\)"
         (lambda w: w.copy_(torch.zeros(24, 256)), "numbers cannot be written into"),
         (lambda w: torch.add(w, 1, out=w), "would write into"),
         (lambda w: w.data_ptr(), "no plain memory"),
-        (lambda w: w.untyped_storage(), "no plain memory"),
+        (lambda w: w.storage(), "no plain memory"),
         (lambda w: w.numpy(), "no plain memory"),
         (lambda w: np.asarray(w), "no plain memory"),
         (lambda w: w.requires_grad_(), "no gradient"),
