@@ -177,7 +177,6 @@ def _gathered(weight: PackedTensor, indices: Tensor, lowest: int = 0) -> Tensor:
     flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
     if flat.numel() and not lowest <= int(flat.min()) <= int(flat.max()) < count:
         raise IndexError(f"an index is outside of a first dimension of {count}")
-    flat = flat % max(1, count)
     if each != 1:
         flat = (flat[:, None] * each + torch.arange(each, device=flat.device)).flatten()
     part = rows(weight.held, flat)

@@ -14,6 +14,7 @@ from transformers import modeling_gguf_pytorch_utils as older
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
 import flashnorm
+from flashnorm.compat.transformers_names import experts_of
 from flashnorm.gguf import loaded
 from flashnorm.loading import quiet_transformers
 from flashnorm.quantized.packed_tensor import PackedTensor
@@ -139,6 +140,7 @@ def test_experts_are_taken_one_by_one(tmp_path):
     """And are right where each token has its own."""
     model: Any = flashnorm.load_gguf(files.model_file(tmp_path, "qwen3moe"))
     experts = model.model.layers[0].mlp.experts
+    assert experts_of(model.config) == "eager"
     one = experts.gate_up_proj[2]
     assert isinstance(one, PackedTensor)
     assert one.packed.data_ptr() != experts.gate_up_proj.packed.data_ptr()
