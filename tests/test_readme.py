@@ -77,18 +77,22 @@ def write_adapter(path: Path, base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder in which a tiny Llama stands where the demo leaves its model."""
+    """A folder in which a tiny Llama stands where the demo leaves its model, and one as GGUF."""
+    pytest.importorskip("gguf")
+    from .gguf.files import model_file
+
     folder = tmp_path_factory.mktemp("readme")
     (folder / MODEL).parent.mkdir()
     llama(folder / MODEL, tied=True)
     write_adapter(folder / ADAPTER, folder / MODEL)
+    model_file(folder, "llama").rename(folder / "model.gguf")
     return folder
 
 
 def test_only_what_is_run_here_stands_in_the_readme():
     assert {kind for kind, _ in BLOCKS} == {"", "sh", "python"}
     assert {line.split()[0] for line in SHELL} == {"make", "flashnorm"}
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert {"make demo", "make test"} <= set(MAKE)
     assert {line.split()[1] for line in COMMANDS} >= {
         "inspect",

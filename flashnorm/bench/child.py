@@ -23,7 +23,7 @@ def measure(request: dict[str, Any]) -> dict[str, int]:
     """Peak of loading and decoding, what is resident then, and the growth over one prefill."""
     torch.set_num_threads(request["threads"])
     name, context = request["variant"], request["context"]
-    model = open_model(request["source"], request["dtype"])
+    model = open_model(request["source"], request["dtype"], request["packed"])
     ids = token_ids(request["source"], model, max(context, request["prefill"]))
     if name in (OURS, OURS_COMPILED, PACKAGED):
         accelerate(model, package_length(context + request["tokens"]) if name == PACKAGED else 0)

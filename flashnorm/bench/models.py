@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from flashnorm.checkpoint.origin import open_origin
 from flashnorm.compat.transformers_names import builder
 from flashnorm.errors import FlashNormError
+from flashnorm.gguf import load_gguf
 from flashnorm.kernels import measurements
 from flashnorm.loading import load_model, load_tokenizer, model_class, quiet_transformers
+from flashnorm.quantized.packed_tensor import PackedTensor
 from flashnorm.runtime.package.options import Package
 from flashnorm.verification.inputs import token_samples, writes_tokens
 
@@ -27,13 +29,18 @@ def is_config(source: str) -> bool:
     return Path(source).expanduser().is_file() and source.endswith(".json")
 
 
-def open_model(source: str, dtype: str) -> nn.Module:
+def open_model(source: str, dtype: str, packed: bool = False) -> nn.Module:
     """The model that `source` names, in `dtype`; a bare config.json gives it random weights.
+
+    packed: it is a GGUF file whose weights stay as they are.
 
     Raises FlashNormError where nothing is there, or where the model writes no tokens.
     """
     wanted = DTYPES[dtype]
-    model = _random(source, wanted) if is_config(source) else load_model(source, wanted)
+    if packed:
+        model = load_gguf(source, wanted)
+    else:
+        model = _random(source, wanted) if is_config(source) else load_model(source, wanted)
     if not writes_tokens(model):
         raise FlashNormError(
             f"{source} does not continue text, so there is no decoding to measure: give a causal "
@@ -94,7 +101,7 @@ def package_length(tokens: int) -> int:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(map(_bytes, model.parameters()))
 
 
 def token_bytes(model: nn.Module) -> int:
@@ -107,4 +114,9 @@ def token_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
             read |= {id(own): own for own in module.parameters(recurse=False)}
-    return sum(own.numel() * own.element_size() for own in read.values())
+    return sum(map(_bytes, read.values()))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the memory that holds its numbers."""
+    return (tensor.packed if isinstance(tensor, PackedTensor) else tensor).nbytes

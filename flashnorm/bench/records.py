@@ -31,6 +31,7 @@ class Settings:
     gguf: str | None = (
         None  # what they read, where it is not `source`; {dtype} stands for the dtype
     )
+    packed: bool = False  # `source` is a GGUF file whose weights stay as they are
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class _Bench:
         self.bandwidth: Bandwidth | None = None
         self.failures: list[Failure] = []
         self.progress("loading")
-        self.model: nn.Module = open_model(settings.source, dtype)
+        self.model: nn.Module = open_model(settings.source, dtype, settings.packed)
         room = longest(self.model)
         if max(settings.contexts) + settings.tokens > room:
             raise FlashNormError(
@@ -287,6 +287,7 @@ class _Bench:
         return {
             "source": settings.source,
             "dtype": self.dtype,
+            "packed": settings.packed,
             "variant": name,
             "threads": settings.threads,
             "context": settings.contexts[0],

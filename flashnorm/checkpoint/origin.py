@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from flashnorm.checkpoint.twins import why_untied
 from flashnorm.checkpoint.values import read_parameter
 from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
+from flashnorm.gguf.file import look
 from flashnorm.loading import locate, model_class, quiet_transformers
 from flashnorm.marker import folded_by
 
@@ -105,6 +107,8 @@ def _config(place: dict[str, str], name: str) -> Any:
         except Exception as error:
             if file.is_file():
                 _explain_config(file)
+            if "gguf_file" in place:  # says more of a file that is cut off
+                look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             why = damage(name) or first
             raise CheckpointError(f"no config could be read from {name}: {why}") from error
@@ -121,7 +125,9 @@ def _explain_config(file: Path) -> None:
 
 
 def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[str, ...]]:
-    if "gguf_file" in place or not path.is_dir():
+    if "gguf_file" in place:
+        return None, (_formats(path / place["gguf_file"]),)
+    if not path.is_dir():
         return None, ()
     try:
         source = open_source(path)
@@ -129,6 +135,16 @@ def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[st
         return None, (f"the weights were not read: {error}",)
     untied = why_untied(path)
     return source, ((untied,) if untied else ())
+
+
+def _formats(file: Path) -> str:
+    """In what the tensors of a GGUF file are stored."""
+    try:
+        count = Counter(stored.type for stored in look(file).tensors)
+    except FlashNormError as error:
+        return f"the weights were not read: {error}"
+    said = ", ".join(f"{number} in {name}" for name, number in count.most_common())
+    return f"{count.total()} tensors are stored as a GGUF file has them: {said}"
 
 
 def _gains(source: Source | None) -> Callable[[str], Tensor | None]:

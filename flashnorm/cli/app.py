@@ -234,6 +234,9 @@ def bench_command(
     gguf: Annotated[
         str | None, typer.Option(help="What these read; {dtype} stands for the dtype.")
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Leave the weights of a GGUF file packed.")
+    ] = False,
     cache: Annotated[
         int | None, typer.Option(help="Bytes that no cache holds; the largest cache if left.")
     ] = None,
@@ -253,7 +256,18 @@ def bench_command(
         from flashnorm.cli.bench import Asked, run_bench
 
         asked = Asked(
-            model, dtype, variants, threads, rounds, tokens, context, prefill, memory, engines, gguf
+            model,
+            dtype,
+            variants,
+            threads,
+            rounds,
+            tokens,
+            context,
+            prefill,
+            memory,
+            engines,
+            gguf,
+            packed,
         )
         return run_bench(asked, cache, out, as_json)
 

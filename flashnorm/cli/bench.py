@@ -33,6 +33,7 @@ class Asked:
     memory: bool
     engines: str
     gguf: str | None
+    packed: bool
 
 
 def run_bench(asked: Asked, cache: int | None, out: Path | None, as_json: bool) -> Result:
@@ -123,6 +124,7 @@ def _settings(asked: Asked, cache: int | None) -> Settings:
         memory=asked.memory,
         engines=tuple(dict.fromkeys(_words(asked.engines))),
         gguf=asked.gguf,
+        packed=asked.packed,
     )
 
 

@@ -94,11 +94,10 @@ class _Reader:
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
             return None
+        if inner != _STRING:
+            raise ValueError(f"there are no lists of kind {inner} of values")
         for _ in range(count):
-            if inner == _STRING:
-                self._skip(self._take("Q")[0])
-            else:
-                self._value(inner)
+            self._skip(self._take("Q")[0])
         return None
 
     def _entry(self) -> Entry:

@@ -124,10 +124,8 @@ def _made(
     file: File, group: list[Stored], routes: Routes, dtype_of: Any, found: Loaded
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a group of tensors makes, packed where that can be."""
-    why, rows = _why_dense(group), None
-    if not why and group[0].type != "f32":
-        with np.errstate(all="ignore"):  # of marks that are no numbers of a model
-            rows = rearrangement(routes.run, {stored.name: stored.shape for stored in group})
+    why = _why_dense(group)
+    rows = None if why or group[0].type == "f32" else _rows(group, routes)
     if rows is not None and _worth_packing(group[0], rows, dtype_of):
         values = [file.values(stored) for stored in group]
         every = values[0] if len(values) == 1 else torch.cat(values)
@@ -140,6 +138,15 @@ def _made(
         if any(stored.quantized for stored in group):
             found.dense[name] = why or "transformers changes more than the order of its rows"
         yield name, _own(tensor.to(dtype_of(name)))
+
+
+def _rows(group: list[Stored], routes: Routes) -> dict[str, Rows] | None:
+    shapes = {stored.name: stored.shape for stored in group}
+    try:
+        with np.errstate(all="ignore"):  # of marks that are no numbers of a model
+            return rearrangement(routes.run, shapes)
+    except (ValueError, RuntimeError):  # it writes into what it is given, which cannot be
+        return None
 
 
 def _why_dense(group: list[Stored]) -> str:

@@ -99,6 +99,9 @@ class Routes:
 
 
 def _tensor(values: Array) -> Tensor:
+    """The same memory, but where an axis runs backwards: torch has no such tensors."""
+    if min(values.strides, default=0) < 0:
+        values = np.ascontiguousarray(values)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(values)

@@ -122,22 +122,22 @@ def _permute(weight: PackedTensor, dims: Sequence[int]) -> Any:
 
 @_handles(_aten.select.int)
 def _select(weight: PackedTensor, dim: int, index: int) -> Any:
-    """One matrix of several, or one decoded row."""
-    if weight.turned or dim % weight.dim():
+    """One matrix of several, or one row."""
+    if not _by_rows(weight, dim):
         return NotImplemented
     index = index + weight.shape[0] if index < 0 else index
     if not 0 <= index < weight.shape[0]:
         raise IndexError(f"there is no index {index} in a first dimension of {weight.shape[0]}")
     each, shape = _rows_of_one(weight), weight.shape[1:]
     part = rows(weight.held, slice(index * each, (index + 1) * each))
-    return PackedTensor(part, shape, weight.dtype) if len(shape) > 1 else _decoded(weight, part)
+    return PackedTensor(part, shape, weight.dtype)
 
 
 @_handles(_aten.slice.Tensor)
 def _slice(
     weight: PackedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
-    if weight.turned or dim % weight.dim() or step != 1:
+    if not _by_rows(weight, dim) or step != 1:
         return NotImplemented
     first, last, _ = slice(start, end).indices(weight.shape[0])
     each, count = _rows_of_one(weight), max(0, last - first)
@@ -157,7 +157,7 @@ def _embedding(weight: PackedTensor, indices: Tensor, *options: Any, **named: An
 
 @_handles(_aten.index_select.default)
 def _index_select(weight: PackedTensor, dim: int, index: Tensor) -> Any:
-    if weight.turned or dim % weight.dim():
+    if not _by_rows(weight, dim):
         return NotImplemented
     return _gathered(weight, index)
 
@@ -165,30 +165,32 @@ def _index_select(weight: PackedTensor, dim: int, index: Tensor) -> Any:
 @_handles(_aten.index.Tensor)
 def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
     first = indices[0]
-    if weight.turned or len(indices) != 1 or first is None or first.dtype.itemsize == 1:
+    if not _by_rows(weight, 0) or len(indices) != 1 or first is None:
         return NotImplemented
-    return _gathered(weight, first)
+    if first.dtype in (torch.bool, torch.uint8):
+        return NotImplemented
+    return _gathered(weight, first, -weight.shape[0])
 
 
-def _gathered(weight: PackedTensor, indices: Tensor) -> Tensor:
+def _gathered(weight: PackedTensor, indices: Tensor, lowest: int = 0) -> Tensor:
     """Decoded rows, or matrices, of any shape of indices along the first dimension."""
     flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
-    if flat.numel() and not -count <= int(flat.min()) <= int(flat.max()) < count:
+    if flat.numel() and not lowest <= int(flat.min()) <= int(flat.max()) < count:
         raise IndexError(f"an index is outside of a first dimension of {count}")
-    flat = flat % max(1, count)
     if each != 1:
         flat = (flat[:, None] * each + torch.arange(each, device=flat.device)).flatten()
     part = rows(weight.held, flat)
     return decoded(part, weight.dtype).view(*indices.shape, *weight.shape[1:])
 
 
+def _by_rows(weight: PackedTensor, dim: int) -> bool:
+    """Whether an index along a dimension is one of whole rows."""
+    return not weight.turned and weight.dim() > 1 and dim % weight.dim() == 0
+
+
 def _rows_of_one(weight: PackedTensor) -> int:
     """How many packed rows one index of the first dimension stands for."""
     return prod(weight.shape[1:-1])
-
-
-def _decoded(weight: PackedTensor, part: Any) -> Tensor:
-    return decoded(part, weight.dtype).view(weight.shape[1:])
 
 
 # Products.

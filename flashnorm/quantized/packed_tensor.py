@@ -6,7 +6,7 @@ the rows of its tokens. The numbers are those of the blocks, rounded once to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,6 @@ from flashnorm.quantized.decoding import decoded
 from flashnorm.quantized.ggml import kind
 
 MEND = "flashnorm.dequantize_(model) makes the weights of a model plain"
-# What would hand out memory that does not hold numbers of this dtype.
-_MEMORY = ("data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__")
-_REFUSED = frozenset(getattr(Tensor, name) for name in _MEMORY)
 
 
 class PackedTensor(Tensor):
@@ -32,7 +29,8 @@ class PackedTensor(Tensor):
 
     held: the packed rows, those of all leading dimensions one behind the other. turned: this is the
     transpose of them, [n, k]. Operations that know rows decode what they need, all others the whole
-    tensor; those that write in place, and those that ask for its memory, raise FlashNormError.
+    tensor; those that write in place, and those that ask for its memory, raise FlashNormError. Rows
+    and matrices of it are views; what other views give (`view`, `w[:, 3]`) is a decoded copy.
     """
 
     held: Weight
@@ -46,9 +44,10 @@ class PackedTensor(Tensor):
             raise ValueError(f"{held.format} of {list(held.values.shape)} has no rows of its own")
         if not dtype.is_floating_point:
             raise ValueError(f"a packed weight has a floating dtype, not {dtype}")
-        made: PackedTensor = make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=dtype, device=held.values.device, requires_grad=False
-        )
+        with torch.inference_mode(held.values.is_inference()):  # as its bytes are, for views
+            made: PackedTensor = make_wrapper_subclass(
+                cls, torch.Size(shape), dtype=dtype, device=held.values.device, requires_grad=False
+            )
         made.held, made.turned = held, turned
         return made
 
@@ -98,19 +97,31 @@ class PackedTensor(Tensor):
         name, features, dtype, turned = context
         return rebuilt(inner["packed"], name, features, outer_size, dtype, turned)
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _REFUSED:
-            raise FlashNormError(f"a packed weight has no plain memory: {MEND}")
-        if func in _WANT_GRADIENT and (args[1:] or (True,))[0] and (kwargs or {}).get("x", True):
+    # What would hand out memory that does not hold numbers of this dtype, or write into it, where
+    # no operation is asked. `untyped_storage` tells tensors apart and has no address.
+
+    def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
+        raise FlashNormError(f"a packed weight has no plain memory: {MEND}")
+
+    data_ptr = storage = numpy = __array__ = __dlpack__ = _no_memory
+
+    def __setitem__(self, *args: Any) -> None:
+        raise FlashNormError(f"this would write into a packed weight: {MEND}")
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        if wanted:
             raise FlashNormError(f"a packed weight has no gradient: {MEND}")
-        return no_torch_function(func, types, args, kwargs or {})
+
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
@@ -123,10 +134,6 @@ class PackedTensor(Tensor):
         from flashnorm.quantized.packed_ops import run
 
         return run(func, args, kwargs or {})
-
-
-_SETTER = vars(torch.Tensor.__base__)["requires_grad"].__set__
-_WANT_GRADIENT = frozenset({Tensor.requires_grad_, _SETTER})
 
 
 def rebuilt(

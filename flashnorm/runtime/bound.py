@@ -143,9 +143,10 @@ def read_spec(written: str) -> KernelSpec:
 
 @cache
 def _read(written: str) -> KernelSpec:
-    norm, products, *rest, laid = json.loads(written)
+    norm, products, *rest = json.loads(written)
     rows = [Slice(*given) for given in products]
-    return KernelSpec(Norm(*norm), rows, *rest, [Laid(*given) for given in laid])
+    rest[-1] = [Laid(*given) for given in rest[-1]]
+    return KernelSpec(Norm(*norm), rows, *rest)
 
 
 class Kernel:

@@ -7,12 +7,14 @@ import io
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils as older
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
 import flashnorm
+from flashnorm.compat.transformers_names import experts_of
 from flashnorm.gguf import loaded
 from flashnorm.loading import quiet_transformers
 from flashnorm.quantized.packed_tensor import PackedTensor
@@ -34,16 +36,15 @@ DENSE = {"qwen35": 3, "qwen35moe": 3}
 
 
 def test_a_new_architecture_is_noticed():
-    known = {
-        OTHERWISE.get(name, name) for name in {*older.GGUF_SUPPORTED_ARCHITECTURES} | {*GGUF_ARCHS}
-    }
+    told = {*older.GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS}
+    known = {OTHERWISE.get(name, name) for name in told}
     assert known - NOT_HERE.keys() == files.MODELS.keys()
 
 
-def theirs(model: Any, file: Any) -> Any:
+def theirs(model: Any, file: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The same file as transformers loads it: dequantized."""
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        return type(model).from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        return type(model).from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -117,7 +118,7 @@ def test_matrices_in_halves_are_never_widened(kind, tmp_path):
     own = torch.float16 if kind == Q.F16 else torch.bfloat16
     for dtype in (torch.float32, own):
         model: Any = flashnorm.load_gguf(file, dtype)
-        assert torch.equal(logits(model), logits(theirs(model, file).to(dtype)))
+        assert torch.equal(logits(model), logits(theirs(model, file, dtype)))
         packed = [isinstance(p, PackedTensor) for p in model.parameters() if p.dim() == 2]
         assert all(packed) if dtype != own else not any(packed)
 
@@ -139,6 +140,7 @@ def test_experts_are_taken_one_by_one(tmp_path):
     """And are right where each token has its own."""
     model: Any = flashnorm.load_gguf(files.model_file(tmp_path, "qwen3moe"))
     experts = model.model.layers[0].mlp.experts
+    assert experts_of(model.config) == "eager"
     one = experts.gate_up_proj[2]
     assert isinstance(one, PackedTensor)
     assert one.packed.data_ptr() != experts.gate_up_proj.packed.data_ptr()
@@ -146,3 +148,34 @@ def test_experts_are_taken_one_by_one(tmp_path):
         experts.gate_up_proj.packed.untyped_storage().data_ptr()
     )
     assert torch.equal(one.dequantize(), experts.gate_up_proj.dequantize()[2])
+
+
+class Other(older.LlamaTensorProcessor):
+    """What another version of transformers might do to the matrices of one name."""
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        done = super().process(weights, name, **kwargs)
+        if ".ffn_up." in name:
+            done = done._replace(weights=done.weights * np.float32(2))
+        elif ".ffn_gate." in name:
+            done.weights[...] = done.weights[::-1].copy()
+        elif ".attn_v." in name:
+            done = done._replace(weights=done.weights[::-1])
+        elif ".attn_output." in name:
+            done = done._replace(weights=done.weights[:, ::-1])
+        return done
+
+
+def test_whatever_transformers_does_to_numbers_is_done(tmp_path, monkeypatch, caplog):
+    """Rows stay packed; anything else is computed with numbers, and said."""
+    monkeypatch.setitem(older.TENSOR_PROCESSORS, "llama", Other)
+    file = files.model_file(tmp_path, "llama")
+    model: Any = flashnorm.load_gguf(file)
+    assert torch.equal(logits(model), logits(theirs(model, file)))
+    assert {name.split(".")[4] for name in loaded(model).dense} == {
+        "up_proj",
+        "gate_proj",
+        "o_proj",
+    }
+    assert caplog.text.count("is dequantized: transformers changes more than the order") == 6
+    assert isinstance(model.model.layers[0].self_attn.v_proj.weight, PackedTensor)
