@@ -107,6 +107,39 @@ def _one_row(
     return Tile(1, columns, depth, 4, 4, splits)
 
 
+def packed_tile(
+    rows: int,
+    n: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    each: int,
+    group: int,
+    gated: bool,
+    device: Device,
+) -> Tile:
+    """Of weights with `each` features in a byte, as tiles of dense ones; a step ends with a group.
+
+    One row of half precision is multiplied by the matrix units where bytes have two features: by
+    element, unpacking them would take longer than reading them.
+    """
+    single_row = rows == 1 and (each == 1 or dtype == torch.float32)
+    height = 1 if single_row else power_of_two(rows, 16)
+    most = 512 if single_row else 64 if height > 16 else 128
+    if dtype == torch.float32 and not single_row:
+        most = 32
+    depth = min(power_of_two(n, 16 * each), most * each)
+    if group:
+        depth = min(depth, group & -group)
+    if single_row:
+        columns = (2048 if gated else 4096) * each // depth
+    elif dtype == torch.float32:
+        columns = 16
+    else:  # 16 bytes of weights at least for each thread
+        columns = max(64, 2048 * each // depth)
+    tile = Tile(height, columns, depth, 4, 3 if height > 16 or gated else 4)
+    return replace(tile, splits=_splits(n, columns, widths, device.processors))
+
+
 def _columns(choices: Sequence[int], widths: Sequence[int], programs: int) -> int:
     """The most columns that still give so many programs; else the fewest."""
     for columns in choices:
