@@ -117,26 +117,32 @@ def packed_tile(
     gated: bool,
     device: Device,
 ) -> Tile:
-    """Of weights with `each` features in a byte, as tiles of dense ones; a step ends with a group.
+    """Tiles of weights with `each` features in a byte, of which `group` share a scale (0: a row).
 
-    One row of half precision is multiplied by the matrix units where bytes have two features: by
-    element, unpacking them would take longer than reading them.
+    A step ends with a group, and up to 32 rows every thread copies 16 bytes of it at least. By
+    element, several features in a byte would take longer to unpack than to read, and scales of
+    groups would not stay with the threads that need them: the matrix units take one row of half
+    precision as well.
     """
-    single_row = rows == 1 and (each == 1 or dtype == torch.float32)
-    height = 1 if single_row else power_of_two(rows, 16)
-    most = 512 if single_row else 64 if height > 16 else 128
-    if dtype == torch.float32 and not single_row:
+    by_element = rows == 1 and (dtype == torch.float32 or (each == 1 and not group))
+    height = 1 if by_element else power_of_two(rows, 16)
+    if by_element:
+        most = 512
+    elif dtype == torch.float32:
         most = 32
-    depth = min(power_of_two(n, 16 * each), most * each)
+    else:
+        most = 64 if height > 32 or (gated and each == 1) else 128
+    depth = min(power_of_two(n, 16 * each), most)
     if group:
         depth = min(depth, group & -group)
-    if single_row:
-        columns = (2048 if gated else 4096) * each // depth
+    size = depth // each
+    if by_element:
+        columns, warps = (2048 if gated else 4096) // size, 4
     elif dtype == torch.float32:
-        columns = 16
-    else:  # 16 bytes of weights at least for each thread
-        columns = max(64, 2048 * each // depth)
-    tile = Tile(height, columns, depth, 4, 3 if height > 16 or gated else 4)
+        columns, warps = 16, 4 if height <= 32 else 8
+    else:
+        columns, warps = 64, max(height // 8, min(8, size // 8))
+    tile = Tile(height, columns, depth, warps, 3 if height > 16 or gated else 4)
     return replace(tile, splits=_splits(n, columns, widths, device.processors))
 
 

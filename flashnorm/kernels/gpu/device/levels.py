@@ -46,11 +46,16 @@ def first_levels(raw, FORMAT: tl.constexpr):
 
 @triton.jit
 def summed(q, z, total, PRECISION: tl.constexpr):
-    """total + q zᵀ: by element where z is one row, in float32; else by the matrix units."""
+    """total + q zᵀ: by element where z is one row, in float32; else by the matrix units.
+
+    They are given z first: as their second operand levels take half of the instructions, and are
+    copied 16 bytes at a time on capability 9 too.
+    """
     if z.shape[0] == 1:
         total += q * z
     else:
-        total = product(narrow(q, z.dtype), tl.trans(z), total, PRECISION)
+        levels = tl.trans(narrow(q, z.dtype))
+        total = tl.trans(product(z, levels, tl.trans(total), PRECISION))
     return total
 
 

@@ -8,8 +8,13 @@ import triton.language as tl
 
 from flashnorm.kernels.gpu.device.dependent import ahead, release, wait
 from flashnorm.kernels.gpu.device.levels import part, scaled_by_group, terms
-from flashnorm.kernels.gpu.device.parts import function_of_x, narrow, scan_statistics
-from flashnorm.kernels.gpu.device.skinny import ended
+from flashnorm.kernels.gpu.device.parts import (
+    function_of_x,
+    is_last,
+    narrow,
+    scan_statistics,
+)
+from flashnorm.kernels.gpu.device.skinny import added, kept, scaled, written
 
 
 @triton.jit
@@ -19,17 +24,10 @@ def at_columns(start, row_step, column):
 
 
 @triton.jit
-def numbers(scale_at, scale_step, zero_at, zero_step, offset_at, offset_step, group):
-    """Scale, zero and offset of a group, [columns, 1] each, those that there are."""
-    scale = None if scale_at is None else part(scale_at, group, scale_step)
-    zero = None if zero_at is None else part(zero_at, group, zero_step)
-    offset = None if offset_at is None else part(offset_at, group, offset_step)
-    return scale, zero, offset
-
-
-@triton.jit
 def rows_of_x(
     x_at,
+    row,
+    rows,
     deep,
     n,
     s,
@@ -45,9 +43,9 @@ def rows_of_x(
 ):
     """Elements `deep` of the rows as they are multiplied, one row in float32, and Σx² so far.
 
-    (`skinny` has the same written out: with a function it takes other registers.)
+    (Almost what `skinny` does in its loop, which takes other registers where it calls a function.)
     """
-    inside = (deep < n)[None, :]
+    inside = (row < rows)[:, None] & (deep < n)[None, :]
     z = tl.load(x_at[:, None] + deep[None, :], mask=inside, other=0.0)
     v = z.to(tl.float32)
     if STATISTICS == "after":
@@ -66,26 +64,35 @@ def rows_of_x(
 @triton.jit
 def step(
     w_at,
+    scale_at,
+    scale_step,
+    zero_at,
+    zero_step,
+    offset_at,
+    offset_step,
     place,
     taken,
     z,
     odd,
     sum_of_z,
-    scale,
     zero,
-    offset,
     total,
     PRECISION: tl.constexpr,
     FORMAT: tl.constexpr,
     ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
     BYTES: tl.constexpr,
 ):
     """total and what BYTES bytes of each column add; where a scale is a row's, without it."""
     if GROUP:
+        group = place * (DEPTH // BYTES) // GROUP
+        scale = None if scale_at is None else part(scale_at, group, scale_step)
+        off = None if zero_at is None else part(zero_at, group, zero_step)
+        offset = None if offset_at is None else part(offset_at, group, offset_step)
         sums = tl.zeros(total.shape, tl.float32)
-        sums = terms(w_at, place, taken, z, odd, zero, sums, PRECISION, FORMAT, ZEROS, BYTES)
-        total += scaled_by_group(sums, sum_of_z, scale, zero, offset, ZEROS)
+        sums = terms(w_at, place, taken, z, odd, off, sums, PRECISION, FORMAT, ZEROS, BYTES)
+        total += scaled_by_group(sums, sum_of_z, scale, off, offset, ZEROS)
     else:
         total = terms(w_at, place, taken, z, odd, zero, total, PRECISION, FORMAT, ZEROS, BYTES)
     return total
@@ -225,14 +232,14 @@ def packed(
     if STATISTICS == "first":
         s, m, rest = scan_statistics(x_at, n, eps, NORM, ROWS, DEPTH)
 
-    group = first * 0
-    scale, zero, shift = numbers(
-        scale_at, scales_group, zero_at, zeros_group, offset_at, offsets_group, group
-    )
+    # Of the group 0: of a scale per row, the only one.
+    scale = None if scale_at is None else part(scale_at, first * 0, scales_group)
+    zero = None if zero_at is None else part(zero_at, first * 0, zeros_group)
+    shift = None if offset_at is None else part(offset_at, first * 0, offsets_group)
     if ACTIVATION is not None:
-        scale1, zero1, shift1 = numbers(
-            scale1_at, scales1_group, zero1_at, zeros1_group, offset1_at, offsets1_group, group
-        )
+        scale1 = None if scale1_at is None else part(scale1_at, first * 0, scales1_group)
+        zero1 = None if zero1_at is None else part(zero1_at, first * 0, zeros1_group)
+        shift1 = None if offset1_at is None else part(offset1_at, first * 0, offsets1_group)
     a = tl.zeros([COLUMNS, BYTES if ROWS == 1 else ROWS], tl.float32)
     b = a
     all_z = tl.zeros([1, BYTES if ROWS == 1 else ROWS], tl.float32)
@@ -240,7 +247,21 @@ def packed(
     for place in tl.range(first, last, BYTES, num_stages=STAGES):
         deep = place * EACH + steps
         z, squares = rows_of_x(
-            x_at, deep, n, s, m, rest, squares, gain, offset, norm_bias, alpha, NORM, STATISTICS
+            x_at,
+            row,
+            rows,
+            deep,
+            n,
+            s,
+            m,
+            rest,
+            squares,
+            gain,
+            offset,
+            norm_bias,
+            alpha,
+            NORM,
+            STATISTICS,
         )
         odd = z
         if EACH == 2:
@@ -251,54 +272,49 @@ def packed(
             if ROWS > 1:
                 sum_of_z = tl.sum(sum_of_z, axis=1)[None, :]
             all_z += sum_of_z
-        if GROUP:
-            group = place * EACH // GROUP
-            scale, zero, shift = numbers(
-                scale_at, scales_group, zero_at, zeros_group, offset_at, offsets_group, group
-            )
         a = step(
             w_at,
+            scale_at,
+            scales_group,
+            zero_at,
+            zeros_group,
+            offset_at,
+            offsets_group,
             place,
             taken,
             z,
             odd,
             sum_of_z,
-            scale,
             zero,
-            shift,
             a,
             PRECISION,
             FORMAT,
             ZEROS,
             GROUP,
+            DEPTH,
             BYTES,
         )
         if ACTIVATION is not None:
-            if GROUP:
-                scale1, zero1, shift1 = numbers(
-                    scale1_at,
-                    scales1_group,
-                    zero1_at,
-                    zeros1_group,
-                    offset1_at,
-                    offsets1_group,
-                    group,
-                )
             b = step(
                 w1_at,
+                scale1_at,
+                scales1_group,
+                zero1_at,
+                zeros1_group,
+                offset1_at,
+                offsets1_group,
                 place,
                 taken,
                 z,
                 odd,
                 sum_of_z,
-                scale1,
                 zero1,
-                shift1,
                 b,
                 PRECISION,
                 FORMAT,
                 ZEROS,
                 GROUP,
+                DEPTH,
                 BYTES,
             )
     if ROWS == 1:
@@ -310,28 +326,18 @@ def packed(
         if ACTIVATION is not None:
             b = scaled_by_group(b, all_z, scale1, zero1, shift1, ZEROS)
     squares = tl.sum(squares, axis=1)
-    ended(
-        a,
-        b,
-        squares,
-        x_at,
-        n,
-        eps,
-        bias,
-        bias1,
-        y,
-        residual,
-        residual_stride,
-        row,
-        rows,
-        at,
-        k,
-        partial,
-        partial_squares,
-        counters,
-        whole,
-        ACTIVATION,
-        STATISTICS,
-        DEPTH,
-        SPLITS,
-    )
+    if SPLITS > 1:
+        blocks = tl.num_programs(0)
+        at_part = (tl.program_id(1) * blocks + whole).to(tl.int64)
+        kept(partial, partial_squares, a, b, squares, at_part, ACTIVATION, STATISTICS)
+        if is_last(counters + whole, SPLITS):
+            a, b, squares = added(
+                partial, partial_squares, a, whole, blocks, ACTIVATION, SPLITS, STATISTICS
+            )
+            out = scaled(
+                a, b, squares, x_at, n, eps, bias, bias1, at, k, ACTIVATION, STATISTICS, DEPTH
+            )
+            written(out, y, residual, residual_stride, row, rows, at, k)
+    else:
+        out = scaled(a, b, squares, x_at, n, eps, bias, bias1, at, k, ACTIVATION, STATISTICS, DEPTH)
+        written(out, y, residual, residual_stride, row, rows, at, k)

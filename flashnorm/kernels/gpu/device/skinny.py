@@ -118,52 +118,6 @@ def scaled(
 
 
 @triton.jit
-def ended(
-    a,
-    b,
-    squares,
-    x_at,
-    n,
-    eps,
-    bias_a,
-    bias_b,
-    y,
-    residual,
-    residual_stride,
-    row,
-    rows,
-    at,
-    k,
-    partial,
-    partial_squares,
-    counters,
-    whole,
-    ACTIVATION: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Write a tile from the sums of a program; of several parts of n the last one to end does."""
-    if SPLITS > 1:
-        blocks = tl.num_programs(0)
-        place = (tl.program_id(1) * blocks + whole).to(tl.int64)
-        kept(partial, partial_squares, a, b, squares, place, ACTIVATION, STATISTICS)
-        if is_last(counters + whole, SPLITS):
-            a, b, squares = added(
-                partial, partial_squares, a, whole, blocks, ACTIVATION, SPLITS, STATISTICS
-            )
-            out = scaled(
-                a, b, squares, x_at, n, eps, bias_a, bias_b, at, k, ACTIVATION, STATISTICS, DEPTH
-            )
-            written(out, y, residual, residual_stride, row, rows, at, k)
-    else:
-        out = scaled(
-            a, b, squares, x_at, n, eps, bias_a, bias_b, at, k, ACTIVATION, STATISTICS, DEPTH
-        )
-        written(out, y, residual, residual_stride, row, rows, at, k)
-
-
-@triton.jit
 def skinny(
     x,
     x_stride,
@@ -215,6 +169,7 @@ def skinny(
     LINES cache lines of every row of its weights.
     """
     block = tl.program_id(0)
+    blocks = tl.num_programs(0)
     whole = block  # among those of all weights
     split = tl.program_id(1)
     w, w_stride, bias, y, k = w0, w0_stride, bias0, y0, k0
@@ -276,28 +231,17 @@ def skinny(
         b = tl.sum(b, axis=1)[:, None]
     squares = tl.sum(squares, axis=1)
 
-    ended(
-        a,
-        b,
-        squares,
-        x_at,
-        n,
-        eps,
-        bias,
-        bias1,
-        y,
-        residual,
-        residual_stride,
-        row,
-        rows,
-        at,
-        k,
-        partial,
-        partial_squares,
-        counters,
-        whole,
-        ACTIVATION,
-        STATISTICS,
-        DEPTH,
-        SPLITS,
-    )
+    if SPLITS > 1:
+        place = (split * blocks + whole).to(tl.int64)
+        kept(partial, partial_squares, a, b, squares, place, ACTIVATION, STATISTICS)
+        if is_last(counters + whole, SPLITS):
+            a, b, squares = added(
+                partial, partial_squares, a, whole, blocks, ACTIVATION, SPLITS, STATISTICS
+            )
+            out = scaled(
+                a, b, squares, x_at, n, eps, bias, bias1, at, k, ACTIVATION, STATISTICS, DEPTH
+            )
+            written(out, y, residual, residual_stride, row, rows, at, k)
+    else:
+        out = scaled(a, b, squares, x_at, n, eps, bias, bias1, at, k, ACTIVATION, STATISTICS, DEPTH)
+        written(out, y, residual, residual_stride, row, rows, at, k)
