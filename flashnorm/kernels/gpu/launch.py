@@ -135,14 +135,16 @@ def packed_tile(
     depth = min(power_of_two(n, 16 * each), most)
     if group:
         depth = min(depth, group & -group)
-    size = depth // each
+    size, stages = depth // each, 3 if height > 16 or gated else 4
     if by_element:
         columns, warps = (2048 if gated else 4096) // size, 4
     elif dtype == torch.float32:
-        columns, warps = 16, 4 if height <= 32 else 8
+        columns, warps, stages = 16, 4 if height <= 32 else 8, 2 if gated else stages
+    elif gated and height > 32:  # no more sums fit into the registers
+        columns, warps = 32, 4
     else:
         columns, warps = 64, max(height // 8, min(8, size // 8))
-    tile = Tile(height, columns, depth, warps, 3 if height > 16 or gated else 4)
+    tile = Tile(height, columns, depth, warps, stages)
     return replace(tile, splits=_splits(n, columns, widths, device.processors))
 
 

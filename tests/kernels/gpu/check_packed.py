@@ -21,10 +21,10 @@ from tests.kernels.gpu.weights import BF16, EVERY, F32, Packing, make_packed, ma
 ALL = {"gain": True, "norm_bias": True, "bias": True}
 # Widths end within a block or are one column; features end within a step, a group and a byte.
 OPTIONS = [
-    ((99, (70, 1)), {"gain": True}),
-    ((160, (9, 9)), {**ALL, "activation": "silu", "residual": True}),
-    ((160, (5, 3, 6, 2)), ALL),
-    ((99, (9,)), {"residual": True}),
+    ((67, (70, 1)), {"gain": True}),
+    ((96, (9, 9)), {**ALL, "activation": "silu", "residual": True}),
+    ((96, (5, 3)), ALL),
+    ((67, (9,)), {"residual": True}),
 ]
 
 
@@ -35,7 +35,7 @@ def cases():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("packing", "rows", "norm", "size", "options"), cases(), ids=str)
+@pytest.mark.parametrize(("packing", "rows", "norm", "size", "options"), list(cases()), ids=str)
 def test_every_packing(packing, rows, norm, size, options, dtype):
     n, widths = size
     check(make_packed(packing, (rows, n), widths, dtype, norm, **options))
@@ -60,18 +60,17 @@ def test_gates(activation):
         check(make_packed(packing, (rows, 64), (9, 9), BF16, "rms", activation=activation))
 
 
-@pytest.mark.parametrize("packing", EVERY[::2], ids=str)
+@pytest.mark.parametrize("packing", EVERY[1::4], ids=str)
 def test_parts_of_n(packing):
     """Added up by the last program; a part may be empty; the scales of a row come to each part."""
-    group = decoding.group_of(make_weight(packing, 1, 224))
+    group = decoding.group_of(make_weight(packing, 1, 160))
     for rows, splits in ((1, 2), (3, 3)):
         for options in ({"gain": True}, {"activation": "silu", "bias": True, "residual": True}):
             widths = (19, 19) if "activation" in options else (19,)
-            call = make_packed(packing, (rows, 224), widths, F32, "rms", **options)
+            call = make_packed(packing, (rows, 160), widths, F32, "rms", **options)
             tile = launch.Tile(1 if rows == 1 else 16, 16, min(group or 64, 64), 1, 2, splits)
-            outputs = [call.x.new_empty(rows, 19)]
             moved, results = there(call), []
-            for seed in range(3):
+            for seed in range(2):
                 outputs = [moved.x.new_empty(rows, 19)]
                 (step,) = packed.steps(moved, outputs, launch.HOPPER, tile)
                 with permuted(seed) if launch.interpreted() else torch.no_grad():
@@ -79,7 +78,7 @@ def test_parts_of_n(packing):
                 assert step.grid[1] == splits
                 assert not step.arguments["counters"].any()
                 results.append(outputs[0])
-            assert all(torch.equal(results[0], other) for other in results[1:])
+            assert torch.equal(*results)
             assert_close(call, [results[0].cpu()], first=rounds_first(call, "skinny"))
 
 
@@ -112,7 +111,7 @@ def test_every_nibble_and_byte():
             assert torch.equal(y.cpu().double(), call.x.double() @ weight.dequantized().T)
 
 
-HOSTILE = [0.0, float("inf"), float("-inf"), float("nan"), 2.0**-133, 3e38]
+HOSTILE = [0.0, float("inf"), float("-inf"), float("nan"), 2.0**-133, 1e30]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +135,6 @@ def test_scales_that_are_no_ordinary_numbers(packing, dtype):
             continue
         for i, value in enumerate(HOSTILE):
             numbers[1 + i, -1] = value
-        if part == "zeros":  # 3e38 · scale is no float32, and its product with z may be
-            numbers[6, -1] = 5.0
         check(call, what=(rows, part), alike=False)
 
 

@@ -18,12 +18,6 @@ from flashnorm.kernels.gpu.device.skinny import added, kept, scaled, written
 
 
 @triton.jit
-def at_columns(start, row_step, column):
-    """Pointers to the first group of each column, or None where there is none of these numbers."""
-    return None if start is None else start + column * row_step
-
-
-@triton.jit
 def rows_of_x(
     x_at,
     row,
@@ -211,14 +205,14 @@ def packed(
     x_at = x + tl.minimum(row, rows - 1).to(tl.int64) * x_stride
     column = tl.minimum(at, k - 1).to(tl.int64)
     w_at = w + column * w_stride
-    scale_at = at_columns(scales, scales_row, column)
-    zero_at = at_columns(zeros, zeros_row, column)
-    offset_at = at_columns(offsets, offsets_row, column)
+    scale_at = None if scales is None else scales + column * scales_row
+    zero_at = None if zeros is None else zeros + column * zeros_row
+    offset_at = None if offsets is None else offsets + column * offsets_row
     if ACTIVATION is not None:
         w1_at = w1 + column * w1_stride
-        scale1_at = at_columns(scales1, scales1_row, column)
-        zero1_at = at_columns(zeros1, zeros1_row, column)
-        offset1_at = at_columns(offsets1, offsets1_row, column)
+        scale1_at = None if scales1 is None else scales1 + column * scales1_row
+        zero1_at = None if zeros1 is None else zeros1 + column * zeros1_row
+        offset1_at = None if offsets1 is None else offsets1 + column * offsets1_row
     share = tl.cdiv(tl.cdiv(taken, BYTES), SPLITS) * BYTES
     first = tl.program_id(1) * share
     last = tl.minimum(taken, first + share)
