@@ -1,4 +1,4 @@
-"""Norm + linear with packed weights: ours against the dense kernel and torch's own ways, in one run.
+"""Norm + linear with packed weights: ours against our dense kernel and torch's own ways, in turn.
 
 Ours is checked against float64 of the dequantized weights before it is timed, and not timed where
 it is wrong. The others quantize x or round W, as they do: their errors stand beside their times.

@@ -129,8 +129,8 @@ READERS: dict[str, tuple[tuple[int, ...], str | None]] = {
     "glu": ((14336, 14336), "silu"),
     "split": ((512,), None),
 }
-# Packed weights: format, features that share a scale (0: all of a row), dtypes of zeros and offsets.
-# Scales are in the dtype of x, and lie as [groups, k].
+# Packed weights: format, features that share a scale (0: all of a row), dtypes of zeros and of
+# offsets. Scales are in the dtype of x, and lie as [groups, k].
 PACKED: dict[str, tuple[str, int, torch.dtype | None, torch.dtype | None]] = {
     "int8": ("int8-rows", 0, None, None),
     "int8/128+zeros": ("int8-groups", 128, torch.int8, None),

@@ -1,4 +1,4 @@
-"""Packed weights that the kernel for few rows decodes as it loads them, and how each one is read."""
+"""Packed weights that the kernel for few rows decodes as it loads them, and how each is read."""
 
 from __future__ import annotations
 

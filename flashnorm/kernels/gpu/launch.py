@@ -140,7 +140,7 @@ def packed_tile(
         columns, warps = (2048 if gated else 4096) // size, 4
     elif dtype == torch.float32:
         columns, warps, stages = 16, 4 if height <= 32 else 8, 2 if gated else stages
-    elif gated and height > 32:  # no more sums fit into the registers
+    elif height > 32:  # no more sums fit into the registers
         columns, warps = 32, 4
     else:
         columns, warps = 64, max(height // 8, min(8, size // 8))
