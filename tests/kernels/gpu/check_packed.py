@@ -13,6 +13,7 @@ from flashnorm.kernels.call import Call
 from flashnorm.kernels.fallback import forbid_fallback
 from flashnorm.kernels.gpu import calls, decoding, launch, packed
 from flashnorm.kernels.gpu.backend import GPU
+from flashnorm.kernels.gpu.cached import key_of
 from flashnorm.kernels.gpu.step import execute
 from flashnorm.kernels.weights import FP8, Weight
 from tests.kernels.bounds import assert_close
@@ -253,3 +254,16 @@ def test_an_x_of_a_model_that_runs_in_half_precision_takes_any_scales():
     call = call._replace(biases=[random(5, dtype=F32)], gain=random(64, dtype=BF16))
     assert isinstance(call, Call)
     check(call)
+
+
+def test_sizes_that_are_compiled_into_a_kernel():
+    for n, k, packing in ((1, 1, EVERY[0]), (1, 3, EVERY[11]), (33, 1, EVERY[6])):
+        for rows in (1, 2):
+            check(make_packed(packing, (rows, n), (k, k), BF16, "layer", bias=True), what=(n, k))
+
+
+def test_what_was_measured_holds_for_a_format_and_its_groups():
+    held = [Packing("int8-rows"), Packing("int8-groups", 32), Packing("int8-groups", 64)]
+    keys = {key_of(make_packed(packing, (1, 64), (4,), BF16)) for packing in held}
+    keys.add(key_of(make((1, 64), (4,), BF16)))
+    assert len(keys) == 4
