@@ -139,7 +139,8 @@ def packed_tile(
     if by_element:
         columns, warps = (2048 if gated else 4096) // size, 4
     elif dtype == torch.float32:
-        columns, warps, stages = 16, 4 if height <= 32 else 8, 2 if gated else stages
+        columns, warps = 16, 4 if height <= 32 else 8
+        stages = 2 if gated and height > 32 else stages
     elif height > 32:  # no more sums fit into the registers
         columns, warps = 32, 4
     else:

@@ -142,17 +142,21 @@ def test_scales_that_are_no_ordinary_numbers(packing, dtype):
 
 
 def test_no_number_is_rounded_before_its_scale():
-    """q · scale in half precision would be off by more than the bound: here by all of a sum."""
-    scales = torch.full((4, 2), 1.0 + 2.0**-12)
-    scales[:, 1] = -1.0
+    """q · scale, or q less a zero that is not whole, would be off by all of these sums."""
+    near = 1.0 + 2.0**-12
     values = torch.full((4, 64), 100, dtype=torch.int8)
-    for name, group in (("int8-groups", 32),):
-        weight = Weight(values, weights.find(name), scales, 4, 64, group)
-        for dtype, rows in itertools.product(DTYPES, (1, 2)):
+    for scales, zeros, expected in (
+        ((near, -1.0), None, 3200 * (near - 1)),
+        ((1.0, -1.0), (near, 1.0), 32 * (1 - near)),
+    ):
+        scale = torch.tensor([scales]).repeat(4, 1)
+        zero = None if zeros is None else torch.tensor([zeros]).repeat(4, 1)
+        weight = Weight(values, weights.find("int8-groups"), scale, 4, 64, 32, zero)
+        for dtype, rows in ((F32, 1), (F32, 2), (BF16, 1), (torch.float16, 2)):
             call = make((rows, 64), (4,), dtype, "none")._replace(weights=[weight])
             call.x[:] = 1.0
             (y,) = gpu.run(there(call))
-            assert torch.equal(y.cpu().double(), torch.full((rows, 4), 3200 * 2.0**-12).double())
+            assert torch.equal(y.cpu().double(), torch.full((rows, 4), expected).double()), dtype
 
 
 def test_values_and_scales_that_lie_in_larger_tensors():
