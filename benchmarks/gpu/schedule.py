@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu import attending, correctness, environment, models, operations, scaled, tune
+from benchmarks.gpu import (
+    attending,
+    correctness,
+    environment,
+    models,
+    operations,
+    packed,
+    scaled,
+    tune,
+)
 from benchmarks.gpu.records import Run, Settings, Stage
 
 
@@ -53,6 +62,7 @@ def stages(settings: Settings) -> list[Stage]:
             "the prompt of 2048 beside torch.compile",
             partial(models.compiled_prefill, name=first),
         ),
+        Stage("packed", 96, "int8, int4 and FP8 weights at 1 and 16 rows", packed.pieces),
         Stage("scaled", 48, "FP8 and INT8 with the norm in the scale", scaled.pieces),
         Stage("float32", 10, "norm + linear at one row in float32", operations.single),
         Stage("all-checks", 240, "is every kernel right, in every dtype", correctness.all_of),
@@ -72,5 +82,5 @@ def _decode(name: str, seconds: float) -> Stage:
 
 def failures(run: Run) -> int:
     """How many rows say that something of ours is wrong."""
-    found = (attending, correctness, operations, models, scaled)
+    found = (attending, correctness, operations, models, packed, scaled)
     return sum(len(module.failures(run)) for module in found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import geometric_mean
 
-from benchmarks.gpu import attending, correctness, models, operations, scaled
+from benchmarks.gpu import attending, correctness, models, operations, packed, scaled
 from benchmarks.gpu.store import Row, Store
 from benchmarks.gpu.tables import machine, ratio
 from benchmarks.gpu.variants import PAIRS
@@ -38,6 +38,10 @@ def _lines(store: Store) -> Iterator[str]:
     yield from _memory(store)
     for shape, dtype, own, *_, faster, _ in attending.table_rows(store.rows(attending.STAGE)):
         yield f"attention {dtype}, {shape}: {own} µs, {faster} over the best"
+    for row in store.rows(packed.STAGE):
+        if times := row.get("microseconds"):
+            found = ratio(times.get(packed.DENSE), times.get(packed.OURS))
+            yield f"{row['format']} {row['shape']}, {row['rows']} rows: {found} over dense bf16"
     for row in store.rows(scaled.STAGE):
         if times := row.get("microseconds"):
             found = ratio(times.get(scaled.FUSED), times.get(scaled.ABSORBED))
@@ -55,6 +59,9 @@ def _loud(store: Store) -> Iterator[str]:
     for row in store.rows(correctness.STAGE):
         if row["wrong"]:
             yield f"WRONG {row['way']} {row['norm']} {row['dtype']}: {row['wrong'][:100]}"
+    for row in store.rows(packed.STAGE):
+        if row["wrong"]:
+            yield f"WRONG {row['format']} {row['shape']}, {row['rows']} rows: {row['wrong'][:100]}"
     for row in store.rows(attending.STAGE):
         if row["wrong"]:
             yield f"WRONG attention {row['shape']}: {row['wrong'][:100]}"

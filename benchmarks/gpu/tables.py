@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import attending, correctness, models, operations, scaled
+from benchmarks.gpu import attending, correctness, models, operations, packed, scaled
 from benchmarks.gpu.operations import (
     COMPILED,
     LINEAR,
@@ -64,6 +64,7 @@ def tables(store: Store) -> Iterator[Table]:
     yield _attention(store)
     yield _prefill(store)
     yield _memory(store)
+    yield _packed(store)
     yield _scaled(store)
     yield _missing(store)
 
@@ -284,6 +285,26 @@ def _scaled(store: Store) -> Table:
     header = ("shape", "rows", *times, *errors, "wrong")
     note = "errors against float64 with the same quantized weight, ‖Δ‖ / ‖truth‖"
     return Table("FP8 and INT8", header, tuple(lines), note)
+
+
+def _packed(store: Store) -> Table:
+    sides = (packed.OURS, packed.DENSE, packed.COMPILED, packed.LIBRARY)
+    lines = [
+        (
+            f"{row['shape']}, {row['format']}",
+            str(row["rows"]),
+            *(_figure(row.get("microseconds", {}).get(name), ".2f") for name in sides),
+            *(_figure(row.get("errors", {}).get(name), ".5f") for name in sides),
+            f"{row['of_bandwidth']:.0%}" if row.get("of_bandwidth") else NOTHING,
+            row["wrong"],
+        )
+        for row in store.rows(packed.STAGE)
+    ]
+    times = tuple(f"{name}, µs" for name in sides)
+    errors = tuple(f"error, {name}" for name in sides)
+    header = ("shape", "rows", *times, *errors, "of the bandwidth", "wrong")
+    note = "errors against float64 with the same packed weight, ‖Δ‖ / ‖truth‖; bytes are its own"
+    return Table("Packed weights", header, tuple(lines), note)
 
 
 def _missing(store: Store) -> Table:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from flashnorm.compat.torch_names import after_autograd, below_autograd
+from flashnorm.errors import FlashNormError
 from flashnorm.kernels import autograd, dispatch, norms
 from flashnorm.kernels.call import Call, check
+from flashnorm.kernels.weights import packed
 
 NAME = "flashnorm::norm_linear"
 # The fields of Call, in its order; weights are dense, and a norm is given by its name.
@@ -64,8 +66,17 @@ _library = torch.library.Library("flashnorm", "FRAGMENT")
 _library.impl("norm_linear", _differentiate, "Autograd", with_keyset=True)
 
 operator = torch.ops.flashnorm.norm_linear.default
+PACKED = (
+    "packed weights have no place in the operator that compiled graphs and tracers see; there the "
+    "module's own code runs"
+)
 
 
 def run(call: Call) -> list[Tensor]:
-    """The call through torch's dispatcher: with its gradient, and seen by whoever watches."""
+    """The call through torch's dispatcher: with its gradient, and seen by whoever watches.
+
+    Raises FlashNormError for packed weights.
+    """
+    if packed(call.weights):
+        raise FlashNormError(PACKED)
     return operator(*_arguments(call))

@@ -15,6 +15,7 @@ from typing import Any
 from flashnorm.kernels import measurements
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu.launch import Device, Tile, power_of_two
+from flashnorm.kernels.weights import AnyWeight, Weight
 
 VERSION = 1
 
@@ -32,7 +33,7 @@ def key_of(call: Call) -> str:
     """What a measurement holds for: dtype, norm, widths, and rows up to the next power of two."""
     x = call.x
     count = x.numel() // x.shape[-1]
-    widths = "+".join(str(w.shape[0]) for w in call.weights)
+    widths = "+".join(str(w.shape[0]) + _format(w) for w in call.weights)
     norm = call.norm.name + ("*gain" if call.gain is not None else "")
     norm += "+bias" if call.norm_bias is not None else ""
     after = (call.activation or "linear") + (
@@ -40,6 +41,13 @@ def key_of(call: Call) -> str:
     )
     dtype = str(x.dtype).removeprefix("torch.")
     return f"{dtype} {norm} {x.shape[-1]}->{widths} {after} rows<={power_of_two(max(count, 1))}"
+
+
+def _format(weight: AnyWeight) -> str:
+    """The format of a packed weight, and the features that share a scale."""
+    if not isinstance(weight, Weight):
+        return ""
+    return f" {weight.format.name}" + (f" of {weight.group}" if weight.group else "")
 
 
 def find(call: Call, device: Device) -> Entry | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu import gemm, matmul, rows, skinny
-from flashnorm.kernels.gpu.launch import MOST_ROWS, blocks, device_of, skinny_tile
-from flashnorm.kernels.gpu.step import execute
+from flashnorm.kernels.gpu import gemm, matmul, packed, rows, skinny
+from flashnorm.kernels.gpu.launch import MOST_ROWS, blocks, device_of
+from flashnorm.kernels.gpu.step import Step, execute
 from flashnorm.kernels.gpu.ways import choose, tile_for
 from flashnorm.kernels.norms import NormKind
+from flashnorm.kernels.weights import packed as first_packed
 
 
 def run(call: Call, way: str | None = None) -> list[Tensor]:
@@ -36,6 +39,8 @@ def run(call: Call, way: str | None = None) -> list[Tensor]:
         raise FlashNormError(f"there is no way {way!r}; the ways are skinny, gemm and matmul")
     if way == "skinny" and count > MOST_ROWS:
         raise FlashNormError(f"x has {count} rows; the skinny kernel takes {MOST_ROWS} at most")
+    if way != "skinny" and first_packed(call.weights):
+        raise FlashNormError(f"the way {way!r} takes dense weights only; packed ones have skinny")
     with torch.cuda.device_of(call.x):
         found = _results(flat, way)
     return [y.view(*lead, y.shape[1]) for y in found]
@@ -48,9 +53,15 @@ def _results(flat: Call, way: str) -> list[Tensor]:
         return matmul.run(flat)
     outputs = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     if not empty:
-        make = skinny.steps if way == "skinny" else gemm.steps
-        execute(make(flat, outputs, device_of(x), tile_for(flat, way)))
+        made = _steps(way, flat)(flat, outputs, device_of(x), tile_for(flat, way))
+        execute(made)
     return outputs
+
+
+def _steps(way: str, call: Call) -> Callable[..., Iterator[Step]]:
+    if way == "gemm":
+        return gemm.steps
+    return packed.steps if first_packed(call.weights) else skinny.steps
 
 
 def explain(call: Call) -> str:
@@ -68,11 +79,11 @@ def explain(call: Call) -> str:
 
 def _launches(call: Call) -> str:
     """How the skinny kernel is cut into programs, launch by launch."""
-    device, rows, n = device_of(call.x), call.x.numel() // call.x.shape[-1], call.x.shape[-1]
-    found, gated = [], call.activation is not None
-    for group in skinny.groups(call):
+    device, gated, found = device_of(call.x), call.activation is not None, []
+    own = packed if first_packed(call.weights) else skinny
+    for group in own.groups(call):
         widths = [call.weights[i].shape[0] for i in (group[:1] if gated else group)]
-        tile = tile_for(call, "skinny") or skinny_tile(rows, n, widths, call.x.dtype, gated, device)
+        tile = tile_for(call, "skinny") or own.default_tile(call, group, device)
         programs = blocks(tile.columns, widths) * tile.splits
         parts = f", n in {tile.splits} parts" if tile.splits > 1 else ""
         found.append(f"{programs} programs of {tile.columns} columns{parts}")

@@ -18,16 +18,18 @@ from typing import Any
 
 import torch
 
-from flashnorm.kernels import norms
+from flashnorm.kernels import norms, weights
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu import attention, gemm, rows, skinny
+from flashnorm.kernels.gpu import attention, gemm, packed, rows, skinny
 from flashnorm.kernels.gpu.launch import Device
 from flashnorm.kernels.gpu.step import Step
 from flashnorm.kernels.norms import NormKind
+from flashnorm.kernels.weights import FP8, Weight
 
 TARGETS = {80: Device("sm_80", (8, 0), 108), 90: Device("sm_90", (9, 0), 132)}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-POINTERS = {**TYPES, torch.int32: "i32", torch.bool: "i1"}
+BYTES = {torch.int8: "i8", torch.uint8: "u8", FP8: "fp8e4nv"}
+POINTERS = {**TYPES, **BYTES, torch.int32: "i32", torch.bool: "i1"}
 USED = re.compile(r"Function \w+:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -127,6 +129,16 @@ READERS: dict[str, tuple[tuple[int, ...], str | None]] = {
     "glu": ((14336, 14336), "silu"),
     "split": ((512,), None),
 }
+# Packed weights: format, features that share a scale (0: all of a row), dtypes of zeros and of
+# offsets. Scales are in the dtype of x, and lie as [groups, k].
+PACKED: dict[str, tuple[str, int, torch.dtype | None, torch.dtype | None]] = {
+    "int8": ("int8-rows", 0, None, None),
+    "int8/128+zeros": ("int8-groups", 128, torch.int8, None),
+    "int4/128": ("int4-groups", 128, None, None),
+    "int4/32+zeros": ("int4-groups", 32, torch.bfloat16, None),
+    "int4/64+offsets": ("int4-groups", 64, None, torch.bfloat16),
+    "fp8": ("fp8-rows", 0, None, None),
+}
 FEW = (1, 16, 64)
 MANY = 4096
 N = 4096
@@ -139,6 +151,8 @@ def every_step(device: Device) -> Iterator[tuple[str, Step]]:
         for norm, (kind, options) in NORMS.items():
             yield from _products(device, dtype, norm, kind, options)
             yield from _norms(dtype, norm, kind, options)
+        for name in PACKED:
+            yield from _packed(device, dtype, name)
         yield from _attentions(device, dtype)
 
 
@@ -158,6 +172,35 @@ def _products(
                 name = step.kernel.__name__
                 if name in ("gemm", "skinny"):
                     yield f"{name} {TYPES[dtype]} {norm} {reader} M={count}", step
+
+
+def _packed(device: Device, dtype: torch.dtype, name: str) -> Iterator[tuple[str, Step]]:
+    """Norms that are live, because packed weights hold no gain."""
+    alone = [("rms*gain", "one"), ("rms*gain", "three")] if dtype == torch.bfloat16 else []
+    for norm, reader in (*alone, ("layer", "glu")):
+        (kind, options), (widths, activation) = NORMS[norm], READERS[reader]
+        for count in FEW:
+            call = _call((count, N), widths, dtype, kind, options, activation)
+            call = call._replace(weights=[_packed_weight(name, k, dtype) for k in widths])
+            made = [call.x.new_empty(count, k) for k in widths[: 1 if activation else None]]
+            for step in packed.steps(call, made, device):
+                yield f"packed {TYPES[dtype]} {norm} {name} {reader} M={count}", step
+
+
+def _packed_weight(name: str, k: int, dtype: torch.dtype) -> Weight:
+    form, group, zeros, offsets = PACKED[name]
+    found = weights.find(form)
+
+    def numbers(kind: torch.dtype | None) -> torch.Tensor | None:
+        if kind is None:
+            return None
+        return torch.empty(N // group if group else 1, k, dtype=kind, device="meta").t()
+
+    stored = {"int4-groups": torch.uint8, "fp8-rows": FP8}.get(form, torch.int8)
+    width = N // 2 if form == "int4-groups" else N
+    values = torch.empty(k, width, dtype=stored, device="meta")
+    scales = numbers(dtype)
+    return Weight(values, found, scales, k, N, group, numbers(zeros), numbers(offsets))
 
 
 def _norms(

@@ -107,6 +107,48 @@ def _one_row(
     return Tile(1, columns, depth, 4, 4, splits)
 
 
+def packed_tile(
+    rows: int,
+    n: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    each: int,
+    group: int,
+    gated: bool,
+    device: Device,
+) -> Tile:
+    """Tiles of weights with `each` features in a byte, of which `group` share a scale (0: a row).
+
+    A step ends with a group, and up to 32 rows every thread copies 16 bytes of it at least. By
+    element, several features in a byte would take longer to unpack than to read, and scales of
+    groups would not stay with the threads that need them: the matrix units take one row of half
+    precision as well.
+    """
+    by_element = rows == 1 and (dtype == torch.float32 or (each == 1 and not group))
+    height = 1 if by_element else power_of_two(rows, 16)
+    if by_element:
+        most = 512
+    elif dtype == torch.float32:
+        most = 32
+    else:
+        most = 64 if height > 32 or (gated and each == 1) else 128
+    depth = min(power_of_two(n, 16 * each), most)
+    if group:
+        depth = min(depth, group & -group)
+    size, stages = depth // each, 3 if height > 16 or gated else 4
+    if by_element:
+        columns, warps = (2048 if gated else 4096) // size, 4
+    elif dtype == torch.float32:
+        columns, warps = 16, 4 if height <= 32 else 8
+        stages = 2 if gated and height > 32 else stages
+    elif height > 32:  # no more sums fit into the registers
+        columns, warps = 32, 4
+    else:
+        columns, warps = 64, max(height // 8, min(8, size // 8))
+    tile = Tile(height, columns, depth, warps, stages)
+    return replace(tile, splits=_splits(n, columns, widths, device.processors))
+
+
 def _columns(choices: Sequence[int], widths: Sequence[int], programs: int) -> int:
     """The most columns that still give so many programs; else the fewest."""
     for columns in choices:

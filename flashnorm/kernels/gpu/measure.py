@@ -13,6 +13,7 @@ from flashnorm.kernels.gpu import cached
 from flashnorm.kernels.gpu.calls import run
 from flashnorm.kernels.gpu.launch import MOST_ROWS, device_of
 from flashnorm.kernels.gpu.ways import why_not
+from flashnorm.kernels.weights import packed
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -36,6 +37,8 @@ def measure(calls: Sequence[Call], timer: Timer | None = None) -> cached.Entry:
 
 
 def _ways(call: Call) -> list[str]:
+    if packed(call.weights):
+        return ["skinny"]
     few = call.x.numel() <= MOST_ROWS * call.x.shape[-1]
     return ["skinny", "gemm", "matmul"] if few else ["gemm", "matmul"]
 

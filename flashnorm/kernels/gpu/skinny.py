@@ -45,6 +45,13 @@ def groups(call: Call) -> Iterator[list[int]]:
         yield list(range(first, min(count, first + together)))
 
 
+def default_tile(call: Call, group: Sequence[int], device: Device) -> Tile:
+    """The tile of the weights of one launch, where none was measured."""
+    n, gated = call.x.shape[-1], call.activation is not None
+    widths = [call.weights[i].shape[0] for i in (group[:1] if gated else group)]
+    return skinny_tile(call.x.numel() // n, n, widths, call.x.dtype, gated, device)
+
+
 def steps(
     call: Call, outputs: Sequence[Tensor], device: Device, tile: Tile | None = None
 ) -> Iterator[Step]:
@@ -54,7 +61,8 @@ def steps(
         biases = [call.biases[i] if call.biases else None for i in group]
         found = [outputs[0]] if call.activation else [outputs[i] for i in group]
         if sum(y.numel() for y in found):
-            yield _group(call, weights, biases, found, device, tile)
+            tile_here = tile or default_tile(call, group, device)
+            yield _group(call, weights, biases, found, device, tile_here)
 
 
 def _group(
@@ -63,18 +71,34 @@ def _group(
     biases: list[Tensor | None],
     outputs: list[Tensor],
     device: Device,
-    tile: Tile | None,
+    tile: Tile,
 ) -> Step:
     from flashnorm.kernels.gpu.device.skinny import skinny
 
+    programs, arguments = common(call, weights, biases, outputs, device, tile, call.x.shape[1])
+    early = device.starts_early
+    return Step(skinny, (programs, tile.splits), arguments, tile.warps, tile.stages, early)
+
+
+def common(
+    call: Call,
+    values: list[Tensor],
+    biases: list[Tensor | None],
+    outputs: list[Tensor],
+    device: Device,
+    tile: Tile,
+    taken: int,
+) -> tuple[int, dict[str, Any]]:
+    """The programs of a launch for each part of n, and what it is given, whatever the format is.
+
+    values: the weights as they lie, rows of `taken` elements.
+    """
     (rows, n), gated = call.x.shape, call.activation is not None
-    widths = [y.shape[1] for y in outputs]
-    if tile is None:
-        tile = skinny_tile(rows, n, widths, call.x.dtype, gated, device)
-    programs, early = blocks(tile.columns, widths), device.starts_early
-    residual = call.output_residual
-    arguments = _weights(weights, biases, outputs) | _parts(call.x, tile, programs, 1 + gated)
-    arguments |= {
+    programs = blocks(tile.columns, [y.shape[1] for y in outputs])
+    residual, early = call.output_residual, device.starts_early
+    lines = lines_ahead(tile, taken, values[0].dtype, gated) if early else 0
+    arguments = _weights(values, biases, outputs) | _parts(call.x, tile, programs, 1 + gated)
+    return programs, arguments | {
         "x": call.x,
         "x_stride": call.x.stride(0),
         "gain": call.gain,
@@ -90,16 +114,15 @@ def _group(
         "STATISTICS": statistics(call, tile.rows),
         "ACTIVATION": call.activation,
         "PRECISION": precision(),
-        "WEIGHTS": len(weights),
+        "WEIGHTS": len(values),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
         "SPLITS": tile.splits,
         "STAGES": tile.stages,
         "PDL": early,
-        "LINES": lines_ahead(tile, n, call.x.dtype, gated) if early else 0,
+        "LINES": lines,
     }
-    return Step(skinny, (programs, tile.splits), arguments, tile.warps, tile.stages, early)
 
 
 def _parts(x: Tensor, tile: Tile, tiles: int, products: int) -> dict[str, Any]:

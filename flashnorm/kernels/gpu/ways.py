@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.gpu import cached
+from flashnorm.kernels.gpu import cached, decoding
 from flashnorm.kernels.gpu.launch import MOST_ROWS, Tile, device_of, interpreted
 from flashnorm.kernels.weights import DTYPES, HALVES, packed
 
@@ -37,11 +37,13 @@ class Way:
 def choose(call: Call) -> Way:
     """What `run` runs for a call that `why_not` has nothing against."""
     count = call.x.numel() // call.x.shape[-1]
+    rows = f"{count} row{'' if count == 1 else 's'}"
+    if packed(call.weights):
+        return Way("skinny", f"{rows}: packed weights have no other kernel")
     entry = cached.find(call, device_of(call.x))
     if entry is not None and (entry.way != "skinny" or count <= MOST_ROWS):
         return Way(entry.way, f"measured fastest on this card ({entry.note})")
     limit = SKINNY_ROWS[call.x.dtype]
-    rows = f"{count} row{'' if count == 1 else 's'}"
     if count <= limit:
         return Way("skinny", f"{rows}: the skinny kernel's default limit is {limit} (not measured)")
     return Way(
@@ -62,15 +64,15 @@ def why_not(call: Call) -> str | None:
         return reason
     if call.norm.code is None:
         return f"the kernels do not know the norm {call.norm.name!r}"
-    if unknown := packed(call.weights):
-        return f"the kernels do not know weights in the format {unknown.format.name!r}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"
     if not 0 < x.shape[-1] <= MOST_FEATURES:
         return f"x has {x.shape[-1]} features; the kernels take 1 to {MOST_FEATURES}"
     if not call.weights:
         return "there is no weight"
-    return _wrong_weight(call) or _wrong_vector(call)
+    if packed(call.weights):
+        return decoding.why_not(call) or _wrong_residual(call) or _wrong_vector(call)
+    return _wrong_weight(call) or _wrong_residual(call) or _wrong_vector(call)
 
 
 def unusable(x: Tensor) -> str | None:
@@ -101,6 +103,11 @@ def _wrong_weight(call: Call) -> str | None:
             return f"x is {x.dtype} on {x.device} and a weight {w.dtype} on {w.device}"
         if w.stride(1) != 1 and w.shape[1] > 1:
             return "a weight's rows are not dense; weight.contiguous() has dense ones"
+    return None
+
+
+def _wrong_residual(call: Call) -> str | None:
+    x = call.x
     for residual in (call.output_residual, call.input_residual):
         if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
             return f"the residual is not like x: {residual.dtype} on {residual.device}"

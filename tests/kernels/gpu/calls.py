@@ -15,7 +15,9 @@ from flashnorm.kernels import gpu
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.gpu import matmul
 from flashnorm.kernels.gpu.gemm import as_it_is, only_scales
-from flashnorm.kernels.gpu.launch import MOST_ROWS, interpreted
+from flashnorm.kernels.gpu.launch import HOPPER, MOST_ROWS, interpreted
+from flashnorm.kernels.gpu.packed import default_tile
+from flashnorm.kernels.weights import Weight, packed
 from tests.kernels.bounds import assert_close
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -28,6 +30,8 @@ def on_device(value: Any) -> Any:
         # With all that lies between its elements: `to` alone would make some of them contiguous.
         whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(DEVICE)
         return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, Weight):
+        return Weight(*map(on_device, value))
     return [on_device(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -37,6 +41,8 @@ def there(call: Call) -> Call:
 
 
 def ways(call: Call) -> list[str]:
+    if packed(call.weights):
+        return ["skinny"]
     rows = call.x.numel() // call.x.shape[-1]
     return [way for way in WAYS if way != "skinny" or rows <= MOST_ROWS]
 
@@ -47,12 +53,14 @@ def rounds_first(call: Call, way: str) -> bool:
         return False
     if way == "skinny":
         several = call.x.numel() > call.x.shape[-1]
+        if packed(call.weights):
+            several = default_tile(call, [0], HOPPER).rows > 1
         return several and not only_scales(call)
     late = way == "gemm" or matmul.scales_late(call)
     return not (late and only_scales(call))
 
 
-def check(call: Call, *chosen: str, what: object = "") -> None:
+def check(call: Call, *chosen: str, what: object = "", alike: bool = True) -> None:
     """Every way that takes the call, or the chosen ones, within the bound of its roundings."""
     moved = there(call)
     assert gpu.why_not(moved) is None, what
@@ -63,9 +71,8 @@ def check(call: Call, *chosen: str, what: object = "") -> None:
                 again = gpu.run(moved, way)
             for y, other in zip(found, again, strict=True):
                 assert torch.equal(y.view(BITS[y.itemsize]), other.view(BITS[y.itemsize])), what
-        assert_close(
-            call, found, fused=way != "matmul", what=(way, what), first=rounds_first(call, way)
-        )
+        first, fused = rounds_first(call, way), way != "matmul"
+        assert_close(call, found, fused, (way, what), first, alike)
 
 
 @contextmanager

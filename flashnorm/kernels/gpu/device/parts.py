@@ -26,8 +26,9 @@ def narrow(v, dtype: tl.constexpr):
     if INTERPRETED:  # noqa: SIM102 (known when compiled: two conditions, not one)
         if dtype == tl.bfloat16:
             bits = v.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            # As bits, because the interpreter's own conversion is wrong below the normal numbers.
+            v = tl.where(v == v, bits, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return v.to(dtype)
 
 
