@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,8 @@ def quiet_transformers() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
+    with _quiet_imports():
+        import transformers.modeling_utils  # noqa: F401
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
@@ -231,6 +234,20 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         _restore_bars(bars, hub_bars)
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """transformers imports quantizers where they are installed, and torchao warns when it is."""
+    loggers = [getLogger(name) for name in ("torch", "torch.utils", "torchao")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _restore_bars(bars: bool, hub_bars: bool) -> None:

@@ -89,7 +89,7 @@ def plain_parts(model: nn.Module, kernels: list[Kernel]) -> Iterator[None]:
                 _lay(kernel, undo)
         for path, module in model.named_modules():
             _embed(path, module, undo)
-            _put_away(module, undo)
+            _put_away(path, module, undo)
         yield
 
 
@@ -138,11 +138,11 @@ def _embed(path: str, module: nn.Module, undo: ExitStack) -> None:
     module.__dict__["forward"] = made.__call__
 
 
-def _put_away(module: nn.Module, undo: ExitStack) -> None:
+def _put_away(path: str, module: nn.Module, undo: ExitStack) -> None:
     for name, parameter in list(module._parameters.items()):
         if parameter is not None and is_traceable_wrapper_subclass(parameter):
             if not any(map(is_laid, module._buffers)):
-                raise FlashNormError(OWN_CODE.format(name))
+                raise FlashNormError(OWN_CODE.format(path))
             undo.callback(module._parameters.__setitem__, name, parameter)
             module._parameters[name] = None
 

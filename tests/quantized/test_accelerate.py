@@ -332,13 +332,6 @@ def test_options_leave_packed_layers_right(decoded, origin, option):
     assert torch.equal(run(model, x), own)
 
 
-def test_a_package_is_refused(decoded, tmp_path):
-    model = ORIGINS["gptq"](toy())
-    with pytest.raises(FlashNormError, match=r"cannot be packaged: q.qweight is quantized"):
-        flashnorm.accelerate_(model, (rows(2, N),), package=tmp_path)
-    assert all("forward" not in vars(module) for module in model.modules())
-
-
 @pytest.mark.parametrize("origin", ["torchao int8", "gptq"])
 def test_a_compiled_graph_holds_the_modules_own_code(decoded, origin):
     x = rows(5, N)
