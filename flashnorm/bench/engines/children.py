@@ -104,10 +104,10 @@ def command(
     return [python, str(HERE / "serve.py"), script, json.dumps(asked)]
 
 
-def our_command(variant: str, model: str, dtype: str, threads: int) -> list[str]:
+def our_command(variant: str, model: str, dtype: str, threads: int, **how: object) -> list[str]:
     """One of our own variants as an engine; it imports the flashnorm that runs here."""
     path = [str(Path(flashnorm.__file__).parents[1])]
-    more = {"variant": variant, "path": path}
+    more = {"variant": variant, "path": path, **how}
     return command(sys.executable, "run_flashnorm", model, dtype, threads, 0, **more)
 
 
