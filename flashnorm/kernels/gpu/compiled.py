@@ -176,8 +176,9 @@ def _products(
 
 def _packed(device: Device, dtype: torch.dtype, name: str) -> Iterator[tuple[str, Step]]:
     """Norms that are live, because packed weights hold no gain."""
-    alone = [("rms*gain", "one"), ("rms*gain", "three")] if dtype == torch.bfloat16 else []
-    for norm, reader in (*alone, ("layer", "glu")):
+    live = f"{norms.RMS.name}*gain"
+    alone = [(live, "one"), (live, "three")] if dtype == torch.bfloat16 else []
+    for norm, reader in (*alone, (norms.LAYER.name, "glu")):
         (kind, options), (widths, activation) = NORMS[norm], READERS[reader]
         for count in FEW:
             call = _call((count, N), widths, dtype, kind, options, activation)

@@ -135,7 +135,8 @@ def packed_tile(
     depth = min(power_of_two(n, 16 * each), most)
     if group:
         depth = min(depth, group & -group)
-    size, stages = depth // each, 3 if height > 16 or gated else 4
+    size = depth // each
+    stages = 3 if height > 16 or gated else 4
     if by_element:
         columns, warps = (2048 if gated else 4096) // size, 4
     elif dtype == torch.float32:
@@ -143,8 +144,10 @@ def packed_tile(
         stages = 2 if gated and height > 32 else stages
     elif height > 32:  # no more sums fit into the registers
         columns, warps = 32, 4
-    else:
-        columns, warps = 64, max(height // 8, min(8, size // 8))
+    elif size >= 64:
+        columns, warps = 64, 8
+    else:  # small programs, of which a multiprocessor holds many; with more stages they spill
+        columns, warps, stages = 64, height // 8, 3 if gated else 2
     tile = Tile(height, columns, depth, warps, stages)
     return replace(tile, splits=_splits(n, columns, widths, device.processors))
 
