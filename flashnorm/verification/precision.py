@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashnorm.compat.torch_names import TorchDispatchMode, tree_map_only
 from flashnorm.errors import FlashNormError
-from flashnorm.graph.packed import find_held
+from flashnorm.graph.packed import find_held, twin_of
 from flashnorm.verification.choices import CHOOSING, Choices
 from flashnorm.verification.packed import computing, parts
 
@@ -164,7 +164,7 @@ def in_dtype(
     """
     held: list[tuple[Tensor, Tensor]] = []
     layers = find_held(model)
-    saved, packed = _saved(model), parts(layers)
+    saved, packed = _saved(model, bool(layers)), parts(layers)
     try:
         for tensor in [*model.parameters(), *model.buffers()]:
             if id(tensor) in packed or (
@@ -185,13 +185,15 @@ def in_dtype(
             tensor.data = data
 
 
-def _saved(model: nn.Module) -> set[int]:
-    """The tensors of the state dict, by id; asking for one may pack quantized weights anew."""
-    found = {id(parameter) for parameter in model.parameters()}
-    for module in model.modules():
-        hidden = module._non_persistent_buffers_set
-        found |= {id(buffer) for name, buffer in module._buffers.items() if name not in hidden}
-    return found
+def _saved(model: nn.Module, packed: bool) -> set[int]:
+    """The tensors of the state dict, by id; of a packed model a twin is asked, because some layers
+    pack their weights anew for it."""
+    if not packed:
+        return {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    names = twin_of(model).state_dict(keep_vars=True).keys()
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    own |= dict(model.named_buffers(remove_duplicate=False))
+    return {id(tensor) for name, tensor in own.items() if name in names}
 
 
 def _complex_of(dtype: torch.dtype) -> torch.dtype:

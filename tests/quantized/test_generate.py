@@ -11,6 +11,7 @@ import flashnorm
 from flashnorm.kernels import dispatch
 from flashnorm.quantized import layout
 from flashnorm.verification.bounds import Size, output_bound
+from flashnorm.verification.precision import float64_truth, in_dtype
 from tests.errors import relative
 from tests.quantized.models import ORIGINS, dequantized
 
@@ -121,3 +122,16 @@ def test_verify_holds_both_against_the_dequantized_model(decoded, origin, dtype)
     with torch.no_grad():
         values.copy_(values.flip(0))
     assert not flashnorm.verify(model, twin, tokens=64, sample=32).ok
+
+
+@pytest.mark.parametrize("origin", ["bitsandbytes nf4", "torchao float8", COMPRESSED])
+def test_the_truth_is_that_of_the_dequantized_weights(origin):
+    model = ORIGINS[origin](llama())
+    dense = dequantized(model)
+    with torch.no_grad(), in_dtype(model, torch.float64), float64_truth():
+        found = model(PROMPT).logits
+    bound = output_bound(Size(2 * HIDDEN, 7 * LAYERS + 1, torch.float64), torch.float64)
+    # Norms and rotary frequencies of a model compute in float32 without it.
+    with torch.no_grad(), float64_truth():
+        truth = dense(PROMPT).logits
+    assert relative(found, truth) <= bound
