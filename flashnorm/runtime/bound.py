@@ -19,7 +19,6 @@ from flashnorm.kernels.weights import AnyWeight, Weight, find
 from flashnorm.kernels.weights import part as packed_part
 from flashnorm.quantized.layout import Held, Unreadable, version
 
-UNLIMITED = 2**62  # rows: nothing but a kernel multiplies by a packed weight
 UNPROVEN = "what the module computes in this dtype was not held against its packed weight"
 LEFT = (KeyError, AttributeError)  # where a tensor is no longer there
 GONE = "a parameter is no longer held by its module: it is computed, or was removed"
@@ -185,7 +184,7 @@ class Kernel:
         limits = self.backend.limits
         if self.packed:  # a graph that reads wrapped tensors runs the modules' own code
             wrapped = compiled and not self.laid
-            return dict.fromkeys(limits.dtypes, 0 if wrapped else n * UNLIMITED)
+            return dict.fromkeys(limits.dtypes, 0 if wrapped else n * limits.packed)
         most = {d: self.backend.rows(d, n, len(count), compiled) for d in limits.dtypes}
         if any(product.rows.turned for product in self.products):
             most = {dtype: min(rows, limits.turned) for dtype, rows in most.items()}

@@ -210,6 +210,9 @@ class FusedGated(Fused):
         if hidden is not None:
             return self.down(hidden)
         x = lazy.value(x)
+        if self.kernel.packed and isinstance(x, Tensor):
+            if x.numel() > self.kernel.most.get(x.dtype, math.inf):
+                return self.original(x)  # no library multiplies by a packed weight
         return self._by_library(x) if self._few_by_library(x) else super().eager(x)
 
     def _few_by_library(self, x: Any) -> bool:

@@ -13,7 +13,8 @@ from flashnorm.kernels.weights import DTYPES, HALVES, packed, turned
 MOST_WEIGHTS = 8
 TOKENS_OF_EXPERTS = 16  # in all; every expert has its share of them
 ROWS_TURNED = 16  # of x, where weights are held as [in, out]
-LIMITS = Limits(tuple(DTYPES), MOST_WEIGHTS, contiguous=True, turned=ROWS_TURNED)
+ANY = 2**62  # rows
+LIMITS = Limits(tuple(DTYPES), MOST_WEIGHTS, contiguous=True, turned=ROWS_TURNED, packed=ANY)
 POLICY = Policy(Precompute.ALWAYS, idle="", few=Way.KERNEL, many=Way.BLOCKS)
 # Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
 # float32 the graph's own product is faster then.
@@ -28,7 +29,7 @@ TILE_DEPTH = 32  # elements; rows of x and of weights that are no multiple do no
 def most_rows(call: Call) -> int:
     """How many rows of x the fused kernel takes before torch's matmul does."""
     if packed(call.weights) or any(weight.dtype != call.x.dtype for weight in call.weights):
-        return 2**62
+        return ANY
     if any(turned(weight) for weight in call.dense_weights()):
         return ROWS_TURNED
     return rows_for(call.x.dtype, call.x.shape[-1], len(call.weights))

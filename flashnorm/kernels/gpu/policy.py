@@ -29,7 +29,7 @@ LIBRARY = (
 EAGER_ATTENTION = "called one by one, torch's own attention takes less of Python"
 NOT_LOADED = "a kernel for such an attention was not loaded before the capture"
 
-LIMITS = Limits(tuple(DTYPES), 8)
+LIMITS = Limits(tuple(DTYPES), 8, packed=FEW)
 POLICY = Policy(Precompute.IN_CAPTURE, LIBRARY, few=Way.LIBRARY, many=Way.KERNEL, captured_rows=FEW)
 COMPILED = CompiledPolicy(alone=True, precompute=True, fuses=True, defers=True)
 
