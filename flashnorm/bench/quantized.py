@@ -20,7 +20,7 @@ def quantize_(model: nn.Module, method: str) -> nn.Module:
 
     made = {
         "int8": lambda: ao.Int8WeightOnlyConfig(),
-        "int4": lambda: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(GROUP)),
+        "int4": lambda: ao.IntxWeightOnlyConfig(vars(torch)["int4"], ao.PerGroup(GROUP)),
         "float8": lambda: ao.Float8WeightOnlyConfig(),
     }
     if method not in made:

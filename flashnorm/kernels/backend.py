@@ -80,8 +80,8 @@ class CompiledPolicy:
 class Limits:
     """What kernels take. dtypes: of x and parameters; weights: most of one call; contiguous:
     whether a norm by itself takes dense x only; turned: most rows of x where weights are held as
-    [in, out] and given as views [k, n] with stride (1, k), all of a call alike; 0: none. packed: most
-    rows of x with packed weights, which no library multiplies by."""
+    [in, out] and given as views [k, n] with stride (1, k), all of a call alike; 0: none. packed:
+    most rows of x with packed weights, which no library multiplies by."""
 
     dtypes: tuple[torch.dtype, ...]
     weights: int

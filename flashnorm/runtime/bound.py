@@ -207,6 +207,15 @@ class Kernel:
         self.laid = laid
         self.written = self._write()
 
+    def formats(self) -> list[Any]:
+        """How the packed weights of its products lie; empty where all are dense."""
+        found = [part(*product)[0] for product in self.products if product.packed is not None]
+        return [
+            (w.format.name, w.outputs, w.features, w.group, [t.dtype for t in w.tensors()])
+            for w in found
+            if isinstance(w, Weight)
+        ]
+
     @property
     def width(self) -> int:
         """n: features of x."""

@@ -210,10 +210,12 @@ class FusedGated(Fused):
         if hidden is not None:
             return self.down(hidden)
         x = lazy.value(x)
-        if self.kernel.packed and isinstance(x, Tensor):
-            if x.numel() > self.kernel.most.get(x.dtype, math.inf):
-                return self.original(x)  # no library multiplies by a packed weight
+        if self.kernel.packed and isinstance(x, Tensor) and self._too_many(x):
+            return self.original(x)  # no library multiplies by a packed weight
         return self._by_library(x) if self._few_by_library(x) else super().eager(x)
+
+    def _too_many(self, x: Tensor) -> bool:
+        return x.numel() > self.kernel.most.get(x.dtype, math.inf)
 
     def _few_by_library(self, x: Any) -> bool:
         """Whether torch's own operations take the least of Python for this x."""

@@ -78,9 +78,10 @@ def _module(path: str, module: nn.Module, held: dict[str, Any]) -> list[Any]:
 def _shown(value: Any) -> str:
     """A value that is not plain, by what it is and not by where."""
     kernel = getattr(value, "kernel", None)
+    packed = [] if kernel is None else kernel.formats()
     kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
     text = f"{kind.__module__}.{kind.__qualname__}"
-    return text if kernel is None else f"{text} {getattr(kernel, 'written', '')} {value.dtypes}"
+    return text if kernel is None else f"{text} {kernel.written} {packed} {value.dtypes}"
 
 
 def _foreign(model: nn.Module) -> list[str]:
