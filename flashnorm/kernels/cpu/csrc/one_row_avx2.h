@@ -147,36 +147,68 @@ inline void fetch(const char* p, int64_t bytes) {
 
 const Byte nothing[64] = {};  // a block whose scale is zero
 
-// Blocks of 32 features, two to a step.
-template <class S> void pairs_of_blocks(const PackedProduct& p) {
-  const int64_t blocks = p.op.n / 32;
-  for (int64_t c = 0; c < p.count; ++c) {
-    const Byte* w = static_cast<const Byte*>(p.s.weight) + (p.at + c) * p.s.stride;
-    const char* ahead = later(p, c);
-    Vec sum = Vec::set(0);
-    int64_t b = 0;
-    for (; b + 2 <= blocks; b += 2, w += 2 * S::bytes, ahead += 2 * S::bytes) {
-      fetch(ahead, 2 * S::bytes);
-      sum = S::step(w, w + S::bytes, S::input(p, b * 32), sum);
+// C rows of weights side by side share what is read of x.
+constexpr int64_t BESIDE = 2;
+
+template <int C> struct Beside {
+  const Byte* at[C];
+  const char* ahead[C];
+  Vec sum[C];
+
+  Beside(const PackedProduct& p, int64_t first) {
+    for (int c = 0; c < C; ++c) {
+      at[c] = static_cast<const Byte*>(p.s.weight) + (p.at + first + c) * p.s.stride;
+      ahead[c] = later(p, first + c);
+      sum[c] = Vec::set(0);
     }
-    if (b < blocks) sum = S::step(w, nothing, S::input(p, b * 32), sum);
-    p.out[c] = sum.sum();
   }
+  inline void advance(int64_t bytes) {
+    for (int c = 0; c < C; ++c) {
+      fetch(ahead[c], bytes);
+      at[c] += bytes, ahead[c] += bytes;
+    }
+  }
+  inline void store(float* out) const {
+    for (int c = 0; c < C; ++c) out[c] = sum[c].sum();
+  }
+};
+
+// Blocks of 32 features, two to a step.
+template <class S, int C> inline void pairs_of_rows(const PackedProduct& p, int64_t first) {
+  const int64_t blocks = p.op.n / 32;
+  Beside<C> r(p, first);
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2) {
+    const auto x = S::input(p, b * 32);
+    for (int c = 0; c < C; ++c) r.sum[c] = S::step(r.at[c], r.at[c] + S::bytes, x, r.sum[c]);
+    r.advance(2 * S::bytes);
+  }
+  if (b < blocks)
+    for (int c = 0; c < C; ++c) r.sum[c] = S::step(r.at[c], nothing, S::input(p, b * 32), r.sum[c]);
+  r.store(p.out + first);
 }
 
 // Blocks of 256 features.
-template <class S> void large_blocks(const PackedProduct& p) {
+template <class S, int C> inline void large_rows(const PackedProduct& p, int64_t first) {
   const int64_t blocks = p.op.n / 256;
-  for (int64_t c = 0; c < p.count; ++c) {
-    const Byte* w = static_cast<const Byte*>(p.s.weight) + (p.at + c) * p.s.stride;
-    const char* ahead = later(p, c);
-    Vec sum = Vec::set(0);
-    for (int64_t b = 0; b < blocks; ++b, w += S::bytes, ahead += S::bytes) {
-      fetch(ahead, S::bytes);
-      sum = S::step(w, S::input(p, b * 256), sum);
-    }
-    p.out[c] = sum.sum();
+  Beside<C> r(p, first);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int c = 0; c < C; ++c) r.sum[c] = S::step(r.at[c], S::input(p, b * 256), r.sum[c]);
+    r.advance(S::bytes);
   }
+  r.store(p.out + first);
+}
+
+template <class S> void pairs_of_blocks(const PackedProduct& p) {
+  int64_t c = 0;
+  for (; c + BESIDE <= p.count; c += BESIDE) pairs_of_rows<S, BESIDE>(p, c);
+  for (; c < p.count; ++c) pairs_of_rows<S, 1>(p, c);
+}
+
+template <class S> void large_blocks(const PackedProduct& p) {
+  int64_t c = 0;
+  for (; c + BESIDE <= p.count; c += BESIDE) large_rows<S, BESIDE>(p, c);
+  for (; c < p.count; ++c) large_rows<S, 1>(p, c);
 }
 
 }  // namespace
