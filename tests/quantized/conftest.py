@@ -8,7 +8,7 @@ from tests.quantized import decoding
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Kernels that take packed weights; counts of calls are those of the test."""
+    """Counts of kernels and of what fell back, of the test alone."""
     decoding.install(monkeypatch)
     monkeypatch.setattr(fallback, "_fallbacks", Counter())
     return decoding
