@@ -18,6 +18,7 @@ from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.gguf.file import File, Stored, look, weight
 from flashnorm.gguf.rearranged import Rows, rearrangement
 from flashnorm.gguf.routes import Routes, place_
+from flashnorm.kernels.cpu.pages import give_back
 from flashnorm.kernels.weights import DTYPES
 from flashnorm.loading import check_complete, locate, model_class, quiet_transformers, unreadable
 from flashnorm.quantized.ggml import PLAIN
@@ -68,7 +69,9 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) 
         raise FlashNormError(f"{os.fspath(path)} is no GGUF file: flashnorm.load_gguf reads those")
     with quiet_transformers():
         try:
-            return _load(place, dtype)
+            model = _load(place, dtype)
+            give_back()  # what transformers read of the vocabulary
+            return model
         except FlashNormError:
             raise
         except Exception as error:

@@ -26,6 +26,7 @@ from flashnorm.integrations.transformers_experts import (
 )
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
+from flashnorm.kernels.cpu.pages import give_back
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.quantized.layout import Aside, plain, put_back, unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
@@ -198,6 +199,7 @@ def accelerate_(
         undo = _Undo(list(forwards.items()), attention, experts, found, moved, alone, hooks=hooks)
         change.item(model.__dict__, RECORD, undo)
     _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
+    give_back()  # what the recording took
     return model
 
 
