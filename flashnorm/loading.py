@@ -224,7 +224,7 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     with _quiet_imports():
-        import transformers.modeling_utils  # noqa: F401
+        from transformers import PreTrainedModel  # noqa: F401
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()

@@ -18,7 +18,7 @@ from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.gguf.file import File, Stored, look, weight
 from flashnorm.gguf.rearranged import Rows, rearrangement
 from flashnorm.gguf.routes import Routes, place_
-from flashnorm.kernels.cpu.pages import give_back
+from flashnorm.kernels.freed import give_back
 from flashnorm.kernels.weights import DTYPES
 from flashnorm.loading import check_complete, locate, model_class, quiet_transformers, unreadable
 from flashnorm.quantized.ggml import PLAIN

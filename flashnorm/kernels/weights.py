@@ -17,6 +17,7 @@ from torch import Tensor
 # The dtypes of x, parameters and dense weights that kernels know, by their numbers in csrc/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BOOLEAN = 3  # of an attention mask, beside these
+ZEROS = DTYPES | {torch.int8: 4, torch.uint8: 5}  # of the zeros of packed weights
 HALVES = (torch.bfloat16, torch.float16)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 # The largest number of a dtype that weights and rows are quantized to.

@@ -26,7 +26,7 @@ from flashnorm.integrations.transformers_experts import (
 )
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
-from flashnorm.kernels.cpu.pages import give_back
+from flashnorm.kernels.freed import give_back
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.quantized.layout import Aside, plain, put_back, unpacking
 from flashnorm.rewrite import apply_plan_, unfold_

@@ -17,7 +17,7 @@ from flashnorm.kernels.backend import Backend
 from flashnorm.plan import Site
 from flashnorm.quantized.layout import Held
 from flashnorm.runtime import learn
-from flashnorm.runtime.bound import Kernel, Norm, Product, Slice
+from flashnorm.runtime.bound import Kernel, Product
 from flashnorm.runtime.forward_norm import FusedNorm
 from flashnorm.runtime.forwards import (
     Fused,
@@ -31,6 +31,7 @@ from flashnorm.runtime.packed import Proven, kind, packed_product, taken_linear,
 from flashnorm.runtime.refused import REPLACED as REPLACED
 from flashnorm.runtime.refused import Refused as Refused
 from flashnorm.runtime.refused import check
+from flashnorm.runtime.spec import Norm, Slice
 from flashnorm.runtime.watch import Watch
 
 NOT_LINEAR = "in the recorded passes it was not reached, or was not x Wᵀ + c of its one argument"

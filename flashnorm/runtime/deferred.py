@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flashnorm.functional.deferral import row_scale
 from flashnorm.kernels import norms, reference
 from flashnorm.kernels.call import Call
-from flashnorm.runtime.bound import KernelSpec
+from flashnorm.runtime.spec import KernelSpec
 
 # x is not normalized before it is multiplied, which in float16 could overflow. In these a square
 # does so first, in the model's own norm as well.

@@ -12,9 +12,10 @@ from flashnorm.functional import fused
 from flashnorm.kernels.backend import Precompute
 from flashnorm.kernels.loaded import Loaded
 from flashnorm.runtime import deferred, handoff, lazy
-from flashnorm.runtime.bound import Kernel, read_spec
+from flashnorm.runtime.bound import Kernel
 from flashnorm.runtime.forwards import Fused
 from flashnorm.runtime.handoff import Between
+from flashnorm.runtime.spec import read_spec
 
 
 class FusedNorm(Fused):

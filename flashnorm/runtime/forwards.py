@@ -24,8 +24,9 @@ from flashnorm.kernels.exporting import exporting
 from flashnorm.kernels.weights import dense
 from flashnorm.quantized.layout import Held
 from flashnorm.runtime import handoff, lazy, learn
-from flashnorm.runtime.bound import Kernel, part, read_spec
+from flashnorm.runtime.bound import Kernel, part
 from flashnorm.runtime.handoff import Places
+from flashnorm.runtime.spec import read_spec
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, TRAINING, Watch
 

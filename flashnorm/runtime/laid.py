@@ -22,7 +22,8 @@ from flashnorm.kernels.weights import part as cut
 from flashnorm.quantized import layout
 from flashnorm.quantized.decoding import rounded
 from flashnorm.quantized.packed_tensor import PackedTensor
-from flashnorm.runtime.bound import Kernel, Laid, part
+from flashnorm.runtime.bound import Kernel, part
+from flashnorm.runtime.spec import Laid
 
 PREFIX = "_flashnorm_"
 OWN_CODE = (
@@ -113,10 +114,8 @@ def _lay(kernel: Kernel, undo: ExitStack) -> None:
 def _hold(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
     if name in module._buffers:
         return
-    undo.callback(module._non_persistent_buffers_set.discard, name)
     undo.callback(module._buffers.pop, name)
     module._buffers[name] = tensor
-    module._non_persistent_buffers_set.add(name)
 
 
 def _embed(path: str, module: nn.Module, undo: ExitStack) -> None:

@@ -14,8 +14,9 @@ from flashnorm.kernels.backend import Backend
 from flashnorm.kernels.weights import Weight
 from flashnorm.quantized import layout
 from flashnorm.quantized.layout import Held
-from flashnorm.runtime.bound import UNPROVEN, Kernel, Packed, Product, Slice, part
+from flashnorm.runtime.bound import UNPROVEN, Kernel, Packed, Product, part
 from flashnorm.runtime.refused import Refused
+from flashnorm.runtime.spec import Slice
 
 TWO_FORMATS = "its gate and its up are packed in two formats, of which one call takes one"
 PART = "'{}', which is a part of it, runs its own code"

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from flashnorm.compat.torch_names import tracing_state, without_dispatch_modes
 from flashnorm.kernels import autograd, dispatch, gradient, norms
-from flashnorm.runtime.bound import GONE, Norm, misfit
+from flashnorm.runtime.bound import GONE, misfit
 from flashnorm.runtime.forwards import Inner
+from flashnorm.runtime.spec import Norm
 from flashnorm.runtime.stand import Stand
 from flashnorm.runtime.watch import CHANGED, Watch
 

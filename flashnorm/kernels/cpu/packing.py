@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from flashnorm.kernels.call import Call
-from flashnorm.kernels.weights import DTYPES, Weight, packed
-
-# As in csrc/api.h: the numbers that zeros may be beside the dtypes of everything.
-ZEROS = DTYPES | {torch.int8: 4, torch.uint8: 5}
+from flashnorm.kernels.weights import DTYPES, ZEROS, Weight, packed
 
 
 def why_not(call: Call) -> str:

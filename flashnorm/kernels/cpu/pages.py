@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 
 from torch import Tensor
 
@@ -35,13 +34,6 @@ def collapse(tensors: Iterable[Tensor]) -> int:
         for page in range(-(-begin // HUGE) * HUGE, end - HUGE + 1, HUGE)
         if not madvise(page, HUGE, COLLAPSE)
     )
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the allocator keeps it until told (glibc)."""
-    if sys.platform.startswith("linux"):
-        with suppress(AttributeError):  # another allocator
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ from flashnorm.kernels import dispatch
 from flashnorm.kernels.gpu import launch, policy, switches
 from flashnorm.kernels.gpu.backend import GpuAttention, GpuBackend
 from flashnorm.runtime.accelerate import RECORD
-from flashnorm.runtime.bound import read_spec
+from flashnorm.runtime.spec import read_spec
 from tests.runtime.models import LLAMA, tiny
 
 
