@@ -72,12 +72,13 @@ def hadamard(size: int) -> Tensor:
         return torch.ones(1, 1, dtype=torch.float64)
     if size % 2:
         raise ValueError(f"no Hadamard matrix is built here for a factor {size}: only 2 and 12")
-    factor = 2 if size % 12 else 12
-    return torch.kron(hadamard(size // factor), _paley(factor - 1))
+    if size % 12 == 0:
+        return torch.kron(hadamard(size // 12), _paley(11))
+    return torch.kron(hadamard(size // 2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double())
 
 
 def _paley(prime: int) -> Tensor:
-    """Paley's first construction, for 1 or a prime that is 3 modulo 4: [p + 1, p + 1]."""
+    """Paley's first construction, for a prime that is 3 modulo 4: [p + 1, p + 1]."""
     squares = {i * i % prime for i in range(1, prime)}
     signs = torch.tensor([1.0, *(1.0 if i in squares else -1.0 for i in range(1, prime))])
     index = torch.arange(prime)
