@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from logging import ERROR, getLogger
+from logging import WARNING, disable, root
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,15 +239,12 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def _quiet_imports() -> Iterator[None]:
     """transformers imports quantizers where they are installed, and torchao warns when it is."""
-    loggers = [getLogger(name) for name in ("torch", "torch.utils", "torchao")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(ERROR)
+    before = root.manager.disable
+    disable(WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        disable(before)
 
 
 def _restore_bars(bars: bool, hub_bars: bool) -> None:

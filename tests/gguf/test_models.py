@@ -91,11 +91,17 @@ def test_accelerated_and_compiled(model):
         assert float((found - expected).abs().max() / expected.abs().max()) <= limit
 
 
-def test_folding_is_refused_until_it_is_dequantized(model):
+def test_nothing_is_folded_until_it_is_dequantized(model):
     before = logits(model)
-    with pytest.raises(FlashNormError, match=r"flashnorm\.dequantize_\(model\)"):
-        flashnorm.fold_(model)
-    assert torch.equal(logits(model), before)
+    plan = flashnorm.inspect(model)
+    assert not plan.folded
+    assert all("a gain per input" in site.reason for site in plan.sites)
+    with pytest.raises(FlashNormError, match="was not folded"):
+        flashnorm.folding(model)
+    assert torch.equal(logits(flashnorm.fold_(model)), before)
+
+
+def test_a_dequantized_model_is_folded(model):
     assert flashnorm.folding(flashnorm.fold_(flashnorm.dequantize_(model))).folded
 
 
@@ -128,7 +134,8 @@ def test_the_process_takes_the_memory_of_the_file(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(small), str(large)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     kept, peak = map(int, said.split())
-    assert size * 0.9 < kept <= peak < size * 1.1 + room < size * 2
+    assert size * 0.9 < kept <= size * 1.1 + room < size * 2  # alone it is 1.06 of the file
+    assert kept <= peak < size * 2
 
 
 @pytest.fixture(scope="module")
