@@ -95,8 +95,10 @@ double limit(int32_t type, double value, double error) {
 
 Op operation(int32_t norm, int32_t act, int32_t x, int32_t weight, int64_t n, const Parameters& p) {
   const int32_t own = p.gain.type;
-  Op op{norm, act, x, weight, weight, own, own, own, n, EPS, chance() ? 1.0 : 0.0, nullptr, nullptr,
-        nullptr, 0, {}};
+  Op op{};
+  op.norm = norm, op.act = act, op.x_type = x, op.weight_type = op.bias_type = weight;
+  op.gain_type = op.shift_type = op.alpha_type = own;
+  op.n = n, op.eps = EPS, op.offset = chance() ? 1.0 : 0.0;
   if (p.with_gain) op.gain = p.gain.data;
   if (p.with_shift) op.shift = p.shift.data;
   if (norm == NORM_DYT) op.alpha = p.alpha.data;
