@@ -6,8 +6,7 @@
 
 Every system is a process that waits until it is asked, so that no two run at once; medians of
 interleaved rounds, the first of which warms up. Ours decode in a loop of forwards, as llama.cpp is
-called. `bf16` is our package on the dense weights; read is what the weights of a token come to per
-second, beside what two threads read from memory in the same run.
+called. GB/s is the size of the file, or of the dense weights, for each token.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import statistics
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flashnorm.bench import machine
 from flashnorm.bench.engines.children import KINDS, Child, command, our_command
-from flashnorm.bench.models import token_ids
+from flashnorm.bench.models import open_model, token_ids
 from flashnorm.bench.quantized import METHODS
 
 VARIANTS = ("flashnorm", "flashnorm+package")
@@ -61,7 +59,7 @@ def arguments() -> argparse.Namespace:
 def systems(args: argparse.Namespace) -> list[System]:
     room = args.context + args.tokens
     dense, how = str(Path(args.dense).resolve()), {"loop": True, "tokens": room}
-    size = sum(p.nbytes for p in load_dense(dense).parameters())
+    size = sum(p.nbytes for p in open_model(dense, "bf16").parameters())
     found = []
     for variant in VARIANTS:
         ours = our_command(variant, dense, "bf16", args.threads, **how)
@@ -82,12 +80,6 @@ def systems(args: argparse.Namespace) -> list[System]:
             ours = our_command(variant, dense, "bf16", args.threads, quantize=method, **how)
             found.append(System(f"{method}, {variant}", ours, 0, f"{method}, eager"))
     return found
-
-
-def load_dense(source: str) -> Any:
-    from flashnorm.bench.models import open_model
-
-    return open_model(source, "bf16")
 
 
 def absolute(python: str) -> str:
@@ -143,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     where = machine.describe()
     rows = systems(args)
-    model = load_dense(str(Path(args.dense).resolve()))
+    model = open_model(str(Path(args.dense).resolve()), "bf16")
     prompt = token_ids(args.dense, model, args.context).tolist()
     del model
     with tempfile.TemporaryDirectory() as logs:
