@@ -165,6 +165,13 @@ class Packaging(ABC):
         """The C declarations of every operator that such code may call."""
 
     @abstractmethod
+    def adding(
+        self, operator: Any, arguments: tuple[Any, ...], residual: Any
+    ) -> tuple[Any, ...] | None:
+        """The arguments of a call that adds a residual as well, of the shape and dtype of its only
+        result; None where an operator, or this call of it, cannot."""
+
+    @abstractmethod
     def options(self) -> dict[str, object]:
         """Options of the compiler that its code should be made with."""
 

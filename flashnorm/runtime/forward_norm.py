@@ -13,7 +13,7 @@ from flashnorm.kernels.backend import Precompute
 from flashnorm.kernels.loaded import Loaded
 from flashnorm.runtime import deferred, handoff, lazy
 from flashnorm.runtime.bound import Kernel
-from flashnorm.runtime.forwards import Fused
+from flashnorm.runtime.forwards import Fused, run_in_graph
 from flashnorm.runtime.handoff import Between
 from flashnorm.runtime.spec import read_spec
 
@@ -121,7 +121,7 @@ class FusedNorm(Fused):
             if between.is_heard():
                 continue
             if self.in_graph(kernel, x):
-                found.update(zip(readers, fused.run(kernel.call(x)), strict=True))
+                found.update(zip(readers, run_in_graph(kernel.call(x)), strict=True))
             elif self._defers_in_graph(kernel, x):
                 found[readers[0]] = deferred.gated(kernel.call(x))
         if found:

@@ -69,24 +69,25 @@ def products(
         bias = exact.biases[i].abs() if exact.biases and exact.biases[i] is not None else 0
         # A packed weight is made of parts, each of which is rounded, and of which w is the sum.
         size = packed.sizes(w) if isinstance(w, Weight) else w.double().abs()
-        apart = bytes_of_x(z) @ size.T if isinstance(w, Weight) and in_bytes(call, w) else 0
+        apart = whole_numbers(z, w) @ size.T if isinstance(w, Weight) and in_bytes(call, w) else 0
         errors.append(relative * (z @ size.T + bias) + half * value.abs() + smallest + apart)
     return values, errors
 
 
 def in_bytes(call: Call, weight: Weight) -> bool:
-    """Whether the one row of a call is taken apart into bytes (csrc/one_row_bytes_vnni.h)."""
+    """Whether the one row of a call is taken apart into bytes (csrc/whole_numbers.h)."""
     library = load()
     if not isinstance(library, Library) or library.isa not in ("amx", "avx512bf16", "avx512vnni"):
         return False
-    return call.x.numel() == call.x.shape[-1] and packed.has_few_levels(weight)
+    return call.x.numel() == call.x.shape[-1] and packed.bits_of_levels(weight) > 0
 
 
-def bytes_of_x(z: Tensor) -> Tensor:
-    """How far a row in three bytes may be off: 2⁻²³ of the largest of each 64 numbers."""
-    parts = F.pad(z, (0, -z.shape[-1] % 64)).unflatten(-1, (-1, 64))
+def whole_numbers(z: Tensor, weight: Weight) -> Tensor:
+    """How far a row may be off: half a unit, of which the largest of 32 has 2²² or half as many."""
+    parts = F.pad(z, (0, -z.shape[-1] % 32)).unflatten(-1, (-1, 32))
     largest = parts.amax(-1, keepdim=True).expand(parts.shape)
-    return 2.0**-23 * largest.flatten(-2)[..., : z.shape[-1]]
+    unit = 1.01 * 2.0 ** (-21 if packed.bits_of_levels(weight) == 8 else -22)
+    return unit / 2 * largest.flatten(-2)[..., : z.shape[-1]]
 
 
 def rounds_first(call: Call) -> bool:

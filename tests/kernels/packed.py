@@ -145,10 +145,12 @@ def _block_maker(name: str) -> Make:
 EVERY |= {name: (_block_maker(name), kind.elements) for name, kind in blocks.BLOCKS.items()}
 
 
-def has_few_levels(weight: Weight) -> bool:
-    """Whether levels have six bits or fewer, in the order of features."""
+def bits_of_levels(weight: Weight) -> int:
+    """How many bits a level has, in the order of features; 0 where levels are no whole numbers."""
     name = weight.format.name
-    return name == "int4-groups" or (name in blocks.BLOCKS and name != "q8_0")
+    if name in blocks.BLOCKS:
+        return int(name[1])
+    return {"int4-groups": 4, "int8-groups": 8, "int8-rows": 8}.get(name, 0)
 
 
 def sizes(weight: Weight) -> Tensor:

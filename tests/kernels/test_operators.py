@@ -51,6 +51,13 @@ def test_gated(activation):
     assert torch.equal(operators.norm_linear(call)[0], called_from_python(call)[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added(dtype):
+    for shape in ((1, 1, 64), (2, 3, 33), (20, 576)):
+        call = make(shape, (37,), dtype, "rms", gain=True, bias=True, residual=True)
+        assert torch.equal(operators.norm_linear(call)[0], cpu.run(call)[0])
+
+
 def test_some_readers_have_a_bias():
     call = make((2, 48), (6, 7, 8), torch.float32, gain=True, norm_bias=True, bias=True)
     call = call._replace(biases=[None, call.biases[1], None])
@@ -107,6 +114,15 @@ BAD = {
     "strided gain": {2: [torch.ones(16)[::2]], 3: 1 << policy.MOST_WEIGHTS},
     "one weight for a GLU": {7: 3},
     "unequal GLU": {1: [torch.ones(3, 8), torch.ones(4, 8)], 7: 3},
+    "missing residual": {3: 4 << policy.MOST_WEIGHTS},
+    "residual of another size": {2: [torch.ones(2, 4)], 3: 4 << policy.MOST_WEIGHTS},
+    "residual of another dtype": {2: [torch.ones(2, 3).half()], 3: 4 << policy.MOST_WEIGHTS},
+    "turned residual": {2: [torch.ones(3, 2).T], 3: 4 << policy.MOST_WEIGHTS},
+    "residual of two results": {
+        1: [torch.ones(3, 8)] * 2,
+        2: [torch.ones(2, 6)],
+        3: 4 << policy.MOST_WEIGHTS,
+    },
     "norm": {4: 4},
     "activation": {1: [torch.ones(3, 8)] * 2, 7: 6},
 }
@@ -150,7 +166,12 @@ def test_what_the_operator_does_not_take(monkeypatch):
     good = make((1, 16), (5,), torch.float32, gain=True)
     assert operators.takes(good)
     assert not operators.takes(make((1, 16), (5,), torch.float32, "dyt"))
-    assert not operators.takes(make((1, 16), (5,), torch.float32, residual=True))
+    assert not operators.takes(make((1, 16), (5,), torch.float32, input_residual=True))
+    added = make((2, 16), (5,), torch.float32, residual=True)
+    assert operators.takes(added)
+    turned = added.output_residual.T.contiguous().T
+    assert not operators.takes(added._replace(output_residual=turned))
+    assert not operators.takes(added._replace(output_residual=added.output_residual.half()))
     assert not operators.takes(make((1, 16), (5,), torch.float64))
     assert not operators.takes(good._replace(gain=good.gain.double()))
     assert not operators.takes(good._replace(weights=[good.weights[0].half()]))

@@ -1,6 +1,7 @@
 """Kernels without Python around them, in `torch.ops.flashnorm`.
 
-    norm_linear_cpu: [(norm(x) · (gain_offset + gain) + β) W_iᵀ + c_i], or act(first) ⊙ second
+    norm_linear_cpu: (norm(x) · (gain_offset + gain) + β) [W_1; W_2; ..]ᵀ + [c_1; c_2; ..], or
+        act(first) ⊙ second; of one result also plus a residual
     norm_packed_cpu: the same with packed weights
     attend_cpu: softmax(scale · q kᵀ + mask) v for one token per sequence
 
@@ -12,6 +13,7 @@ Python takes some tens. `kernels.ops.norm_linear` is for everything else.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +37,8 @@ SHIM = [
     "aoti_torch_get_dtype",
     "aoti_torch_empty_strided",
     "aoti_torch_delete_tensor_object",
-    "torch_new_list_reserve_size",
     "torch_list_size",
     "torch_list_get_item",
-    "torch_list_push_back",
     "torch_delete_list",
     "torch_get_num_threads",
     "aoti_torch_device_type_cpu",
@@ -50,9 +50,12 @@ SHIM = [
     "aoti_torch_dtype_uint8",
 ]
 
+# x, weights (or their parts), vectors, which of those that are optional are among them (a bit each:
+# biases by their weights, then gain, the norm's bias and the residual), and numbers.
+RESIDUAL = 1 << MOST_WEIGHTS + 2
 LINEAR = (
     "(Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, "
-    "float gain_offset, int activation) -> Tensor[]"
+    "float gain_offset, int activation) -> Tensor"
 )
 
 
@@ -76,9 +79,8 @@ def _fake_packed(
     group: int,
     part: int,
     rows: list[int],
-) -> list[Tensor]:
-    made = rows[:1] if activation else rows
-    return [x.new_empty((*x.shape[:-1], k)) for k in made]
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(rows[:1] if activation else rows)))
 
 
 def _fake_linear(
@@ -90,9 +92,9 @@ def _fake_linear(
     eps: float,
     gain_offset: float,
     activation: int,
-) -> list[Tensor]:
-    made = weights[:1] if activation else weights
-    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in made]
+) -> Tensor:
+    rows = [weight.shape[0] for weight in weights]
+    return x.new_empty((*x.shape[:-1], sum(rows[:1] if activation else rows)))
 
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -115,23 +117,40 @@ AVAILABLE = _register()
 
 
 def norm_linear(call: Call) -> list[Tensor]:
-    """`call` without residual and alpha, on a kernel. x: [.., n], any strides."""
+    """`call` without input_residual and alpha, on a kernel. x: [.., n], any strides."""
     biases = list(call.biases or ())
     optional = [*biases, *[None] * (MOST_WEIGHTS - len(biases)), call.gain, call.norm_bias]
+    optional.append(call.output_residual)
     which = sum(1 << bit for bit, vector in enumerate(optional) if vector is not None)
     vectors = [vector for vector in optional if vector is not None]
     numbers = (which, call.norm.code, call.eps, call.gain_offset, ACTIVATION[call.activation])
     x, operators = call.x.contiguous(), torch.ops.flashnorm
-    if (first := packed(call.weights)) is None:
-        return operators.norm_linear_cpu(x, list(call.weights), vectors, *numbers)
     rows = [weight.shape[0] for weight in call.weights]
-    about = (first.format.code, first.group, packing.parts(first), rows)
-    return operators.norm_packed_cpu(x, memories(call.weights), vectors, *numbers, *about)
+    if (first := packed(call.weights)) is None:
+        y = operators.norm_linear_cpu(x, list(call.weights), vectors, *numbers)
+    else:
+        about = (first.format.code, first.group, packing.parts(first), rows)
+        y = operators.norm_packed_cpu(x, memories(call.weights), vectors, *numbers, *about)
+    if call.activation or len(rows) == 1:
+        return [y]
+    return [part.contiguous() for part in y.split(rows, dim=-1)]
+
+
+def adding(arguments: tuple[Any, ...], residual: Any) -> tuple[Any, ...] | None:
+    """The arguments of a call of an operator that adds a residual to its result; None: it cannot."""
+    x, weights, vectors, which, norm, eps, offset, activation, *about = arguments
+    results = 1 if activation else len(about[-1] if about else weights)
+    if results > 1 or which >= RESIDUAL:
+        return None
+    return x, weights, [*vectors, residual], which | RESIDUAL, norm, eps, offset, activation, *about
 
 
 def takes(call: Call) -> bool:
     """Whether `norm_linear` can run it: types and strides, which a tracer knows as well."""
-    if not AVAILABLE or call.output_residual is not None or call.input_residual is not None:
+    if not AVAILABLE or call.input_residual is not None:
+        return False
+    added = call.output_residual
+    if added is not None and not (added.dtype == call.x.dtype and added.is_contiguous()):
         return False
     if call.norm.code is None or call.norm.learns_alpha or call.alpha is not None:
         return False

@@ -50,6 +50,14 @@ class Packaging(backend.Packaging):
             found.attend_cpu.default: [ATTEND],
         }
 
+    def adding(
+        self, operator: Any, arguments: tuple[Any, ...], residual: Any
+    ) -> tuple[Any, ...] | None:
+        found = torch.ops.flashnorm
+        if operator not in (found.norm_linear_cpu.default, found.norm_packed_cpu.default):
+            return None
+        return operators.adding(arguments, residual)
+
     def options(self) -> dict[str, object]:
         # What is left between kernels is small, and threads that spin after it would be in the way
         # of the kernels' own.

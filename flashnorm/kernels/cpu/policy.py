@@ -18,7 +18,7 @@ LIMITS = Limits(tuple(DTYPES), MOST_WEIGHTS, contiguous=True, turned=ROWS_TURNED
 POLICY = Policy(Precompute.ALWAYS, idle="", few=Way.KERNEL, many=Way.BLOCKS)
 # Where a graph is exported for any number of rows, the operator chooses in Python at every call: in
 # float32 the graph's own product is faster then.
-COMPILED = CompiledPolicy(alone=True, precompute=False, unknown=HALVES)
+COMPILED = CompiledPolicy(alone=True, precompute=True, unknown=HALVES)
 
 # In tiles, where several weights share the work on x: as long as x stays in the second cache.
 ROWS_TOGETHER, BYTES_TOGETHER = 512, 2**20

@@ -22,6 +22,7 @@ from flashnorm.compat.torch_names import aot_compiler
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.backend import Packaging
 from flashnorm.kernels.exporting import operators_kept
+from flashnorm.runtime.package.sums import take_up_
 
 LIBRARY = "step.so"
 _OPERATORS = ("aten", "_operator", "flashnorm", "prims", "math")
@@ -105,6 +106,8 @@ def _check_operators(graph: Any) -> None:
 
 def compile_(traced: Traced, inputs: Sequence[Tensor], packaging: Packaging, to: Path) -> None:
     """Write the library of a traced step. Raises FlashNormError where the compiler fails."""
+    take_up_(traced.graph.graph, packaging)
+    traced.graph.recompile()
     options = {
         "aot_inductor.output_path": str(to.parent / "build" / LIBRARY),
         "aot_inductor.custom_ops_to_c_shims": packaging.entries(),

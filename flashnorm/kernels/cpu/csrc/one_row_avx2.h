@@ -1,7 +1,7 @@
 // One row of x against packed weights with AVX2: what the ways to do it have in common. A way says by
 // its steps what a block of weights and the x for it come to; here they are taken along a row.
 #pragma once
-#include "packed_rows.h"
+#include "one_row.h"
 
 namespace {
 
@@ -132,17 +132,6 @@ inline const float* padded_part(const float* x, int64_t i, int64_t n, float* res
   if (i + EACH <= n) return x + i;
   for (int64_t j = 0; j < EACH; ++j) rest[j] = i + j < n ? x[i + j] : 0.0f;
   return rest;
-}
-
-// Where the weights lie that are read `ahead` bytes later than row `c` of a product.
-inline const char* later(const PackedProduct& p, int64_t c) {
-  const char* first = static_cast<const char*>(p.s.weight) + (p.at + c) * p.s.stride;
-  const int64_t left = (p.count - c) * p.s.stride - p.ahead;
-  return left > 0 || !p.next ? first + p.ahead : static_cast<const char*>(p.next) - left;
-}
-
-inline void fetch(const char* p, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += LINE) prefetch(p + b);
 }
 
 const Byte nothing[64] = {};  // a block whose scale is zero

@@ -1,266 +1,298 @@
-// One row of x in whole numbers: products of bytes (VNNI), 32 to an instruction.
-//
-// x is taken as X · 2^-e, for each 64 features with an e of their own so that the largest |X| has 23
-// bits, and X as three bytes: X = 65536 a + 256 b + c. Sums of levels times a, b and c are exact, so
-// that what is rounded is x alone, by 2^-23 of the largest of its 64 at most: float32's precision for
-// a sum in which that one occurs. Rows of which a part is not finite or close to the ends of float32's
-// range are multiplied in float32.
+// One row of x against levels of eight bits or fewer by products of bytes (VNNI), 64 to an instruction;
+// x is arranged as whole numbers (whole_numbers.h). Four rows of weights share what is read of x.
 #pragma once
-#include "one_row_groups_avx2.h"
+#include <type_traits>
+
+#include "whole_numbers.h"
 
 namespace {
 
-constexpr int PIECES = 3;
+// Where rows of weights that go side by side are being read, and how much later what is asked for.
+template <int C> struct Beside {
+  const Byte* first;
+  int64_t stride, skip;
 
-struct Piece64 {
-  signed char bytes[PIECES][EACH];
-  int32_t sums[2][8];  // of X: of each four bytes of the first 32 features and of the last
-  float lanes[8];      // of x: over both, or where blocks have 256 features one for each 32
-  float unit;          // 2^-e
-  float unused[7];
-};
-static_assert(sizeof(Piece64) == (EACH + EACH / 4) * sizeof(float), "as arranged_floats says");
-
-// A part of x in the order of a format's levels: first those in the low halves of bytes.
-inline void in_order(int32_t type, const float* x, float* to) {
-  for (int j = 0; j < 16; ++j) {
-    if (type == INT4) {
-      to[j] = x[2 * j], to[16 + j] = x[32 + 2 * j];
-      to[32 + j] = x[2 * j + 1], to[48 + j] = x[32 + 2 * j + 1];
-    } else {
-      to[j] = x[j], to[16 + j] = x[32 + j], to[32 + j] = x[16 + j], to[48 + j] = x[48 + j];
-    }
-  }
-}
-
-inline float largest(const float* x) {
-  const __m256 positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 top = _mm256_setzero_ps();
-  __m256 odd = top;  // NaN where anything is not finite
-  for (int k = 0; k < 8; ++k) {
-    const __m256 v = at(x, k).v;
-    top = _mm256_max_ps(top, _mm256_and_ps(v, positive));
-    odd = _mm256_fmadd_ps(v, _mm256_setzero_ps(), odd);
-  }
-  const float all = Vec{odd}.sum();
-  if (all != all) return all;
-  float found = 0;
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, top);
-  for (float v : lanes) found = v > found ? v : found;
-  return found;
-}
-
-// 32 numbers as bytes, in their order.
-inline __m256i narrow_bytes(const __m256i (&v)[4]) {
-  const __m256i a = _mm256_packs_epi32(v[0], v[1]), b = _mm256_packs_epi32(v[2], v[3]);
-  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b),
-                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-// The lowest byte of each number with its sign; the rest stays, exactly.
-inline __m256i lowest(__m256i& v) {
-  const __m256i byte = _mm256_srai_epi32(_mm256_slli_epi32(v, 24), 24);
-  v = _mm256_srai_epi32(_mm256_sub_epi32(v, byte), 8);
-  return byte;
-}
-
-inline void take_apart(const float* x, float scale, int half, Piece64& to) {
-  __m256i rest[4], piece[4];
-  for (int k = 0; k < 4; ++k)
-    rest[k] = _mm256_cvtps_epi32(_mm256_mul_ps(at(x, k).v, _mm256_set1_ps(scale)));
-  __m256i sums = _mm256_setzero_si256();
-  const __m256i ones = _mm256_set1_epi8(1);
-  for (int i = PIECES - 1; i >= 0; --i) {
-    for (int k = 0; k < 4; ++k) piece[k] = lowest(rest[k]);
-    const __m256i bytes = narrow_bytes(piece);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.bytes[i] + 32 * half), bytes);
-    const __m256i four = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, bytes);
-    sums = _mm256_add_epi32(sums, _mm256_slli_epi32(four, 8 * (PIECES - 1 - i)));
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.sums[half]), sums);
-}
-
-constexpr float LEAST = 1e-25f, MOST = 1e25f;  // of the largest of 64, where it is not zero
-
-// 2^e so that |x| 2^e is 2^22 at least and not so large that its highest byte would not be one.
-inline bool scale_of(float top, float& scale, float& unit) {
-  scale = unit = 0.0f;
-  if (top == 0.0f) return true;
-  if (!(top >= LEAST && top <= MOST)) return false;
-  const uint32_t exponent = to_bits(top * 1.01f) >> 23;
-  scale = from_bits((254 + 22 - exponent) << 23);
-  unit = from_bits((exponent - 22) << 23);
-  return true;
-}
-
-inline bool arrange_bytes(const Op& op, const float* x, float* to) {
-  const int32_t type = op.weight_type;
-  Piece64* piece = reinterpret_cast<Piece64*>(to);
-  alignas(32) float rest[EACH], ordered[EACH];
-  for (int64_t i = 0; i < whole(op.n, CUT); i += EACH, ++piece) {
-    const float *from = padded_part(x, i, op.n, rest), *part = from;
-    float scale;
-    if (!scale_of(largest(from), scale, piece->unit)) return false;
-    if (type < Q4_K) in_order(type, from, ordered), part = ordered;
-    take_apart(part, scale, 0, *piece);
-    take_apart(part + 32, scale, 1, *piece);
-    if (type >= Q4_K) {
-      float* lanes = piece[-(i / EACH % 4)].lanes + i / EACH % 4 * 2;
-      for (int h = 0; h < 2; ++h)
-        lanes[h] = ((at(from, 4 * h) + at(from, 4 * h + 1)) + (at(from, 4 * h + 2) + at(from, 4 * h + 3))).sum();
-    } else {
-      // Four bytes of the low halves and four of the high ones are in one lane.
-      for (int l = 0; l < 8; ++l) {
-        float sum = 0;
-        for (int b = 0; b < 4; ++b) sum += ordered[4 * l + b] + ordered[32 + 4 * l + b];
-        piece->lanes[l] = sum;
-      }
-    }
-  }
-  return true;
-}
-
-// ---- Steps.
-
-struct OnBytes {
-  using Input = const Piece64*;
-  static inline Input input(const PackedProduct& p, int64_t i) {
-    return reinterpret_cast<const Piece64*>(p.x) + i / EACH;
+  Beside(const PackedProduct& p, int64_t c)
+      : first(static_cast<const Byte*>(p.s.weight) + (p.at + c) * p.s.stride), stride(p.s.stride),
+        skip(later(p, c) - reinterpret_cast<const char*>(first)) {}
+  inline const Byte* at(int c) const { return first + c * stride; }
+  inline void advance(int64_t bytes) {
+    for (int c = 0; c < C; ++c) fetch(reinterpret_cast<const char*>(at(c)) + skip, bytes);
+    first += bytes;
   }
 };
 
-inline __m256i dot(__m256i sum, __m256i levels, const signed char* x) {
-  return _mm256_dpbusd_epi32(sum, levels, load_256(x));
+// Their sums, by lanes.
+template <int C> struct Totals {
+  __m512 of[C];
+  Totals() {
+    for (int c = 0; c < C; ++c) of[c] = _mm512_setzero_ps();
+  }
+  inline void store(float* out) const {
+    for (int c = 0; c < C; ++c) out[c] = _mm512_reduce_add_ps(of[c]);
+  }
+};
+
+constexpr int BESIDE = 4;
+// Calls with a constant of each number of rows that go side by side: rows<C>(first).
+template <class Rows> inline void side_by_side(int64_t count, const Rows& rows) {
+  int64_t c = 0;
+  for (; c + BESIDE <= count; c += BESIDE) rows(std::integral_constant<int, BESIDE>(), c);
+  for (; c < count; ++c) rows(std::integral_constant<int, 1>(), c);
 }
 
-// Σ q X of 64 levels below 32, four and four to a lane: below 2^31, and so are the sums on the way.
-inline __m256i levels_times(const Levels& q, const Piece64& x) {
-  __m256i sum = _mm256_setzero_si256();
-  for (int i = 0; i < PIECES; ++i) {
-    if (i) sum = _mm256_slli_epi32(sum, 8);
-    sum = dot(dot(sum, q.low, x.bytes[i]), q.high, x.bytes[i] + 32);
+// ---- Products of levels with X.
+
+inline __m512i bytes_512(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+inline __m512i dot(__m512i sum, __m512i levels, const signed char* x) {
+  return _mm512_dpbusd_epi32(sum, levels, load_512(x));
+}
+
+// Σ q X by lanes: of one part, or of two whose lanes have the same units. Sums fit by `Levels::bits`;
+// what is beyond on the way comes back, since whole numbers wrap around.
+inline __m512i times(__m512i q, const Part* x) {
+  const __m512i a = dot(_mm512_setzero_si512(), q, x->bytes[0]);
+  const __m512i b = dot(_mm512_slli_epi32(a, 8), q, x->bytes[1]);
+  return dot(_mm512_slli_epi32(b, 8), q, x->bytes[2]);
+}
+struct Halves { __m512i low, high; };
+inline __m512i times(Halves q, const Part* x) {
+  __m512i sum = dot(dot(_mm512_setzero_si512(), q.low, x[0].bytes[0]), q.high, x[1].bytes[0]);
+  sum = dot(dot(_mm512_slli_epi32(sum, 8), q.low, x[0].bytes[1]), q.high, x[1].bytes[1]);
+  return dot(dot(_mm512_slli_epi32(sum, 8), q.low, x[0].bytes[2]), q.high, x[1].bytes[2]);
+}
+inline __m512 scaled(__m512i sum, const Part* x) {
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(x->units));
+}
+// Σ q x, and Σ (q − zero) x.
+template <class Q> inline __m512 raw(Q q, const Part* x) { return scaled(times(q, x), x); }
+template <class Q> inline __m512 shifted(Q q, const Part* x) {
+  return scaled(_mm512_add_epi32(times(q, x), load_512(x->start)), x);
+}
+
+inline Halves halves_of(__m512i v) {
+  const __m512i low = bytes_512(15);
+  return {_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
+}
+
+// ---- Blocks of 32 features. B of those that a step may have lie at p, STRIDE bytes each.
+
+template <int STRIDE, int B> constexpr __mmask64 bytes_there() {
+  return STRIDE * B >= 64 ? ~0ull : (1ull << STRIDE * B % 64) - 1;
+}
+
+// float16 numbers `AT` bytes inside of B of four blocks, each in four lanes; or of two, in eight.
+template <int STRIDE, int AT, int EACH, int B> inline __m512 scales(const Byte* p) {
+  constexpr int many = 16 / EACH;
+  if (STRIDE * (many - 1) + AT + 2 <= 64) {
+    const __m512i there = _mm512_maskz_loadu_epi8(bytes_there<STRIDE, B>(), p);
+    static_assert(STRIDE % 2 == 0, "words");
+    constexpr int w = STRIDE / 2, first = AT / 2;
+    const __m256i order = EACH == 4
+        ? _mm256_setr_epi16(first, first, first, first, first + w, first + w, first + w, first + w,
+                            first + 2 * w, first + 2 * w, first + 2 * w, first + 2 * w,
+                            first + 3 * w, first + 3 * w, first + 3 * w, first + 3 * w)
+        : _mm256_setr_epi16(first, first, first, first, first, first, first, first, first + w, first + w,
+                            first + w, first + w, first + w, first + w, first + w, first + w);
+    const __m512i found = _mm512_permutexvar_epi16(_mm512_castsi256_si512(order), there);
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(found));
+  }
+  uint64_t words = 0;
+  for (int b = 0; b < B; ++b) {
+    uint16_t word;
+    memcpy(&word, p + STRIDE * b + AT, 2);
+    words |= static_cast<uint64_t>(word) << 16 * b;
+  }
+  const __m128 four = _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<long long>(words)));
+  const __m512i order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(order, _mm512_castps128_ps512(four));
+}
+
+// 16 bytes of each of B blocks.
+template <int STRIDE, int B> inline __m512i sixteens(const Byte* p) {
+  const auto at = [p](int b) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + STRIDE * b)); };
+  __m512i v = _mm512_zextsi128_si512(at(0));
+  if (B > 1) v = _mm512_inserti32x4(v, at(1), 1);
+  if (B > 2) v = _mm512_inserti32x4(v, at(2), 2);
+  if (B > 3) v = _mm512_inserti32x4(v, at(3), 3);
+  return v;
+}
+
+// A fifth bit for each feature, four bytes in each block.
+template <int STRIDE, int B> inline Halves with_fifths(Halves q, const Byte* bits) {
+  uint64_t low = 0, high = 0;
+  for (int b = 0; b < B; ++b) {
+    uint32_t of;
+    memcpy(&of, bits + STRIDE * b, 4);
+    low |= static_cast<uint64_t>(of & 0xffff) << 16 * b;
+    high |= static_cast<uint64_t>(of >> 16) << 16 * b;
+  }
+  const __m512i fifth = bytes_512(16);
+  return {_mm512_mask_add_epi8(q.low, low, q.low, fifth), _mm512_mask_add_epi8(q.high, high, q.high, fifth)};
+}
+
+struct BytesQ8_0 {
+  static constexpr Levels levels{Order::PLAIN, 128, false, 22, false};
+  static constexpr int bytes = 34, blocks = 2, parts = 1;
+  template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    const auto at = [p](int b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 + bytes * b)); };
+    __m512i q = _mm512_zextsi256_si512(at(0));
+    if (B > 1) q = _mm512_inserti64x4(q, at(1), 1);
+    const __m512 d = scales<bytes, 0, 8, B>(p);
+    return _mm512_fmadd_ps(shifted(_mm512_xor_si512(q, bytes_512(128)), x), d, sum);
+  }
+};
+struct BytesQ4_0 {
+  static constexpr Levels levels{Order::HALVES, 8, true, 23, false};
+  static constexpr int bytes = 18, blocks = 4, parts = 2;
+  template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    const Halves q = halves_of(sixteens<bytes, B>(p + 2));
+    return _mm512_fmadd_ps(shifted(q, x), scales<bytes, 0, 4, B>(p), sum);
+  }
+};
+struct BytesQ4_1 {
+  static constexpr Levels levels{Order::HALVES, 0, true, 23, false};
+  static constexpr int bytes = 20, blocks = 4, parts = 2;
+  template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    sum = _mm512_fmadd_ps(scales<bytes, 2, 4, B>(p), _mm512_loadu_ps(x->sums), sum);
+    const Halves q = halves_of(sixteens<bytes, B>(p + 4));
+    return _mm512_fmadd_ps(raw(q, x), scales<bytes, 0, 4, B>(p), sum);
+  }
+};
+struct BytesQ5_0 {
+  static constexpr Levels levels{Order::HALVES, 16, true, 23, false};
+  static constexpr int bytes = 22, blocks = 4, parts = 2;
+  template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    const Halves q = with_fifths<bytes, B>(halves_of(sixteens<bytes, B>(p + 6)), p + 2);
+    return _mm512_fmadd_ps(shifted(q, x), scales<bytes, 0, 4, B>(p), sum);
+  }
+};
+struct BytesQ5_1 {
+  static constexpr Levels levels{Order::HALVES, 0, true, 23, false};
+  static constexpr int bytes = 24, blocks = 4, parts = 2;
+  template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    sum = _mm512_fmadd_ps(scales<bytes, 2, 4, B>(p), _mm512_loadu_ps(x->sums), sum);
+    const Halves q = with_fifths<bytes, B>(halves_of(sixteens<bytes, B>(p + 8)), p + 4);
+    return _mm512_fmadd_ps(raw(q, x), scales<bytes, 0, 4, B>(p), sum);
+  }
+};
+
+template <class S, int B, int C> inline void step(const Beside<C>& w, const Part* x, Totals<C>& sum) {
+  for (int c = 0; c < C; ++c) sum.of[c] = S::template step<B>(w.at(c), x, sum.of[c]);
+}
+
+template <class S, int C> inline void rows_of_blocks(const PackedProduct& p, int64_t first) {
+  int64_t left = p.op.n / 32;
+  const Part* x = reinterpret_cast<const Part*>(p.x);
+  Beside<C> w(p, first);
+  Totals<C> sum;
+  for (; left >= S::blocks; left -= S::blocks, x += S::parts) {
+    step<S, S::blocks>(w, x, sum);
+    w.advance(S::blocks * S::bytes);
+  }
+  if (left == 1) step<S, 1>(w, x, sum);
+  if (S::blocks > 2 && left == 2) step<S, 2>(w, x, sum);
+  if (S::blocks > 2 && left == 3) step<S, 3>(w, x, sum);
+  sum.store(p.out + first);
+}
+
+// ---- Blocks of 256 features.
+
+// The scales and minima of eight times 32.
+struct Eighths { __m512 scales, minima; };
+inline __m512 half(const Byte* p) {
+  uint16_t bits;
+  memcpy(&bits, p, 2);
+  return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+}
+inline Eighths eighths(const Byte* p) {
+  uint32_t a, b, c;
+  memcpy(&a, p + 4, 4), memcpy(&b, p + 8, 4), memcpy(&c, p + 12, 4);
+  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+  const uint64_t scales = (a & six) | static_cast<uint64_t>((c & four) | (a >> 6 & two) << 4) << 32;
+  const uint64_t minima =
+      (b & six) | static_cast<uint64_t>((c >> 4 & four) | (b >> 6 & two) << 4) << 32;
+  const auto numbers = [](uint64_t bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
+  };
+  return {_mm512_mul_ps(numbers(scales), half(p)), _mm512_mul_ps(numbers(minima), half(p + 2))};
+}
+
+// Lane i of v in eight lanes and lane j in the others; or lanes i .. i + 3, in four each.
+inline __m512 two_lanes(__m512 v, int i, int j) {
+  const __m512i order = _mm512_mask_set1_epi32(_mm512_set1_epi32(i), 0xff00, j);
+  return _mm512_permutexvar_ps(order, v);
+}
+inline __m512 four_lanes(__m512 v, int i) {
+  const __m512i order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(order, _mm512_set1_epi32(i)), v);
+}
+
+// Q4_K and Q5_K: 32 bytes have the low halves of an eighth and the high ones of the next.
+template <class Use> inline __m512 of_eighths(const Byte* p, const Part* x, __m512 sum, const Use& levels) {
+  const Eighths e = eighths(p);
+  sum = _mm512_mask3_fnmadd_ps(e.minima, _mm512_loadu_ps(x->sums), sum, 0xff);
+  for (int i = 0; i < 2; ++i) {
+    const Halves q = levels(i);
+    sum = _mm512_fmadd_ps(raw(q.low, x + 2 * i), two_lanes(e.scales, 4 * i, 4 * i + 2), sum);
+    sum = _mm512_fmadd_ps(raw(q.high, x + 2 * i + 1), two_lanes(e.scales, 4 * i + 1, 4 * i + 3), sum);
   }
   return sum;
 }
-// The same of 32 levels below 64.
-inline __m256i levels_times(__m256i q, const Piece64& x, int half) {
-  __m256i sum = _mm256_setzero_si256();
-  for (int i = 0; i < PIECES; ++i) {
-    if (i) sum = _mm256_slli_epi32(sum, 8);
-    sum = dot(sum, q, x.bytes[i] + 32 * half);
-  }
-  return sum;
-}
 
-// zero · Σ X in each lane, for a zero that is a power of two.
-template <int SHIFT> inline __m256i zeros_times(const Piece64& x) {
-  return _mm256_slli_epi32(_mm256_add_epi32(load_256(x.sums[0]), load_256(x.sums[1])), SHIFT);
-}
-
-struct BytesQ4_0 : OnBytes {
-  static constexpr int64_t bytes = 18;
-  static inline Vec step(const Byte* a, const Byte* b, Input x, Vec sum) {
-    const __m256i q = _mm256_sub_epi32(levels_times(four_bits(a + 2, b + 2), *x), zeros_times<3>(*x));
-    return fma(widened(q), halves(a, b) * Vec::set(x->unit), sum);
+struct BytesQ4_K {
+  static constexpr Levels levels{Order::EIGHTHS, 0, false, 23, true};
+  static constexpr int bytes = 144;
+  static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    return of_eighths(p, x, sum, [p](int i) { return halves_of(load_512(p + 16 + 64 * i)); });
   }
 };
-struct BytesQ4_1 : OnBytes {
-  static constexpr int64_t bytes = 20;
-  static inline Vec step(const Byte* a, const Byte* b, Input x, Vec sum) {
-    sum = fma(halves(a + 2, b + 2), Vec::load(x->lanes), sum);
-    const __m256i q = levels_times(four_bits(a + 4, b + 4), *x);
-    return fma(widened(q), halves(a, b) * Vec::set(x->unit), sum);
-  }
-};
-struct BytesQ5_0 : OnBytes {
-  static constexpr int64_t bytes = 22;
-  static inline Vec step(const Byte* a, const Byte* b, Input x, Vec sum) {
-    const Levels q = five_bits(a + 6, b + 6, a + 2, b + 2);
-    const __m256i all = _mm256_sub_epi32(levels_times(q, *x), zeros_times<4>(*x));
-    return fma(widened(all), halves(a, b) * Vec::set(x->unit), sum);
-  }
-};
-struct BytesQ5_1 : OnBytes {
-  static constexpr int64_t bytes = 24;
-  static inline Vec step(const Byte* a, const Byte* b, Input x, Vec sum) {
-    sum = fma(halves(a + 2, b + 2), Vec::load(x->lanes), sum);
-    const __m256i q = levels_times(five_bits(a + 8, b + 8, a + 4, b + 4), *x);
-    return fma(widened(q), halves(a, b) * Vec::set(x->unit), sum);
-  }
-};
-
-// Of 256 features in four pieces; eighth i is half i % 2 of piece i / 2.
-struct OfEighths : OnBytes {
-  static inline Vec times(int i, __m256i q, Input x) {
-    return widened(levels_times(q, x[i / 2], i % 2)) * Vec::set(x[i / 2].unit);
-  }
-};
-struct BytesQ4_K : OfEighths {
-  static constexpr int64_t bytes = 144;
-  static inline Vec step(const Byte* p, Input x, Vec sum) {
-    const Eighths e = eighths(p);
-    sum = less(e.minima, Vec::load(x->lanes), sum);
-    levels_of_q4_k(p, [&](int i, __m256i q) { sum = fma(times(i, q, x), lane(e.scales, i), sum); });
-    return sum;
-  }
-};
-struct BytesQ5_K : OfEighths {
-  static constexpr int64_t bytes = 176;
-  static inline Vec step(const Byte* p, Input x, Vec sum) {
-    const Eighths e = eighths(p);
-    sum = less(e.minima, Vec::load(x->lanes), sum);
-    levels_of_q5_k(p, [&](int i, __m256i q) { sum = fma(times(i, q, x), lane(e.scales, i), sum); });
-    return sum;
-  }
-};
-struct BytesQ6_K : OfEighths {
-  static constexpr int64_t bytes = 210;
-  static inline Vec step(const Byte* p, Input x, Vec sum) {
-    const Vec d = half(p + 208);
-    const Vec scales[2] = {signed_bytes_at(p + 192) * d, signed_bytes_at(p + 200) * d};
-    levels_of_q6_k(p, [&](int i, __m256i q) {
-      const Piece64& part = x[i / 2];
-      const __m256i zeros = _mm256_slli_epi32(load_256(part.sums[i % 2]), 5);
-      const Vec all = widened(_mm256_sub_epi32(levels_times(q, part, i % 2), zeros));
-      sum = fma(all * Vec::set(part.unit), two_lanes(scales[i / 4], i % 4), sum);
+struct BytesQ5_K {
+  static constexpr Levels levels{Order::EIGHTHS, 0, false, 23, true};
+  static constexpr int bytes = 176;
+  static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
+    return of_eighths(p, x, sum, [p, bits](int i) {
+      const Halves q = halves_of(load_512(p + 48 + 64 * i));
+      const auto bit = [i](int j) { return _mm512_mask_set1_epi8(bytes_512(1 << (4 * i + j)), ~0ull << 32, static_cast<char>(1 << (4 * i + 2 + j))); };
+      const __m512i fifth = bytes_512(16);
+      return Halves{
+          _mm512_mask_add_epi8(q.low, _mm512_test_epi8_mask(bits, bit(0)), q.low, fifth),
+          _mm512_mask_add_epi8(q.high, _mm512_test_epi8_mask(bits, bit(1)), q.high, fifth)};
     });
+  }
+};
+struct BytesQ6_K {
+  static constexpr Levels levels{Order::PLAIN, 32, false, 23, false};
+  static constexpr int bytes = 210;
+  static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
+    const __m512i given = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 192)));
+    const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(given), half(p + 208));
+    const __m512i top = bytes_512(0x30);
+    for (int i = 0; i < 2; ++i) {
+      const Halves q = halves_of(load_512(p + 64 * i));
+      const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * i)));
+      const __m512i four = _mm512_slli_epi32(bits, 4), two = _mm512_slli_epi32(bits, 2);
+      const __m512i low = _mm512_mask_mov_epi64(four, 0xf0, two);
+      const __m512i high = _mm512_mask_srli_epi64(bits, 0xf0, bits, 2);
+      sum = _mm512_fmadd_ps(shifted(_mm512_or_si512(q.low, _mm512_and_si512(low, top)), x + 2 * i),
+                            four_lanes(d, 8 * i), sum);
+      sum = _mm512_fmadd_ps(shifted(_mm512_or_si512(q.high, _mm512_and_si512(high, top)), x + 2 * i + 1),
+                            four_lanes(d, 8 * i + 4), sum);
+    }
     return sum;
   }
 };
 
-struct BytesInt4 : OnBytes {
-  static constexpr int64_t features = 64, bytes = 32;
-  static inline __m256i levels(const Byte* q, Input x) {
-    const __m256i raw = load_256(q);
-    return levels_times(Levels{lows(raw), highs(raw)}, *x);
+template <class S, int C> inline void rows_of_large_blocks(const PackedProduct& p, int64_t first) {
+  const Part* x = reinterpret_cast<const Part*>(p.x);
+  Beside<C> w(p, first);
+  Totals<C> sum;
+  for (int64_t left = p.op.n / 256; left > 0; --left, x += 4) {
+    for (int c = 0; c < C; ++c) sum.of[c] = S::step(w.at(c), x, sum.of[c]);
+    w.advance(S::bytes);
   }
-  static inline Vec step(const Byte* q, Input x, const Segment&) {
-    return widened(_mm256_sub_epi32(levels(q, x), zeros_times<3>(*x))) * Vec::set(x->unit);
-  }
-  static inline Vec shifted(const Byte* q, Input x, Vec zero) {
-    return less(zero, Vec::load(x->lanes), widened(levels(q, x)) * Vec::set(x->unit));
-  }
-  static inline Vec sums(Input x) { return Vec::load(x->lanes); }
-};
-
-const OneRow* bytes_of_row(const Op& op) {
-  static const OneRow int4{arrange_bytes, groups<BytesInt4>},
-      q4_0{arrange_bytes, pairs_of_blocks<BytesQ4_0>}, q4_1{arrange_bytes, pairs_of_blocks<BytesQ4_1>},
-      q5_0{arrange_bytes, pairs_of_blocks<BytesQ5_0>}, q5_1{arrange_bytes, pairs_of_blocks<BytesQ5_1>},
-      q4_k{arrange_bytes, large_blocks<BytesQ4_K>}, q5_k{arrange_bytes, large_blocks<BytesQ5_K>},
-      q6_k{arrange_bytes, large_blocks<BytesQ6_K>};
-  switch (op.weight_type) {
-    case INT4: return fits_steps(op, BytesInt4::features) ? &int4 : nullptr;
-    case Q4_0: return &q4_0;
-    case Q4_1: return &q4_1;
-    case Q5_0: return &q5_0;
-    case Q5_1: return &q5_1;
-    case Q4_K: return &q4_k;
-    case Q5_K: return &q5_k;
-    case Q6_K: return &q6_k;
-    default: return nullptr;
-  }
+  sum.store(p.out + first);
 }
 
 }  // namespace

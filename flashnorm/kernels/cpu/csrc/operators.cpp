@@ -32,10 +32,8 @@ struct Torch {
   int32_t (*empty)(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                    int32_t device, int32_t index, Handle*);
   int32_t (*release)(Handle);
-  int32_t (*new_list)(size_t reserved, Handle*);
   int32_t (*list_size)(Handle, size_t*);
   int32_t (*list_item)(Handle, size_t, Value*);
-  int32_t (*push)(Handle, Value);
   int32_t (*release_list)(Handle);
   int32_t (*threads)(uint32_t*);
   int32_t (*cpu)();
@@ -148,14 +146,19 @@ struct Storage {
   Item more[MOST_SEGMENTS - 1];
 };
 
-// A parameter of the norm or a bias: the next of `given`, if bit `bit` of `which` says that it is.
+// What is optional: the next of `given`, if bit `bit` of `which` says that it is there.
 const Tensor* next(const std::vector<Tensor>& given, size_t& used, int64_t which, int bit) {
   if (!(which >> bit & 1)) return nullptr;
   need(used < given.size(), "norm_linear_cpu: a parameter is missing");
-  const Tensor& found = given[used++];
-  need(found.dims == 1 && found.contiguous() && found.type < BOOLEAN,
+  return &given[used++];
+}
+
+// A parameter of the norm or a bias.
+const Tensor* next_vector(const std::vector<Tensor>& given, size_t& used, int64_t which, int bit) {
+  const Tensor* found = next(given, used, which, bit);
+  need(!found || (found->dims == 1 && found->contiguous() && found->type < BOOLEAN),
        "norm_linear_cpu: a bias or gain is not a dense vector");
-  return &found;
+  return found;
 }
 
 // What norm_linear_cpu is given beside tensors.
@@ -188,7 +191,7 @@ class Filled {
 
   // The bias of segment i, whose rows are known, or null.
   void bias(size_t i) {
-    const Tensor* bias = next(vectors_, used_, which_, static_cast<int>(i));
+    const Tensor* bias = next_vector(vectors_, used_, which_, static_cast<int>(i));
     if (!bias) return;
     need(bias->size(0) == op.segment[i].rows, "norm_linear_cpu: a bias does not fit its weight");
     need(!biased_ || bias->type == op.bias_type, "norm_linear_cpu: biases of two types");
@@ -197,13 +200,14 @@ class Filled {
     op.segment[i].bias = bias->data;
   }
 
-  std::vector<Tensor> run() {
+  // All results side by side, [.., Σ rows]; one may have a residual added.
+  Tensor run() {
     need(!op.act || op.segment[0].rows == op.segment[1].rows, "norm_linear_cpu: unequal gate and up");
-    if (const Tensor* gain = next(vectors_, used_, which_, MOST_SEGMENTS)) {
+    if (const Tensor* gain = next_vector(vectors_, used_, which_, MOST_SEGMENTS)) {
       need(gain->size(0) == op.n, "norm_linear_cpu: the gain does not fit x");
       op.gain = gain->data, op.gain_type = gain->type;
     }
-    if (const Tensor* shift = next(vectors_, used_, which_, MOST_SEGMENTS + 1)) {
+    if (const Tensor* shift = next_vector(vectors_, used_, which_, MOST_SEGMENTS + 1)) {
       need(shift->size(0) == op.n, "norm_linear_cpu: the norm's bias does not fit x");
       op.shift = shift->data, op.shift_type = shift->type;
     }
@@ -214,17 +218,26 @@ class Filled {
     call.rows = 1;
     for (int64_t i = 0; i + 1 < x_.dims; ++i) call.rows *= x_.size(i);
     std::vector<int64_t> shape(x_.sizes, x_.sizes + x_.dims);
-    std::vector<Tensor> results;
-    for (int64_t i = 0; i < (op.act ? 1 : op.segments); ++i) {
-      shape.back() = op.segment[i].rows;
-      results.push_back(empty(shape, x_.dtype));
-      call.out[i] = {results.back().data, shape.back()};
-    }
+    const int64_t results = op.act ? 1 : op.segments;
+    int64_t& width = shape.back() = 0;
+    for (int64_t i = 0; i < results; ++i) width += op.segment[i].rows;
+    Tensor y = empty(shape, x_.dtype);
+    for (int64_t i = 0, at = 0; i < results; at += op.segment[i++].rows)
+      call.out[i] = {static_cast<char*>(y.data) + at * size_of(x_.type), width};
+    if (const Tensor* residual = next(vectors_, used_, which_, MOST_SEGMENTS + 2))
+      add(*residual, y, results, call);
     computed(flashnorm_run(&op, &call));
-    return results;
+    return y;
   }
 
  private:
+  static void add(const Tensor& residual, const Tensor& y, int64_t results, Call& call) {
+    bool fits = results == 1 && residual.dims == y.dims && residual.type == y.type;
+    for (int64_t i = 0; fits && i < y.dims; ++i) fits = residual.size(i) == y.size(i);
+    need(fits && residual.contiguous(), "norm_linear_cpu: the residual does not fit the result");
+    call.residual = residual.data, call.residual_stride = y.size(-1);
+  }
+
   Storage<Op, Segment> op_storage_;
 
  public:
@@ -238,8 +251,8 @@ class Filled {
   bool biased_ = false;
 };
 
-std::vector<Tensor> norm_linear(const Tensor& x, const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& vectors, const Numbers& numbers) {
+Tensor norm_linear(const Tensor& x, const std::vector<Tensor>& weights,
+                   const std::vector<Tensor>& vectors, const Numbers& numbers) {
   Filled call(x, vectors, numbers, weights.size());
   Op& op = call.op;
   op.weight_type = op.bias_type = weights[0].type;
@@ -279,9 +292,8 @@ Grid grid(const Tensor& part, int64_t rows, int64_t groups, int32_t last, int32_
   return {part.data, part.stride(0), part.stride(1)};
 }
 
-std::vector<Tensor> norm_packed(const Tensor& x, const std::vector<Tensor>& parts,
-                                const std::vector<Tensor>& vectors, const Numbers& numbers,
-                                const Packing& packing) {
+Tensor norm_packed(const Tensor& x, const std::vector<Tensor>& parts,
+                   const std::vector<Tensor>& vectors, const Numbers& numbers, const Packing& packing) {
   Filled call(x, vectors, numbers, packing.segments);
   Op& op = call.op;
   op.weight_type = static_cast<int32_t>(packing.format);
@@ -312,25 +324,17 @@ std::vector<Tensor> norm_packed(const Tensor& x, const std::vector<Tensor>& part
   return call.run();
 }
 
-Value list_of(std::vector<Tensor>& results) {
-  Handle list;
-  done(torch.new_list(results.size(), &list));
-  for (Tensor& y : results) done(torch.push(list, value_of(y.give())));
-  return value_of(list);
-}
-
 Numbers numbers_of(const Value* stack) {
   return {from<int64_t>(stack[0]), from<int64_t>(stack[1]), from<double>(stack[2]),
           from<double>(stack[3]), from<int64_t>(stack[4])};
 }
 
 // (Tensor x, Tensor[] weights, Tensor[] vectors, int which, int norm, float eps, float gain_offset,
-//  int activation) -> Tensor[]
+//  int activation) -> Tensor
 void norm_linear(Value* stack, uint64_t, uint64_t) {
   const Tensor x(from<Handle>(stack[0]));
   const std::vector<Tensor> weights = tensors(stack[1]), vectors = tensors(stack[2]);
-  std::vector<Tensor> results = norm_linear(x, weights, vectors, numbers_of(stack + 3));
-  stack[0] = list_of(results);
+  stack[0] = value_of(norm_linear(x, weights, vectors, numbers_of(stack + 3)).give());
 }
 
 std::vector<int64_t> integers(Value list) {
@@ -354,8 +358,7 @@ void norm_packed(Value* stack, uint64_t, uint64_t) {
   const std::vector<int64_t> rows = integers(stack[11]);
   const Packing packing{from<int64_t>(stack[8]), from<int64_t>(stack[9]), from<int64_t>(stack[10]),
                         rows.data(), rows.size()};
-  std::vector<Tensor> results = norm_packed(x, parts, vectors, numbers_of(stack + 3), packing);
-  stack[0] = list_of(results);
+  stack[0] = value_of(norm_packed(x, parts, vectors, numbers_of(stack + 3), packing).give());
 }
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& mask,
@@ -414,18 +417,16 @@ int32_t reported(Body body) {
 }  // namespace
 
 // The same as AOTInductor's code calls them, by these names: lists are a pointer and a length, the
-// arguments stay the caller's, and the result comes last. One weight, or a gate and its up.
+// arguments stay the caller's, and the result comes last.
 EXPORT int32_t aoti_torch_cpu_norm_linear_cpu(Handle x, const Handle* weights, int64_t many_weights,
                                               const Handle* vectors, int64_t many_vectors,
                                               int64_t which, int64_t norm, double eps,
                                               double gain_offset, int64_t activation,
                                               Handle* result) {
   return reported([&] {
-    std::vector<Tensor> results =
-        norm_linear(Tensor(x, false), borrowed(weights, many_weights),
-                    borrowed(vectors, many_vectors), {which, norm, eps, gain_offset, activation});
-    need(results.size() == 1, "norm_linear_cpu: a package takes one result of a call");
-    *result = results[0].give();
+    *result = norm_linear(Tensor(x, false), borrowed(weights, many_weights),
+                          borrowed(vectors, many_vectors), {which, norm, eps, gain_offset, activation})
+                  .give();
   });
 }
 
@@ -436,12 +437,10 @@ EXPORT int32_t aoti_torch_cpu_norm_packed_cpu(Handle x, const Handle* parts, int
                                               int64_t group, int64_t part, const int64_t* rows,
                                               int64_t many_rows, Handle* result) {
   return reported([&] {
-    std::vector<Tensor> results = norm_packed(
-        Tensor(x, false), borrowed(parts, many_parts), borrowed(vectors, many_vectors),
-        {which, norm, eps, gain_offset, activation},
-        {format, group, part, rows, static_cast<size_t>(many_rows)});
-    need(results.size() == 1, "norm_packed_cpu: a package takes one result of a call");
-    *result = results[0].give();
+    *result = norm_packed(Tensor(x, false), borrowed(parts, many_parts),
+                          borrowed(vectors, many_vectors), {which, norm, eps, gain_offset, activation},
+                          {format, group, part, rows, static_cast<size_t>(many_rows)})
+                  .give();
   });
 }
 
