@@ -70,7 +70,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) 
     with quiet_transformers():
         try:
             model = _load(place, dtype)
-            give_back()  # what transformers read of the vocabulary
+            give_back()
             return model
         except FlashNormError:
             raise
@@ -81,6 +81,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) 
 def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
     file = look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
     described = _described(place)
+    give_back()  # the vocabulary, before weights lie between what is left of it
     model = _empty(described, place, dtype)
     routes, dtype_of, found = Routes(file, model, described), dtypes(model, dtype), Loaded()
     for group in routes.groups(file.tensors):

@@ -162,6 +162,23 @@ def accelerate_(
     """
     if RECORD in model.__dict__:
         raise FlashNormError("this model is accelerated already; restore_ it first")
+    options = (fold, training, huge_pages, adjacent_weights, package)
+    found = _accelerate(model, example_inputs, *options)
+    give_back()  # what the recording took
+    _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), found.kernels)
+    return model
+
+
+def _accelerate(
+    model: nn.Module,
+    example_inputs: Any,
+    fold: bool,
+    training: bool,
+    huge_pages: bool,
+    adjacent_weights: bool,
+    package: str | os.PathLike[str] | Package | None,
+) -> Acceleration:
+    """`accelerate_`: all of it, or an error and none of it."""
     graph = record(model, example_inputs)
     plan = make_plan(graph)
     backend = dispatch.backend_of(*model.parameters())
@@ -198,9 +215,7 @@ def accelerate_(
         alone = builder.alone
         undo = _Undo(list(forwards.items()), attention, experts, found, moved, alone, hooks=hooks)
         change.item(model.__dict__, RECORD, undo)
-    _log.info("%d of %d modules run on %s", len(found.fused), len(found.parts), kernels)
-    give_back()  # what the recording took
-    return model
+    return found
 
 
 def _device(model: nn.Module, backend: Backend) -> torch.device:

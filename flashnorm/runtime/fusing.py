@@ -129,7 +129,7 @@ def _sum(order: Order, total: Node) -> Sum | None:
 
 def _terms(node: Node, adds: list[Node], deep: bool) -> Iterator[Node]:
     """What a node is the sum of, through sums that nobody else reads."""
-    operands = operands(node) if not adds or (deep and len(node.users) == 1) else None
+    operands = summands(node) if not adds or (deep and len(node.users) == 1) else None
     if operands is None:
         yield node
         return
@@ -138,7 +138,7 @@ def _terms(node: Node, adds: list[Node], deep: bool) -> Iterator[Node]:
         yield from _terms(operand, adds, deep)
 
 
-def operands(node: Node) -> tuple[Node, Node] | None:
+def summands(node: Node) -> tuple[Node, Node] | None:
     """a and b of a node that is a + b, where all three are dense and alike."""
     if node.op != "call_function" or node.target is not ADD or len(node.args) != 2:
         return None

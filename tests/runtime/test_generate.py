@@ -90,7 +90,7 @@ def test_a_compiled_decode_step_calls_the_kernels(dtype, backend):
         assert close(found, expected, dtype)
     count, layers = Counter(calls), LLAMA.num_hidden_layers
     graphs = count["output"]
-    each = 6 * layers + 1  # q, k, v, o, gate and up, down; the head
+    each = 4 * layers + 1  # q | k | v, o, gate and up, down; the head
     assert count[OPERATORS[backend.name]] == graphs * each
     assert count["flashnorm.attend_cpu"] == graphs * layers * (backend is CPU)
     assert not count["linear"]

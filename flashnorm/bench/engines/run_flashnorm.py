@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -50,6 +51,10 @@ class Engine:
         rows = self.variant.forced(torch.tensor(prompt), torch.tensor(tokens))
         best = rows.double().topk(2).values
         return (best[:, 0] - best[:, 1]).tolist()
+
+    def logits(self, prompt: list[int], tokens: list[int], to: str) -> None:
+        rows = self.variant.forced(torch.tensor(prompt), torch.tensor(tokens))
+        np.save(to, rows.float().numpy())
 
 
 def make(asked: dict[str, Any]) -> Engine:

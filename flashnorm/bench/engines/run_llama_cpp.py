@@ -29,9 +29,21 @@ class Engine:
         system = llama_cpp.llama_print_system_info().decode().strip()
         return {"engine": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", "note": system}
 
-    def _best(self) -> int:
+    def _last(self) -> Any:
+        """The logits of the last token, which the next call overwrites."""
         logits = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+        return np.ctypeslib.as_array(logits, shape=(self.vocabulary,))
+
+    def _best(self) -> int:
+        return int(self._last().argmax())
+
+    def logits(self, prompt: list[int], tokens: list[int], to: str) -> None:
+        self._start(prompt)
+        rows = [self._last().copy()]
+        for token in tokens[:-1]:
+            self.model.eval([token])
+            rows.append(self._last().copy())
+        np.save(to, np.stack(rows))
 
     def decode(self, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
         self._start(prompt)

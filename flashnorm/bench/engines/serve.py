@@ -33,6 +33,10 @@ class Engine(Protocol):
         """How far the two largest logits are apart before each of `tokens`. Ours only."""
         ...
 
+    def logits(self, prompt: list[int], tokens: list[int], to: str) -> None:
+        """Write the logits before each of `tokens`, decoded one by one: [S, V] float32, as .npy."""
+        ...
+
 
 def serve(engine: Engine) -> None:
     """Answer until stdin ends. What the engine itself prints goes to stderr."""
@@ -55,6 +59,9 @@ def _answer(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": seconds, "tokens": tokens}
     if asked["do"] == "margins":
         return {"margins": engine.margins(asked["prompt"], asked["tokens"])}
+    if asked["do"] == "logits":
+        engine.logits(asked["prompt"], asked["tokens"], asked["to"])
+        return {}
     return {"seconds": engine.prefill(asked["ids"])}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from flashnorm.kernels.backend import Packaging
-from flashnorm.runtime.fusing import Order, operands
+from flashnorm.runtime.fusing import Order, summands
 
 
 def take_up_(graph: Graph, packaging: Packaging) -> int:
@@ -24,7 +24,7 @@ def take_up_(graph: Graph, packaging: Packaging) -> int:
 
 def _take_up(graph: Graph, order: Order, total: Node, packaging: Packaging) -> bool:
     """Have one of two products that are added compute the sum."""
-    a, b = operands(total) or (None, None)
+    a, b = summands(total) or (None, None)
     for product, base in ((b, a), (a, b)):
         if product is None or base is None or (made := _adding(product, base, packaging)) is None:
             continue
