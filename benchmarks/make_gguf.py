@@ -1,7 +1,9 @@
 """Quantized GGUF files of the demo's model, made by llama.cpp from its float32 numbers.
 
     python -m benchmarks.make_gguf OUT --python PEERS/llama/bin/python --types Q8_0 Q4_0 Q4_K_M
-    python -m benchmarks.make_gguf OUT --python .. --source OUT/llama-1b-bf16.gguf  # of another model
+    python -m benchmarks.make_gguf OUT --python .. --source OUT/llama-1b-bf16.gguf
+
+`--source` is another model's file, beside which the others are written.
 
 `--python` is one that has llama-cpp-python; its own process quantizes. Where a row of a matrix is
 no multiple of 256, llama.cpp writes another format in place of a k format: the file says which.

@@ -97,8 +97,9 @@ def main() -> None:
     lines = [
         "# Logits with quantized weights against the dequantized model in float64",
         "",
-        f"Machine: {machine.line(where)}. {args.tokens} tokens after {args.context}, decoded one by "
-        "one.",
+        f"Machine: {machine.line(where)}.",
+        "",
+        f"{args.tokens} tokens after {args.context}, decoded one by one.",
         "",
         "| file | system | ‖Δ‖ / ‖truth‖ | largest difference | same greedy token |",
         "|---|---|---|---|---|",

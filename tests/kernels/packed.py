@@ -146,11 +146,11 @@ EVERY |= {name: (_block_maker(name), kind.elements) for name, kind in blocks.BLO
 
 
 def bits_of_levels(weight: Weight) -> int:
-    """How many bits a level has, in the order of features; 0 where levels are no whole numbers."""
+    """How many bits a level has; 0 where levels are no whole numbers or lie as AWQ has them."""
     name = weight.format.name
     if name in blocks.BLOCKS:
         return int(name[1])
-    return {"int4-groups": 4, "int8-groups": 8, "int8-rows": 8}.get(name, 0)
+    return {"int4-groups": 4, "gptq4": 4, "int8-groups": 8, "int8-rows": 8}.get(name, 0)
 
 
 def sizes(weight: Weight) -> Tensor:

@@ -11,8 +11,12 @@ from gguf import GGMLQuantizationType as Q
 import flashnorm
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels import dispatch
+from flashnorm.kernels.formats import blocks
+from flashnorm.quantized.decoding import decoded, rounded
 from flashnorm.quantized.packed_tensor import PackedTensor
+from flashnorm.runtime.laid import Embedded
 from tests.gguf.files import model_file
+from tests.kernels import packed
 from tests.quantized.models import ORIGINS
 from tests.quantized.test_generate import PROMPT, llama
 
@@ -53,6 +57,21 @@ def test_every_token_is_that_of_the_accelerated_model(directory, name):
     with dispatch.forbid_fallback():
         assert torch.equal(model.generate(PROMPT, **GREEDY), expected)
     assert not [n for m in model.modules() for n in m._buffers if n.startswith("_flashnorm")]
+
+
+@pytest.mark.parametrize("name", blocks.BLOCKS)
+def test_a_table_of_tokens_in_blocks_needs_no_tensor_of_its_own(name):
+    """Nothing that decodes a row is a constant, which a package could not hold."""
+    weight = packed.block(name, 9, 256, 0)
+    table = torch.nn.Module()
+    table.register_buffer("values", weight.values)
+    table.forward = Embedded(table, name, 256, torch.float32, "values").__call__
+    ids = torch.tensor([[3, 8], [0, 3]])
+    exported = torch.export.export(table, (ids,), strict=True)
+    assert not exported.graph_signature.inputs_to_lifted_tensor_constants
+    expected = decoded(weight, torch.float32)[ids]
+    assert torch.equal(expected, rounded(weight.dequantized(), torch.float32)[ids])
+    assert torch.equal(exported.module()(ids), expected)
 
 
 def test_weights_that_move_are_read_where_they_are(directory):

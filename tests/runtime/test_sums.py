@@ -1,4 +1,4 @@
-"""Sums in the graph of a packaged step: products take them up where nothing else can be seen of it."""
+"""Sums in the graph of a packaged step: products take them up where nobody can tell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def product(x, *weights, activation=0):
 
 
 def rewritten(program, *tensors):
-    """(how many sums were taken up, the graph), whose results are the program's but for rounding."""
+    """(how many sums were taken up, the graph); its results are the program's but for rounding."""
     module = make_fx(program, tracing_mode="fake")(*tensors)
     given = [[t.clone() for t in tensors] for _ in range(2)]
     taken = take_up_(module.graph, Packaging())
@@ -38,6 +38,10 @@ def rewritten(program, *tensors):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     return taken, module.graph
+
+
+def sums(graph):
+    return sum(node.target is torch.ops.aten.add.Tensor for node in graph.nodes)
 
 
 def inputs(*more, dtype=torch.float32):
@@ -67,12 +71,10 @@ TAKEN = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_which_sums_are_taken_up(name):
     program, count = TAKEN[name]
-    taken, graph = rewritten(program, *inputs((2, N)))
+    given = inputs((2, N))
+    taken, graph = rewritten(program, *given)
     assert taken == count
-    assert sum(n.target is torch.ops.aten.add.Tensor for n in graph.nodes) == (
-        sum(n.target is torch.ops.aten.add.Tensor for n in make_fx(program)(*inputs((2, N))).graph.nodes)
-        - count
-    )
+    assert sums(graph) == sums(make_fx(program)(*given).graph) - count
 
 
 def test_no_product_moves_past_one_who_writes():

@@ -137,7 +137,7 @@ def norm_linear(call: Call) -> list[Tensor]:
 
 
 def adding(arguments: tuple[Any, ...], residual: Any) -> tuple[Any, ...] | None:
-    """The arguments of a call of an operator that adds a residual to its result; None: it cannot."""
+    """An operator's arguments where it adds a residual to its result; None where it cannot."""
     x, weights, vectors, which, norm, eps, offset, activation, *about = arguments
     results = 1 if activation else len(about[-1] if about else weights)
     if results > 1 or which >= RESIDUAL:

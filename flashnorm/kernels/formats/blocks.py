@@ -124,7 +124,7 @@ def _q5_k(b: Tensor) -> Tensor:
 def _q6_k(b: Tensor) -> Tensor:
     low = b[..., :128].unflatten(-1, (2, 2, 32))
     low = torch.cat([low & 15, low >> 4], -2)  # [.., 2, 4, 32]
-    twos = torch.tensor([0, 2, 4, 6], device=b.device)[:, None]
+    twos = 2 * torch.arange(4, device=b.device)[:, None]
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> twos) & 3
     q = (low | (high << 4)).double() - 32
     scales = b[..., 192:208].contiguous().view(torch.int8).double() * _half(b, 208)

@@ -2,8 +2,8 @@
 
     product(x, W) + r  ->  product(x, W, residual=r)        one kernel instead of two
 
-The product moves to where the sum was, which is allowed where nothing is written on the way; what is
-rounded twice by the model, as a product and as a sum, is rounded once.
+The product moves to where the sum was, which is allowed where nothing is written on the way; what
+is rounded twice by the model, as a product and as a sum, is rounded once.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ inline float half_at(const Byte* p) {
   return widen(h);
 }
 
+inline float number_at(const void* data, int32_t type, int64_t at) {
+  if (type == SIGNED8) return static_cast<const signed char*>(data)[at];
+  if (type == UNSIGNED8) return static_cast<const Byte*>(data)[at];
+  return number(data, type, at);
+}
 inline float grid_at(const Grid& grid, int32_t type, int64_t row, int64_t group) {
-  const int64_t at = row * grid.row + group * grid.group;
-  if (type == SIGNED8) return static_cast<const signed char*>(grid.data)[at];
-  if (type == UNSIGNED8) return static_cast<const Byte*>(grid.data)[at];
-  return number(grid.data, type, at);
+  return number_at(grid.data, type, row * grid.row + group * grid.group);
 }
 
 // (q − zero) · scale + offset over one group.

@@ -1,7 +1,7 @@
 // AVX-512-VNNI adds one thing to AVX-512: one row of x in whole numbers.
 #include "vec_avx512.h"
 
-#include "one_row_bytes_groups.h"
+#include "columns_vnni.h"
 
 const OneRow* flashnorm_bytes_of_row(const Op& op);
 const OneRow* flashnorm_bytes_of_row(const Op& op) { return bytes_of_row(op); }

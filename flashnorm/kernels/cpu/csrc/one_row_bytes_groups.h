@@ -5,19 +5,22 @@
 
 namespace {
 
-// Numbers first .. first + count of one row of a grid, 16 at most, with zeros behind them.
-inline __m512 sixteen(const Grid& grid, int32_t type, int64_t row, int64_t first, int64_t count) {
-  const __mmask16 there = static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff);
-  if (grid.group != 1) {
+inline __mmask16 first_of_16(int64_t count) {
+  return static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff);
+}
+
+// `count` numbers of a grid from place `at` on, `step` apart, 16 at most, with zeros behind them.
+inline __m512 sixteen(const void* data, int32_t type, int64_t at, int64_t step, int64_t count) {
+  if (step != 1) {
     alignas(64) float v[16] = {};
-    for (int64_t i = 0; i < count && i < 16; ++i) v[i] = grid_at(grid, type, row, first + i);
+    for (int64_t i = 0; i < count && i < 16; ++i) v[i] = number_at(data, type, at + i * step);
     return _mm512_load_ps(v);
   }
-  const int64_t at = row * grid.row + first;
-  const Byte* bytes = static_cast<const Byte*>(grid.data) + at;
-  const uint16_t* words = static_cast<const uint16_t*>(grid.data) + at;
+  const __mmask16 there = first_of_16(count);
+  const Byte* bytes = static_cast<const Byte*>(data) + at;
+  const uint16_t* words = static_cast<const uint16_t*>(data) + at;
   switch (type) {
-    case FLOAT32: return _mm512_maskz_loadu_ps(there, static_cast<const float*>(grid.data) + at);
+    case FLOAT32: return _mm512_maskz_loadu_ps(there, static_cast<const float*>(data) + at);
     case BFLOAT16: {
       const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, words));
       return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -83,7 +86,8 @@ template <int C> struct OfGroups {
   __m512 of[C];
   OfGroups() = default;
   OfGroups(const Grid& grid, int32_t type, int64_t row, int64_t group, int64_t count) {
-    for (int c = 0; c < C; ++c) of[c] = sixteen(grid, type, row + c, group, count);
+    for (int c = 0; c < C; ++c)
+      of[c] = sixteen(grid.data, type, (row + c) * grid.row + group * grid.group, grid.group, count);
   }
   inline __m512 lanes(int c, __m512i which) const { return _mm512_permutexvar_ps(which, of[c]); }
 };
@@ -96,7 +100,8 @@ inline void rows_of_groups(const PackedProduct& p, int64_t first) {
   Beside<C> w(p, first);
   Totals<C> sum;
   for (int64_t from = 0; from < n; from += span) {
-    const int64_t end = smaller(from + span, n), at = from / group, count = (end - from + group - 1) / group;
+    const int64_t end = smaller(from + span, n);
+    const int64_t at = from / group, count = (end - from + group - 1) / group;
     const OfGroups<C> scales(p.s.scales, op.scale_type, row, at, count);
     OfGroups<C> zeros, offsets;
     if (ZEROS) zeros = {p.s.zeros, op.zero_type, row, at, count};
@@ -125,10 +130,10 @@ template <class S> bool arrange_bytes(const Op& op, const float* x, float* to) {
   return arrange_whole<S>(op.n, x, reinterpret_cast<Part*>(to));
 }
 template <class S> void blocks(const PackedProduct& p) {
-  side_by_side(p.count, [&](auto c, int64_t first) { rows_of_blocks<S, decltype(c)::value>(p, first); });
+  side_by_side(p.count, [&](auto c, int64_t at) { rows_of_blocks<S, decltype(c)::value>(p, at); });
 }
 template <class S> void large_blocks(const PackedProduct& p) {
-  side_by_side(p.count, [&](auto c, int64_t first) { rows_of_large_blocks<S, decltype(c)::value>(p, first); });
+  side_by_side(p.count, [&](auto c, int64_t at) { rows_of_large_blocks<S, decltype(c)::value>(p, at); });
 }
 template <class S> void groups(const PackedProduct& p) {
   const bool zeros = p.s.zeros.data, offsets = p.s.offsets.data;
@@ -144,7 +149,8 @@ template <class S> void groups(const PackedProduct& p) {
 // Whether a step has whole groups of 32 or more, or a group whole steps.
 inline bool fits_steps(const Op& op, int64_t features) {
   if (!op.segment[0].scales.data) return false;
-  return op.group >= op.n || op.group % features == 0 || (op.group % 32 == 0 && features % op.group == 0);
+  if (op.group >= op.n || op.group % features == 0) return true;
+  return op.group % 32 == 0 && features % op.group == 0;
 }
 
 template <class S> const OneRow* blocks_way() {
@@ -158,22 +164,6 @@ template <class S> const OneRow* large_blocks_way() {
 template <class S> const OneRow* groups_way(const Op& op) {
   static const OneRow way{arrange_bytes<S>, groups<S>};
   return fits_steps(op, S::features) ? &way : nullptr;
-}
-
-const OneRow* bytes_of_row(const Op& op) {
-  switch (op.weight_type) {
-    case INT8: return groups_way<BytesInt8>(op);
-    case INT4: return groups_way<BytesInt4>(op);
-    case Q8_0: return blocks_way<BytesQ8_0>();
-    case Q4_0: return blocks_way<BytesQ4_0>();
-    case Q4_1: return blocks_way<BytesQ4_1>();
-    case Q5_0: return blocks_way<BytesQ5_0>();
-    case Q5_1: return blocks_way<BytesQ5_1>();
-    case Q4_K: return large_blocks_way<BytesQ4_K>();
-    case Q5_K: return large_blocks_way<BytesQ5_K>();
-    case Q6_K: return large_blocks_way<BytesQ6_K>();
-    default: return nullptr;
-  }
 }
 
 }  // namespace

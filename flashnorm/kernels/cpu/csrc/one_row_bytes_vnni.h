@@ -41,6 +41,11 @@ template <class Rows> inline void side_by_side(int64_t count, const Rows& rows) 
   for (; c < count; ++c) rows(std::integral_constant<int, 1>(), c);
 }
 
+inline __m256i load_32(const Byte* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline __m128i load_16(const Byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
 // ---- Products of levels with X.
 
 inline __m512i bytes_512(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
@@ -110,11 +115,10 @@ template <int STRIDE, int AT, int EACH, int B> inline __m512 scales(const Byte* 
 
 // 16 bytes of each of B blocks.
 template <int STRIDE, int B> inline __m512i sixteens(const Byte* p) {
-  const auto at = [p](int b) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + STRIDE * b)); };
-  __m512i v = _mm512_zextsi128_si512(at(0));
-  if (B > 1) v = _mm512_inserti32x4(v, at(1), 1);
-  if (B > 2) v = _mm512_inserti32x4(v, at(2), 2);
-  if (B > 3) v = _mm512_inserti32x4(v, at(3), 3);
+  __m512i v = _mm512_zextsi128_si512(load_16(p));
+  if (B > 1) v = _mm512_inserti32x4(v, load_16(p + STRIDE), 1);
+  if (B > 2) v = _mm512_inserti32x4(v, load_16(p + 2 * STRIDE), 2);
+  if (B > 3) v = _mm512_inserti32x4(v, load_16(p + 3 * STRIDE), 3);
   return v;
 }
 
@@ -135,9 +139,8 @@ struct BytesQ8_0 {
   static constexpr Levels levels{Order::PLAIN, 128, false, 22, false};
   static constexpr int bytes = 34, blocks = 2, parts = 1;
   template <int B> static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
-    const auto at = [p](int b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 + bytes * b)); };
-    __m512i q = _mm512_zextsi256_si512(at(0));
-    if (B > 1) q = _mm512_inserti64x4(q, at(1), 1);
+    __m512i q = _mm512_zextsi256_si512(load_32(p + 2));
+    if (B > 1) q = _mm512_inserti64x4(q, load_32(p + 2 + bytes), 1);
     const __m512 d = scales<bytes, 0, 8, B>(p);
     return _mm512_fmadd_ps(shifted(_mm512_xor_si512(q, bytes_512(128)), x), d, sum);
   }
@@ -251,14 +254,16 @@ struct BytesQ5_K {
   static constexpr Levels levels{Order::EIGHTHS, 0, false, 23, true};
   static constexpr int bytes = 176;
   static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
-    const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
-    return of_eighths(p, x, sum, [p, bits](int i) {
+    const __m512i fifths = _mm512_broadcast_i64x4(load_32(p + 16)), set = bytes_512(16);
+    // Bit j of 32 bytes is that of eighth j: j in the lower half of a vector, j + 2 in the upper one.
+    const auto there = [fifths](int j) {
+      const __m512i bit = _mm512_inserti64x4(bytes_512(1 << j), _mm256_set1_epi8(static_cast<char>(4 << j)), 1);
+      return _mm512_test_epi8_mask(fifths, bit);
+    };
+    return of_eighths(p, x, sum, [&](int i) {
       const Halves q = halves_of(load_512(p + 48 + 64 * i));
-      const auto bit = [i](int j) { return _mm512_mask_set1_epi8(bytes_512(1 << (4 * i + j)), ~0ull << 32, static_cast<char>(1 << (4 * i + 2 + j))); };
-      const __m512i fifth = bytes_512(16);
-      return Halves{
-          _mm512_mask_add_epi8(q.low, _mm512_test_epi8_mask(bits, bit(0)), q.low, fifth),
-          _mm512_mask_add_epi8(q.high, _mm512_test_epi8_mask(bits, bit(1)), q.high, fifth)};
+      return Halves{_mm512_mask_add_epi8(q.low, there(4 * i), q.low, set),
+                    _mm512_mask_add_epi8(q.high, there(4 * i + 1), q.high, set)};
     });
   }
 };
@@ -266,12 +271,12 @@ struct BytesQ6_K {
   static constexpr Levels levels{Order::PLAIN, 32, false, 23, false};
   static constexpr int bytes = 210;
   static inline __m512 step(const Byte* p, const Part* x, __m512 sum) {
-    const __m512i given = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 192)));
+    const __m512i given = _mm512_cvtepi8_epi32(load_16(p + 192));
     const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(given), half(p + 208));
     const __m512i top = bytes_512(0x30);
     for (int i = 0; i < 2; ++i) {
       const Halves q = halves_of(load_512(p + 64 * i));
-      const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * i)));
+      const __m512i bits = _mm512_broadcast_i64x4(load_32(p + 128 + 32 * i));
       const __m512i four = _mm512_slli_epi32(bits, 4), two = _mm512_slli_epi32(bits, 2);
       const __m512i low = _mm512_mask_mov_epi64(four, 0xf0, two);
       const __m512i high = _mm512_mask_srli_epi64(bits, 0xf0, bits, 2);
