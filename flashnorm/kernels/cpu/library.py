@@ -19,7 +19,7 @@ from flashnorm.errors import FlashNormError
 from flashnorm.kernels.cpu import crossovers
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
-ABI = 8  # FLASHNORM_ABI in csrc/api.h
+ABI = 9  # FLASHNORM_ABI in csrc/api.h
 REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
 
 _choosing = threading.RLock()

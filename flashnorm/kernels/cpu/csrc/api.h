@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define FLASHNORM_ABI 8
+#define FLASHNORM_ABI 9
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
