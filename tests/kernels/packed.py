@@ -146,7 +146,7 @@ EVERY |= {name: (_block_maker(name), kind.elements) for name, kind in blocks.BLO
 
 
 def bits_of_levels(weight: Weight) -> int:
-    """How many bits a level has; 0 where levels are no whole numbers or lie as AWQ has them."""
+    """How many bits a level has; 0 where they are no whole numbers, or lie as AWQ has them."""
     name = weight.format.name
     if name in blocks.BLOCKS:
         return int(name[1])

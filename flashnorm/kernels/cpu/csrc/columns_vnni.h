@@ -24,45 +24,45 @@ template <int V> struct OfOutputs {
   }
 };
 
+inline __m512i four_bytes(const signed char* bytes, int64_t at) {
+  int32_t four;
+  memcpy(&four, bytes + 4 * at, 4);
+  return _mm512_set1_epi32(four);
+}
+
 // Σ q X of 32 features by the three bytes of X.
 template <int V> struct OfBytes {
   __m512i of[PIECES][V];
-
-  // Words `from` .. `to` of the features; x is the parts that they are in.
-  OfBytes(const PackedProduct& p, int64_t from, int64_t to, const Part* x) {
+  OfBytes() {
     for (int i = 0; i < PIECES; ++i)
       for (int v = 0; v < V; ++v) of[i][v] = _mm512_setzero_si512();
-    for (int64_t word = from; word < to; ++word) add(p, word, x);
-  }
-  inline void add(const PackedProduct& p, int64_t word, const Part* x) {
-    const int32_t* row = static_cast<const int32_t*>(p.s.weight) + word * p.s.stride + p.at;
-    Halves q[V];
-    for (int v = 0; v < V; ++v) {
-      const int64_t left = p.count - 16 * v;
-      q[v] = halves_of(_mm512_maskz_loadu_epi32(first_of_16(left), row + 16 * v));
-      prefetch(reinterpret_cast<const char*>(row + WORDS_AHEAD * p.s.stride + 16 * v));
-    }
-    for (int i = 0; i < PIECES; ++i) {
-      const __m512i low = four_bytes(x[0].bytes[i], word), high = four_bytes(x[1].bytes[i], word);
-      for (int v = 0; v < V; ++v)
-        of[i][v] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(of[i][v], q[v].low, low), q[v].high, high);
-    }
   }
   inline __m512 total(int v, float unit) const {
     const auto times = [unit](__m512i sum, float by, __m512 more) {
       return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by * unit), more);
     };
-    return times(of[0][v], 65536.0f, times(of[1][v], 256.0f, times(of[2][v], 1.0f, _mm512_setzero_ps())));
-  }
-
- private:
-  static constexpr int64_t WORDS_AHEAD = 16;
-  static inline __m512i four_bytes(const signed char* bytes, int64_t word) {
-    int32_t four;
-    memcpy(&four, bytes + word % 16 * 4, 4);
-    return _mm512_set1_epi32(four);
+    const __m512 low = times(of[2][v], 1.0f, _mm512_setzero_ps());
+    return times(of[0][v], 65536.0f, times(of[1][v], 256.0f, low));
   }
 };
+
+// One word of every output.
+template <int V> inline void add_words(const PackedProduct& p, int64_t word, const Part* x, OfBytes<V>& sums) {
+  constexpr int64_t ahead = 16;  // words
+  const int32_t* row = static_cast<const int32_t*>(p.s.weight) + word * p.s.stride + p.at;
+  Halves q[V];
+  for (int v = 0; v < V; ++v) {
+    q[v] = halves_of(_mm512_maskz_loadu_epi32(first_of_16(p.count - 16 * v), row + 16 * v));
+    prefetch(reinterpret_cast<const char*>(row + ahead * p.s.stride + 16 * v));
+  }
+  for (int i = 0; i < PIECES; ++i) {
+    const __m512i low = four_bytes(x[0].bytes[i], word % 16), high = four_bytes(x[1].bytes[i], word % 16);
+    for (int v = 0; v < V; ++v) {
+      const __m512i sum = _mm512_dpbusd_epi32(sums.of[i][v], q[v].low, low);
+      sums.of[i][v] = _mm512_dpbusd_epi32(sum, q[v].high, high);
+    }
+  }
+}
 
 template <int V> inline void columns_of_words(const PackedProduct& p) {
   const Op& op = p.op;
@@ -84,7 +84,8 @@ template <int V> inline void columns_of_words(const PackedProduct& p) {
     }
     const Part* x = parts + i / STEP * 2;
     const int64_t lane = i % STEP / WORD, word = i / WORD;
-    const OfBytes<V> products(p, word, smaller(word + each, words), x);
+    OfBytes<V> products;
+    for (int64_t w = word; w < smaller(word + each, words); ++w) add_words(p, w, x, products);
     const float* s = x->sums + lane;
     const __m512 all = _mm512_set1_ps((s[0] + s[1]) + (s[2] + s[3]));
     for (int v = 0; v < V; ++v) {
@@ -112,25 +113,6 @@ void gptq_products(const PackedProduct& p) {
 const OneRow* gptq_way(const Op& op) {
   static const OneRow way{arrange_bytes<GptqBytes>, gptq_products};
   return op.group >= op.n || op.group % UNIT == 0 ? &way : nullptr;
-}
-
-// ---- Who has a way.
-
-const OneRow* bytes_of_row(const Op& op) {
-  switch (op.weight_type) {
-    case INT8: return groups_way<BytesInt8>(op);
-    case INT4: return groups_way<BytesInt4>(op);
-    case Q8_0: return blocks_way<BytesQ8_0>();
-    case Q4_0: return blocks_way<BytesQ4_0>();
-    case Q4_1: return blocks_way<BytesQ4_1>();
-    case Q5_0: return blocks_way<BytesQ5_0>();
-    case Q5_1: return blocks_way<BytesQ5_1>();
-    case Q4_K: return large_blocks_way<BytesQ4_K>();
-    case Q5_K: return large_blocks_way<BytesQ5_K>();
-    case Q6_K: return large_blocks_way<BytesQ6_K>();
-    case GPTQ4: return gptq_way(op);
-    default: return nullptr;
-  }
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ inline void rows_of_groups(const PackedProduct& p, int64_t first) {
   sum.store(p.out + first);
 }
 
-// ---- Who has a way.
+// ---- Ways.
 
 template <class S> bool arrange_bytes(const Op& op, const float* x, float* to) {
   return arrange_whole<S>(op.n, x, reinterpret_cast<Part*>(to));
