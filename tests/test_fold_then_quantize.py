@@ -65,7 +65,8 @@ def test_formats_err_by_their_bits(rows):
 
 def test_rows_are_compared_with_the_original_in_their_format(rows):
     assert all(row["change"] == 0 for row in rows if row["row"] == "original")
-    assert all(row["change"] != 0 for row in rows if row["row"] == "folded")
+    changed = [row for row in rows if row["row"] == "folded" and row["format"] != "float32"]
+    assert all(row["change"] != 0 for row in changed)  # float32 is only rounded, or not even that
     assert study.table(rows).count("| rotated, seed 1 |") == 2 * len(study.FORMATS)
 
 

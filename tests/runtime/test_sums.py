@@ -15,6 +15,7 @@ from tests.kernels.cases import random
 
 pytestmark = [
     cases.compiled,
+    pytest.mark.usefixtures("only_compiled"),
     pytest.mark.skipif(not operators.AVAILABLE, reason="torch has no stable interface here"),
 ]
 N = 64
