@@ -19,6 +19,16 @@ inline void fetch(const char* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += LINE) prefetch(p + b);
 }
 
+// The scales and minima of eight times 32 features, six bits each in 12 bytes, as a byte each.
+struct SixBits { uint64_t scales, minima; };
+inline SixBits six_bits_of_eight(const Byte* p) {
+  uint32_t a, b, c;
+  memcpy(&a, p, 4), memcpy(&b, p + 4, 4), memcpy(&c, p + 8, 4);
+  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+  return {(a & six) | static_cast<uint64_t>((c & four) | (a >> 6 & two) << 4) << 32,
+          (b & six) | static_cast<uint64_t>((c >> 4 & four) | (b >> 6 & two) << 4) << 32};
+}
+
 #ifdef FLASHNORM_ONE_ROW
 const OneRow* one_row(const Op& op);
 #else

@@ -79,16 +79,11 @@ inline Levels five_bits(const Byte* a, const Byte* b, const Byte* bits_a, const 
 // Scales and minima of eight times 32 features.
 struct Eighths { Vec scales, minima; };
 inline Eighths eighths(const Byte* p) {
-  uint32_t a, b, c;
-  memcpy(&a, p + 4, 4), memcpy(&b, p + 8, 4), memcpy(&c, p + 12, 4);
-  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
-  const uint64_t scales = (a & six) | static_cast<uint64_t>((c & four) | (a >> 6 & two) << 4) << 32;
-  const uint64_t minima =
-      (b & six) | static_cast<uint64_t>((c >> 4 & four) | (b >> 6 & two) << 4) << 32;
+  const SixBits given = six_bits_of_eight(p + 4);
   const auto eight_of = [](uint64_t bytes) {
     return widened(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
   };
-  return {eight_of(scales) * half(p), eight_of(minima) * half(p + 2)};
+  return {eight_of(given.scales) * half(p), eight_of(given.minima) * half(p + 2)};
 }
 
 // Calls with levels(i) for each eighth i of a block of Q4_K, Q5_K or Q6_K: 32 bytes.

@@ -209,16 +209,11 @@ inline __m512 half(const Byte* p) {
   return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
 inline Eighths eighths(const Byte* p) {
-  uint32_t a, b, c;
-  memcpy(&a, p + 4, 4), memcpy(&b, p + 8, 4), memcpy(&c, p + 12, 4);
-  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
-  const uint64_t scales = (a & six) | static_cast<uint64_t>((c & four) | (a >> 6 & two) << 4) << 32;
-  const uint64_t minima =
-      (b & six) | static_cast<uint64_t>((c >> 4 & four) | (b >> 6 & two) << 4) << 32;
+  const SixBits given = six_bits_of_eight(p + 4);
   const auto numbers = [](uint64_t bytes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
   };
-  return {_mm512_mul_ps(numbers(scales), half(p)), _mm512_mul_ps(numbers(minima), half(p + 2))};
+  return {_mm512_mul_ps(numbers(given.scales), half(p)), _mm512_mul_ps(numbers(given.minima), half(p + 2))};
 }
 
 // Lane i of v in eight lanes and lane j in the others; or lanes i .. i + 3, in four each.
