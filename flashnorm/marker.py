@@ -10,6 +10,9 @@ from flashnorm.plan import Plan
 
 Mode = Literal["compat", "strict"]
 MARKERS = ("flashnorm", "flashnorm_folded")
+ABSENT = "absent"
+# By tensor: its shape, its dtype as safetensors names it, and the value at which it says nothing.
+Absent = dict[str, tuple[tuple[int, ...], str, float]]
 
 
 def marker(plan: Plan, mode: Mode, source: str) -> dict[str, Any]:
@@ -40,3 +43,18 @@ def folded_by(config: Mapping[str, Any]) -> str | None:
     if config.get("rms_norm_has_weight") is False:
         return "rms_norm_has_weight"
     return None
+
+
+def absent_tensors(marked: Mapping[str, Any]) -> Absent | None:
+    """What a strict fold says in its marker that it left out; None where it does not say it."""
+    if ABSENT not in marked:
+        return None
+    return {
+        name: (tuple(shape), dtype, value) for name, (shape, dtype, value) in marked[ABSENT].items()
+    }
+
+
+def is_strict(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that gains were left out of its checkpoint."""
+    marked = config.get("flashnorm")
+    return isinstance(marked, dict) and marked.get("mode") == "strict"

@@ -70,15 +70,9 @@ class Block:
             yield view[row * width : (row + 1) * width], row * self.pitch
 
     def _rewrite_(self, view: memoryview, values: Values) -> int:
-        entry, lost = self.piece.entry, 0
+        entry = self.piece.entry
         rows = torch.frombuffer(view, dtype=FLOAT_DTYPES[entry.dtype]).view(self.shape)
-        for gain, consumer in self.absorbs:
-            g, axis, spans = values.gains[gain], consumer.axis, consumer.spans
-            lost += algebra.check_fold(entry.name, rows, gain.parameter, g, axis, spans)
-            algebra.fold_gain_(rows, g, axis, spans)
-        if self.center is not None:
-            algebra.center_(rows, self.center)
-        return lost
+        return values.rewrite_(entry.name, rows, self.absorbs, self.center)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from flashnorm.errors import CheckpointError, QuantizedError
-from flashnorm.marker import folded_by, marker
+from flashnorm.marker import ABSENT, Absent, folded_by, marker
 from flashnorm.plan import Plan
 
 STRICT_NOTE = (
@@ -56,9 +56,12 @@ QUANTIZED_REMEDY = (
 
 
 def folded_config(
-    config: dict[str, Any], plan: Plan, *, strict: bool, fold_dtype: str, source: str
+    config: dict[str, Any], plan: Plan, *, absent: Absent | None, fold_dtype: str, source: str
 ) -> dict[str, Any]:
-    """The config of the folded checkpoint: the source's own keys, then the marker."""
+    """The config of the folded checkpoint: the source's own keys, then the marker.
+
+    `absent` is what a strict fold leaves out; None for a compatible one.
+    """
     config = deepcopy(config)
     for part in _parts(config):
         for key in QUANTIZED_KEYS:
@@ -66,10 +69,10 @@ def folded_config(
                 del part[key]  # only a stale "gguf" comes this far, and readers trip over it
     if plan.untied:
         _untie(config)
-    mark = marker(plan, "strict" if strict else "compat", source)
+    mark = marker(plan, "compat" if absent is None else "strict", source)
     mark["flashnorm"]["fold_dtype"] = fold_dtype
-    if strict:
-        mark["flashnorm"]["left_out"] = STRICT_NOTE
+    if absent is not None:
+        mark["flashnorm"] |= {"left_out": STRICT_NOTE, ABSENT: absent}
     return config | mark
 
 

@@ -25,7 +25,7 @@ from flashnorm.checkpoint.config import (
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.inspection import inspect_stored
-from flashnorm.checkpoint.layout import Layout, Shard, plan_layout
+from flashnorm.checkpoint.layout import Layout, Shard, left_out, plan_layout
 from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
 from flashnorm.checkpoint.stream import check_twins, write_shard
 from flashnorm.checkpoint.values import Values
@@ -112,7 +112,8 @@ def _fold(
     dtype = "float64" if wide else "float32"
     files: dict[str, Any] = {}
     if plan.folded or plan.centerings:
-        files[CONFIG] = folded_config(config, plan, strict=strict, fold_dtype=dtype, source=name)
+        absent = left_out(source, plan, layout.changes) if strict else None
+        files[CONFIG] = folded_config(config, plan, absent=absent, fold_dtype=dtype, source=name)
     if layout.index is not None:
         files[INDEX] = layout.index
     copies = other_files(path, {*files, *source.shards})

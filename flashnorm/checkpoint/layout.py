@@ -14,6 +14,7 @@ from flashnorm.checkpoint.mapping import REMEDY, map_parameters
 from flashnorm.checkpoint.source import Source
 from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, QuantizedError
+from flashnorm.marker import Absent
 from flashnorm.plan import Plan
 
 
@@ -80,6 +81,23 @@ def _left_values(plan: Plan) -> dict[str, float]:
     """What a fold leaves in the parameters that strict mode removes."""
     found = {norm_bias.parameter: 0.0 for norm_bias in plan.norm_biases() if norm_bias.folded}
     return found | {gain.parameter: gain.identity for gain in plan.gains()}
+
+
+def left_out(source: Source, plan: Plan, changes: Changes) -> Absent:
+    """What strict mode removes, as an engine has to put it back that knows no defaults.
+
+    Raises CheckpointError for a tensor whose parts are one and zero, which no single value is.
+    """
+    found: Absent = {}
+    for name, value in _left_values(plan).items():
+        for tensor in changes.removed.intersection(changes.mapped[name].tensors):
+            entry = source.where[tensor].entry
+            if found.setdefault(tensor, (entry.shape, entry.dtype, value))[2] != value:
+                raise CheckpointError(
+                    f"strict mode would remove {tensor}, which holds gains and biases: fold "
+                    "without strict"
+                )
+    return found
 
 
 def plan_parameters(plan: Plan) -> set[str]:

@@ -16,6 +16,7 @@ from flashnorm.checkpoint.changes import Changes
 from flashnorm.checkpoint.header import FLOAT_DTYPES
 from flashnorm.checkpoint.provenance import Provenance
 from flashnorm.checkpoint.source import Place, Source
+from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Consumer, NormBias, Plan
 
@@ -74,6 +75,20 @@ class Values:
                 if part.tensor == name:
                     value[part.box.index] = self._done[parameter][part.place]
         return value
+
+    def rewrite_(self, name: str, rows: Tensor, absorbs: Absorptions, center: int | None) -> int:
+        """E1, then E3, of rows of the tensor `name`, in place.
+
+        Returns how many elements became subnormal. Raises FoldError where the dtype overflows.
+        """
+        lost = 0
+        for gain, consumer in absorbs:
+            g, axis, spans = self.gains[gain], consumer.axis, consumer.spans
+            lost += algebra.check_fold(name, rows, gain.parameter, g, axis, spans)
+            algebra.fold_gain_(rows, g, axis, spans)
+        if center is not None:
+            algebra.center_(rows, center)
+        return lost
 
     def _read(self, parameter: str) -> Tensor:
         return read_parameter(self._source, self._changes.mapped[parameter])
