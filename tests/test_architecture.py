@@ -53,6 +53,7 @@ ORDER = [
     "flashnorm.report",
     "flashnorm.demo",
     "flashnorm.bench",
+    "flashnorm.engines",
     "flashnorm.cli",
     "flashnorm.__main__",
 ]

@@ -1,0 +1,1 @@
+"""flashnorm in the engines that people run: loaders, plugins and entry points, a file each."""

@@ -1,0 +1,143 @@
+"""Folded models in vLLM: the same greedy tokens, by whatever way they got there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashnorm
+
+from . import models
+
+pytest.importorskip("vllm")
+
+SCRIPT = Path(__file__).with_name("in_vllm.py")
+PROMPTS = [[5, 6, 7, 8, 9, 10], [200, 3, 77], [11] * 9]
+OURS = {"load_format": "flashnorm"}
+UNTIE = {"model_loader_extra_config": {"untie": True}}
+
+
+@cache
+def checkpoint(root: Path, family: str, kind: str) -> Path:
+    """A checkpoint of a family: plain, compat, strict or untie."""
+    path = root / f"{family}-{kind}"
+    if kind == "plain":
+        return models.write(family, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what strict leaves out
+        source = checkpoint(root, family, "plain")
+        flashnorm.fold_checkpoint(source, path, strict=kind == "strict", untie=kind == "untie")
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm")
+
+
+def ask(model: Path, **options: Any) -> tuple[dict[str, Any] | None, str]:
+    """What vLLM answers, None where it fails, and what it says."""
+    given = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS, "model": str(model)}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps({**given, **options})],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    said = done.stdout + done.stderr
+    if done.returncode:
+        return None, said
+    lines = done.stdout.splitlines()  # workers may say more while they end
+    return json.loads(next(line for line in lines if line.startswith('{"version"'))), said
+
+
+_answers: dict[str, Any] = {}
+
+
+def answer(root: Path, family: str, kind: str, **options: Any) -> dict[str, Any]:
+    key = json.dumps([family, kind, options])
+    if key not in _answers:
+        found, said = ask(checkpoint(root, family, kind), **options)
+        assert found is not None, said[-3000:]
+        _answers[key] = found
+    return _answers[key]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_folded_while_loading_is_folded_on_disk_bit_for_bit(root, family):
+    while_loading = answer(root, family, "plain", **OURS)
+    on_disk = answer(root, family, "compat")
+    assert while_loading["weights"] == on_disk["weights"]
+    assert while_loading["tokens"] == on_disk["tokens"]
+    assert while_loading["logprobs"] == on_disk["logprobs"]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_tokens_are_those_of_the_original(root, family):
+    plain, folded = answer(root, family, "plain"), answer(root, family, "plain", **OURS)
+    assert plain["tokens"] == folded["tokens"]
+    assert plain["weights"] != folded["weights"]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_strict_checkpoint_loads_and_is_the_compatible_one(root, family):
+    strict, compat = answer(root, family, "strict", **OURS), answer(root, family, "compat")
+    assert strict["weights"] == compat["weights"]
+    assert strict["tokens"] == compat["tokens"]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_checkpoint_that_was_folded_is_not_folded_again(root, family):
+    again, compat = answer(root, family, "compat", **OURS), answer(root, family, "compat")
+    assert again["weights"] == compat["weights"]
+
+
+def test_a_head_of_its_own_folds_too(root):
+    plain, untied = answer(root, "llama", "plain"), answer(root, "llama", "plain", **OURS, **UNTIE)
+    on_disk = answer(root, "llama", "untie")
+    assert untied["weights"] == on_disk["weights"]
+    assert untied["weights"].keys() > plain["weights"].keys()
+    assert untied["tokens"] == plain["tokens"]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("plain", {**OURS, **UNTIE}), ("untie", {})])
+def test_a_model_that_vllm_builds_without_a_head_refuses_one(root, kind, options):
+    """vLLM's Gemma multiplies by its embedding, whatever its config says."""
+    found, said = ask(checkpoint(root, "gemma2", kind), **options)
+    assert found is None
+    assert "no module or parameter named 'lm_head'" in said
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_two_shards_of_tensor_parallelism_are_folded_before_they_are_cut(root, family):
+    """Each process folds whole tensors and keeps its part of them."""
+    both = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    plain, folded = answer(root, family, "plain"), answer(root, family, "plain", **OURS, **both)
+    assert folded["tokens"] == plain["tokens"]
+
+
+def test_vllm_alone_refuses_a_strict_checkpoint(root):
+    """Nothing is filled in unnoticed; when vLLM learns to do so, our page has to say it."""
+    found, said = ask(checkpoint(root, "llama", "strict"))
+    assert found is None
+    assert "not initialized from checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"enable_lora": True}, "adapters were trained on the original weights"),
+        ({"runner": "pooling"}, "the hidden states themselves are the result"),
+    ],
+)
+def test_what_nobody_would_see_is_refused(root, options, why):
+    found, said = ask(checkpoint(root, "llama", "plain"), **OURS, **options)
+    assert found is None
+    assert why in said
