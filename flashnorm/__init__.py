@@ -15,6 +15,8 @@ from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 if TYPE_CHECKING:
     from flashnorm.adapters.fold import fold_adapter as fold_adapter
     from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
+    from flashnorm.engines.auto import AutoFlashNormForCausalLM as AutoFlashNormForCausalLM
+    from flashnorm.engines.config import FlashNormConfig as FlashNormConfig
     from flashnorm.functional import explain as explain
     from flashnorm.gguf.model import load_gguf as load_gguf
     from flashnorm.inspection import inspect as inspect
@@ -49,6 +51,8 @@ _LAZY = {
     "explain": "flashnorm.functional",
     "load_gguf": "flashnorm.gguf.model",
     "dequantize_": "flashnorm.quantized.plain",
+    "AutoFlashNormForCausalLM": "flashnorm.engines.auto",
+    "FlashNormConfig": "flashnorm.engines.config",
 }
 
 __all__ = [

@@ -12,13 +12,20 @@ import torch
 import transformers
 
 import flashnorm
-from flashnorm.compat import ATTRIBUTES, Private, gguf_names, torch_names, transformers_names
+from flashnorm.compat import (
+    ATTRIBUTES,
+    Private,
+    gguf_names,
+    quantizer_names,
+    torch_names,
+    transformers_names,
+)
 from tests.compat import caches, gguf, models, modules, tensors, watchers  # noqa: F401  (checks)
 from tests.compat.checks import CHECKS
 from tests.private_names import private_names
 
 PACKAGE = Path(flashnorm.__file__).parent
-FILES = (torch_names, transformers_names, gguf_names)
+FILES = (torch_names, transformers_names, gguf_names, quantizer_names)
 ROWS = (*ATTRIBUTES, *(row for names in FILES for row in names.NAMES))
 HERE = {"torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -105,7 +112,7 @@ def test_names_of_torch_are_the_very_objects(row):
         assert getattr(torch_names, row.ours) is resolve(row.theirs)
 
 
-@pytest.mark.parametrize("names", FILES, ids=["torch", "transformers", "gguf"])
+@pytest.mark.parametrize("names", FILES, ids=["torch", "transformers", "gguf", "quantizer"])
 def test_compat_uses_the_names_of_its_rows_and_no_others(names):
     found = set(private_names(Path(names.__file__).read_text("utf-8")))
     rows = {row.theirs for row in names.NAMES} - {"torch.nn.modules.module._global_"}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from flashnorm.cli.boundary import DEBUG, Options, Result, run, stderr_console, stdout_console
-
-if TYPE_CHECKING:
-    from flashnorm.plan import Plan
+from flashnorm.cli.boundary import Options, Result, run, stderr_console, stdout_console
+from flashnorm.cli.options import AsJson, Center, Centre, Inputs, Model, Traceback, Untie
 
 app = typer.Typer(
     name="flashnorm",
@@ -22,32 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Traceback = Annotated[
-    bool, typer.Option("--traceback", help="Show where an error was raised.", envvar=DEBUG)
-]
-Untie = Annotated[
-    bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
-]
-Center = Annotated[
-    bool,
-    typer.Option("--center", help="Center what LayerNorms read, so that they need no mean."),
-]
-Centre = Annotated[bool, typer.Option("--centre", hidden=True, help="What --center was called.")]
-Inputs = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--inputs",
-        metavar="FILE",
-        help="Inputs to record instead of made-up ones: safetensors or JSON, by argument. May be "
-        "given several times; all are recorded.",
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -112,6 +83,7 @@ def fold_command(
 
     def command() -> Result:
         import flashnorm
+        from flashnorm.cli.fold import written_by_fold
         from flashnorm.cli.inputs import read_inputs
         from flashnorm.cli.progress import bytes_bar
 
@@ -133,7 +105,7 @@ def fold_command(
                 example_inputs=given,
                 progress=progress,
             )
-        return _folded(plan, source, target, strict, written, time.perf_counter() - start)
+        return written_by_fold(plan, source, target, strict, written, time.perf_counter() - start)
 
     stays = f"the shards that are finished stay beside {target}; run the same command to go on"
     run(command, Options(as_json, debug, stays))
@@ -164,9 +136,10 @@ def fold_adapter_command(
 
     def command() -> Result:
         import flashnorm
+        from flashnorm.cli.inputs import read_plan
         from flashnorm.cli.progress import waiting
 
-        given = None if plan is None else _read_plan(plan)
+        given = None if plan is None else read_plan(plan)
         source, out = Path(adapter).expanduser(), Path(target).expanduser()
         onto = None if folded is None else Path(folded).expanduser()
         with waiting(f"folding {adapter}"):
@@ -197,9 +170,10 @@ def verify_command(
 
     def command() -> Result:
         import flashnorm
+        from flashnorm.cli.inputs import read_text
         from flashnorm.cli.progress import steps_bar
 
-        words = None if text is None else _read(text)
+        words = None if text is None else read_text(text)
         with steps_bar(f"loading {reference}") as report:
             found = flashnorm.verify(reference, candidate, text=words, progress=report)
         return Result(found.to_json(), found, 0 if found.ok else 1)
@@ -295,6 +269,50 @@ def tune_command(
     run(command, Options(as_json, debug))
 
 
+@app.command("eval")
+def eval_command(
+    base: Model,
+    folded: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FOLDED", help="A folded checkpoint; MODEL folded in memory if left."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm_eval.")
+    ] = "founding_perplexity,founding_continuation",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="bf16, fp32 or fp16; may be given several times; as stored if left."),
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(help="Of original, folded, accelerated.")
+    ] = "original,folded,accelerated",
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; all if left.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences that are read at once.")] = 1,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Task files of your own.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.json and PREFIX.md.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Traceback = False,
+) -> None:
+    """Run lm-evaluation-harness on a model, the same folded, and the same accelerated.
+
+    The tasks that are shipped need no network. Needs lm_eval (extra `eval`).
+    """
+
+    def command() -> Result:
+        from flashnorm.cli.evaluate import run_eval, settings
+
+        asked = settings(base, folded, tasks, dtype, variants, limit, batch_size, include)
+        return run_eval(asked, out)
+
+    run(command, Options(as_json, debug))
+
+
 @app.command("demo")
 def demo_command(
     directory: Annotated[
@@ -315,6 +333,35 @@ def demo_command(
     run(command, Options(as_json, debug, f"{directory} keeps what is finished"))
 
 
+@app.command("run", context_settings={"allow_interspersed_args": False})
+def run_command(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND ...", help="What to run, as it is.")
+    ],
+    fold: Annotated[bool, typer.Option("--fold", help="Fold the gains first.")] = False,
+    package: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep compiled decode steps there, and use them."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the summary as JSON, too.")
+    ] = None,
+    debug: Traceback = False,
+) -> None:
+    """Run a program; models that it loads by transformers' from_pretrained are accelerated.
+
+    For the command itself and the Pythons that it starts. A model that cannot be accelerated runs
+    as it is; a summary on stderr says so at the end. The exit code is the command's.
+    """
+
+    def program() -> Result:
+        from flashnorm.cli.running import run_program
+
+        return run_program(command, fold, package, report)
+
+    run(program, Options(False, debug, foreign=True))
+
+
 def _center(center: bool, centre: bool) -> bool:
     """Whether `--center` was given, perhaps by its old name."""
     from flashnorm.deprecated import old_name
@@ -323,56 +370,6 @@ def _center(center: bool, centre: bool) -> bool:
     if centre:
         warn(old_name("--centre", "--center"), FutureWarning)
     return center or centre
-
-
-def _folded(plan: Plan, source: str, target: str, strict: bool, size: int, took: float) -> Result:
-    """What `fold` says when it is done. `size` in bytes, `took` in seconds."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from flashnorm.report import summary, totals
-
-    found = totals(plan)
-    data = {
-        "source": source,
-        "target": target,
-        "mode": "strict" if strict else "compat",
-        "norms": found.norms,
-        "folded": found.folded,
-        "bytes": size,
-        "seconds": round(took, 3),
-        "plan": plan.to_json(),
-    }
-    head = Text(f"{target} is written: {size / 1e6:,.1f} MB in {took:.1f} s", style="bold")
-    command = f"flashnorm verify {shlex.quote(source)} {shlex.quote(target)}"
-    then = Text(f"prove it: {command}", no_wrap=True, overflow="ignore")  # to be copied whole
-    return Result(data, Group(head, summary(plan), then))
-
-
-def _read_plan(file: Path) -> Plan:
-    """The plan that `inspect --json` or `fold --json` printed."""
-    import json
-
-    from flashnorm.errors import FlashNormError
-    from flashnorm.plan import Plan
-
-    try:
-        data = json.loads(_read(file))
-        return Plan.from_json(data.get("plan", data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FlashNormError(
-            f"{file} holds no plan that can be read ({error}): write one with flashnorm inspect "
-            "--json"
-        ) from error
-
-
-def _read(file: Path) -> str:
-    from flashnorm.errors import FlashNormError
-
-    try:
-        return file.expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlashNormError(f"{file} cannot be read as UTF-8 text: {error}") from error
 
 
 def main() -> None:

@@ -44,11 +44,12 @@ class Result:
 
 @dataclass
 class Options:
-    """How a command talks. `on_interrupt` is said after Ctrl-C."""
+    """How a command talks. `on_interrupt` is said after Ctrl-C, `foreign` programs say the rest."""
 
     as_json: bool
     debug: bool
     on_interrupt: str = ""
+    foreign: bool = False
     warned: list[str] = field(default_factory=list)
 
 
@@ -88,6 +89,9 @@ def _print_json(data: dict[str, Any]) -> None:
 @contextmanager
 def _kept_quiet(options: Options) -> Iterator[None]:
     """Only flashnorm's own warnings, as one line each; nothing but the result on stdout."""
+    if options.foreign:
+        yield
+        return
     from flashnorm.loading import quiet_transformers
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:

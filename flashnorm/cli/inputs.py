@@ -1,13 +1,16 @@
-"""`--inputs FILE`: what a model's forward is called with, from safetensors or JSON."""
+"""What commands read besides models: `--inputs` (safetensors or JSON), plans and texts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashnorm.errors import FlashNormError
+
+if TYPE_CHECKING:
+    from flashnorm.plan import Plan
 
 FORMATS = (
     "give tensors by the names of the forward's arguments in a .safetensors file, or a .json file "
@@ -64,3 +67,25 @@ def _value(file: Path, name: str, item: Any) -> Any:
         return torch.tensor(item)
     except (TypeError, ValueError) as error:
         raise FlashNormError(f"{file}: {name} is no tensor ({error}): {FORMATS}") from error
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan that `inspect --json` or `fold --json` printed."""
+    from flashnorm.plan import Plan
+
+    try:
+        data = json.loads(read_text(file))
+        return Plan.from_json(data.get("plan", data))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashNormError(
+            f"{file} holds no plan that can be read ({error}): write one with flashnorm inspect "
+            "--json"
+        ) from error
+
+
+def read_text(file: Path) -> str:
+    """A file's text. Raises FlashNormError where it is no UTF-8."""
+    try:
+        return file.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashNormError(f"{file} cannot be read as UTF-8 text: {error}") from error

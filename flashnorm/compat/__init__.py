@@ -5,7 +5,8 @@ stands for it in this package, what we rely on, and the versions that it was see
 `tests/test_compat.py` has a check for every row, and says of one that fails who uses it.
 
 - `torch_names` re-exports the objects themselves, so that no call takes longer.
-- `transformers_names` has functions that import transformers when they are called.
+- `transformers_names` has functions that import transformers when they are called; so have
+  `gguf_names` and `quantizer_names`.
 - `ATTRIBUTES` are torch's attributes of its own objects, which are read where they are needed, by
   their own names: they stand in what runs before every kernel.
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from flashnorm.compat import transformers_names
+from flashnorm.compat import quantizer_names, transformers_names
 from tests.compat.checks import checks
 
 SIZES = {
@@ -189,6 +191,86 @@ def _expert_weights() -> None:
     assert torch.equal(gate(x), experts[0].act_fn(x[:, :16]) * x[:, 16:])
     experts[0]._is_expert_parallel = True
     assert "several processes" in transformers_names.expert_weights(experts[0])
+
+
+@checks(
+    "transformers.utils.quantization_config.QuantizationConfigMixin",
+    "transformers.quantizers.HfQuantizer",
+    "transformers.quantizers.register_quantization_config",
+    "transformers.quantizers.register_quantizer",
+)
+def _quantizing() -> None:
+    from transformers.quantizers import auto
+
+    theirs, called = quantizer_names.quantizing(), []
+
+    class Config(theirs.config):
+        def __init__(self) -> None:
+            self.quant_method = "compat"
+
+    class Quantizer(theirs.quantizer):
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return True
+
+        def update_attn_implementation(self, config: Any) -> Any:
+            called.append(config.quantization_config)
+            return config
+
+        def preprocess_model(self, model: Any, **_: Any) -> None:
+            called.append("before")
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            assert model.hf_quantizer is self
+            called.append("after")
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            called.append("weight")
+            return False
+
+    theirs.register_config("compat")(Config)
+    theirs.register_quantizer("compat")(Quantizer)
+    asked = Config()
+    try:
+        with TemporaryDirectory() as path:
+            llama().save_pretrained(path)
+            transformers.LlamaForCausalLM.from_pretrained(path, quantization_config=asked)
+    finally:
+        del auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compat"], auto.AUTO_QUANTIZER_MAPPING["compat"]
+    assert called[0].quant_method == "compat"
+    assert called[1] == "before"
+    assert called[-1] == "after"
+    assert set(called[2:-1]) == {"weight"}
+
+
+@checks("transformers.integrations.is_deepspeed_zero3_enabled")
+def _shards_by_zero3() -> None:
+    assert quantizer_names.shards_by_zero3() is False
+
+
+@checks("transformers.modeling_utils.get_hf_quantizer")
+def _before_quantizer() -> None:
+    from transformers import modeling_utils
+
+    chosen, config = modeling_utils.get_hf_quantizer, llama().config
+    asked = []
+
+    def check(*given: Any) -> None:
+        asked.append(given)
+        raise InterruptedError
+
+    quantizer_names.before_quantizer(check)
+    try:
+        for options in ({}, {"gguf_file": "a.gguf"}):
+            with contextlib.suppress(InterruptedError), TemporaryDirectory() as empty:
+                transformers.LlamaForCausalLM.from_pretrained(
+                    empty, config=config, quantization_config="ours", **options
+                )
+    finally:
+        modeling_utils.get_hf_quantizer = chosen
+    assert [rest for _, *rest in asked] == [["ours", None], ["ours", "a.gguf"]]
+    assert all(type(first) is type(config) for first, *_ in asked)
 
 
 @checks("transformers.masking_utils.sdpa_mask")

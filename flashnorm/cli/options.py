@@ -1,0 +1,36 @@
+"""The options and arguments that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashnorm.cli.boundary import DEBUG
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Show where an error was raised.", envvar=DEBUG)
+]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
+]
+Center = Annotated[
+    bool,
+    typer.Option("--center", help="Center what LayerNorms read, so that they need no mean."),
+]
+Centre = Annotated[bool, typer.Option("--centre", hidden=True, help="What --center was called.")]
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--inputs",
+        metavar="FILE",
+        help="Inputs to record instead of made-up ones: safetensors or JSON, by argument. May be "
+        "given several times; all are recorded.",
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
+]

@@ -1,0 +1,1 @@
+"""The directory that `flashnorm run` puts before all others on PYTHONPATH."""
