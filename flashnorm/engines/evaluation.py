@@ -253,7 +253,8 @@ def _metrics(metrics: dict[str, Any]) -> dict[str, float]:
     for key, value in metrics.items():
         metric, comma, kind = key.partition(",")
         if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-            found[metric if kind == "none" else f"{metric} ({kind})"] = float(value)
+            unfiltered = key.endswith(",none")
+            found[metric if unfiltered else f"{metric} ({kind})"] = float(value)
     return found
 
 

@@ -283,6 +283,7 @@ def test_signals_reach_the_command(number, script, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background ignores it
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
