@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flashnorm import algebra
-from flashnorm.checkpoint.config import check_not_quantized
+from flashnorm.checkpoint.config import check_not_folded, check_not_quantized
 from flashnorm.checkpoint.header import FLOAT_DTYPES
 from flashnorm.checkpoint.inspection import inspect_stored
 from flashnorm.checkpoint.layout import Layout, plan_layout
@@ -95,6 +95,7 @@ def open_streamed(path: Path, *, untie: bool = False, plan: Plan | None = None) 
     source = open_source(path)
     if key := folded_by(source.config):
         return Streamed(path, source, None, None, _absent(path, source.config, key))
+    check_not_folded(source.config)  # which asks the configs of sub-models too
     check_not_quantized(source.config)
     found = inspect_stored(path, untie=untie) if plan is None else plan
     layout = plan_layout(source, found, strict=False)

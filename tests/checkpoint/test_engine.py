@@ -105,6 +105,13 @@ def test_what_another_tool_folded_is_refused(tmp_path, key):
         open_streamed(source)
 
 
+def test_a_sub_model_that_was_folded_is_refused(tmp_path):
+    config = {"text_config": {"flash_norm": True}}
+    source = write_checkpoint(tmp_path / "src", llama_tensors(1), **config)
+    with pytest.raises(CheckpointError, match="folded already, as flash_norm"):
+        open_streamed(source, plan=llama_plan(1))
+
+
 def test_quantized_weights_are_refused(tmp_path):
     source = write_checkpoint(
         tmp_path / "src", llama_tensors(1), quantization_config={"quant_method": "gptq"}
