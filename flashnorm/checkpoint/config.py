@@ -12,7 +12,8 @@ from flashnorm.plan import Plan
 
 STRICT_NOTE = (
     "transformers loads it and begins them at what changes nothing. llama.cpp converts it, but "
-    "does not load the result, and vLLM and SGLang refuse it; for those fold without strict"
+    "does not load the result; vLLM and SGLang need flashnorm's plugin for it, and refuse it "
+    "without: for those fold without strict"
 )
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 

@@ -62,9 +62,10 @@ def fold_checkpoint(
     dequantizes. Every shard is read and written once, block by block; what does not change is
     copied byte for byte, under the same shard names, order and dtypes. Folded gains are written at
     the value where they are one (compat), which every engine reads, or removed with `strict=True`,
-    which only transformers reads: a warning says so, and the marker in config.json. `untie=True`
-    gives a tied head a copy of its own, so that the final gain folds too; `center=True` centers
-    what LayerNorms read (E3), so that an engine may run them as RMSNorms. Both are asked of
+    which transformers reads, and engines with our plugin: a warning says so, and the marker in
+    config.json. `untie=True` gives a tied head a copy of its own, so that the final gain folds too;
+    `center=True` centers what LayerNorms read (E3), so that an engine may run them as RMSNorms.
+    Both are asked of
     `flashnorm.inspect`, with the `example_inputs`; where a `plan` is given, it decides, but for
     its cancellings, which take a model in memory. A norm's bias goes into its readers' (E2) or
     stays as β/g (E13). `progress` is called with (bytes done, bytes in total, shard name).

@@ -1,4 +1,4 @@
-"""The command line: `flashnorm inspect | fold | fold-adapter | verify | demo`."""
+"""The command line: `flashnorm`, whose commands are in app.py."""
 
 from flashnorm.cli.app import app, main
 

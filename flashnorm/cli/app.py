@@ -67,7 +67,7 @@ def fold_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A directory or a GGUF file.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="The new directory to write.")],
     strict: Annotated[
-        bool, typer.Option("--strict", help="Leave folded gains out: for transformers only.")
+        bool, typer.Option("--strict", help="Leave folded gains out: not every engine reads it.")
     ] = False,
     untie: Untie = False,
     center: Center = False,

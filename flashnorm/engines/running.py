@@ -86,7 +86,8 @@ def _taken(model: Any, settings: Settings) -> dict[str, Any]:
         except Exception as error:
             problem = in_words(error)
     if RECORD not in vars(model):
-        return {**note, "problem": problem}
+        done = " (its gains are folded)" if UNDO in vars(model) else ""
+        return {**note, "problem": problem + done}
     found = acceleration(model)
     reasons = Counter(part.reason for part in found.parts if part.reason)
     return {

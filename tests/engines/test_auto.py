@@ -186,7 +186,7 @@ def test_a_pipeline_takes_it(llama):
 
 
 def test_a_trainer_takes_it_for_a_plain_model(llama, tmp_path):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="a Trainer needs it")
     model = loaded(llama, config=FlashNormConfig(training=True, strict=True))
     assert flashnorm.acceleration(model).training
     arguments = transformers.TrainingArguments(
@@ -272,7 +272,7 @@ def test_other_quantization_configs_go_on(llama):
 
 
 def test_an_adapter_of_the_original_is_refused_on_a_base_that_is_folded(llama, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the adapter is its")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)

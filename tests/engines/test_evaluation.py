@@ -23,7 +23,7 @@ from flashnorm.engines import shipped_tasks
 from tests.engines.models import FAMILIES
 from tests.errors import rounding
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="the tasks are run by it")
 
 TASKS = {"founding_perplexity", "founding_continuation"}
 OTHER = """\

@@ -158,6 +158,16 @@ def test_folded_first(llama, program, tokens):
     assert model.generate(PROMPT, max_new_tokens=8, do_sample=False).tolist() == tokens
 
 
+def test_a_fold_is_said_though_no_kernel_runs(llama, program, monkeypatch):
+    def refuse(model, **options):
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr("flashnorm.runtime.accelerate_", refuse)
+    loaded, noted = program(fold=True)
+    assert flashnorm.folding(loaded.from_pretrained(llama)).folded
+    assert noted()[0]["problem"] == "ValueError: no kernel (its gains are folded)"
+
+
 def test_what_comes_with_a_model_is_handed_on(llama, program):
     loaded, noted = program()
     model, info = loaded.from_pretrained(llama, output_loading_info=True)
@@ -211,7 +221,7 @@ def test_a_forked_child_does_not_repeat_its_parents_models(llama, program):
 def test_an_adapter_of_the_original_is_refused_where_the_base_is_folded(
     llama, program, monkeypatch, fold
 ):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the adapter is its")
     from peft.tuners.tuners_utils import BaseTuner
 
     monkeypatch.setattr(BaseTuner, "__init__", BaseTuner.__init__)  # given back at the end
