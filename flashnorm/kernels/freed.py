@@ -1,4 +1,4 @@
-"""Memory that nobody holds any more, and that Python or an allocator keeps."""
+"""What nobody needs any more: memory that Python or an allocator keeps, and threads that wait."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import gc
 import sys
 from contextlib import suppress
 
+from flashnorm.kernels.openmp import end_threads
+
 
 def give_back() -> None:
-    """Return memory to the system: that of cycles, and what the allocator keeps (glibc)."""
+    """Return to the system: memory of cycles, what the allocator keeps (glibc), OpenMP threads."""
+    end_threads()
     gc.collect()
     if sys.platform.startswith("linux"):
         with suppress(AttributeError):  # another allocator

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import flashnorm
 from flashnorm.functional import Prepared
-from flashnorm.kernels import norms
+from flashnorm.kernels import norms, openmp
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu.attention import attend
 from flashnorm.kernels.cpu.library import Library, load
@@ -42,11 +43,13 @@ def library() -> Iterator[Library]:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_what_the_pool_promises(sanitizer, tmp_path):
-    """Every part once, with threads that sleep, start late and are called from two sides."""
-    program = tmp_path / "thread_pool"
+@pytest.mark.parametrize("name", ["thread_pool", "thread_choice"])
+def test_what_the_pool_promises(name, sanitizer, tmp_path):
+    """Every part once, with threads that sleep, start late and are called from two sides; and the
+    threads that are faster, by a clock of the test's own."""
+    program = tmp_path / name
     flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", f"-I{SOURCES}"]
-    sources = [str(HERE / "thread_pool.cpp"), str(SOURCES / "thread_pool.cpp")]
+    sources = [str(HERE / f"{name}.cpp"), str(SOURCES / "thread_pool.cpp")]
     made = subprocess.run(["g++", *flags, *sources, "-o", str(program)], capture_output=True)
     if made.returncode and b"cannot find" in made.stderr:
         pytest.skip(f"g++ has no runtime for -fsanitize={sanitizer}")
@@ -149,3 +152,21 @@ def test_weights_that_are_gone_are_not_missed(library):
         for weight in weights:
             assert_close(Call(x, [weight], norm=norms.NONE), Prepared([weight], norm="none")(x))
         del weights, weight
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of threads")
+def test_an_accelerated_model_leaves_no_threads_of_openmp_behind(library):
+    """They would be counted beside those of the thread that runs the model, which then sleep."""
+    if openmp.pause() is None:
+        pytest.skip("another runtime than GNU's")
+    model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)).eval()
+
+    def loaded() -> int:
+        torch.set_num_threads(8)
+        torch.randn(1024, 1024) @ torch.randn(1024, 1024)
+        with_threads = threads()
+        flashnorm.accelerate_(model, (torch.randn(2, 64),))
+        return with_threads - threads()
+
+    with ThreadPoolExecutor(1) as caller:  # whose threads are its own
+        assert caller.submit(loaded).result() >= 7

@@ -17,6 +17,7 @@ import torch
 
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.cpu import crossovers
+from flashnorm.kernels.openmp import pause, torch_symbols
 
 PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
 ABI = 9  # FLASHNORM_ABI in csrc/api.h
@@ -50,7 +51,7 @@ class Library:
         self.packs = handle.flashnorm_packs  # (dtype, rows, n)
         # Whether bf16 x [rows, n] is rounded after its norm, as it is multiplied as bf16.
         self.rounds_first = handle.flashnorm_rounds_first
-        # Rows of x up to which calls read ahead for the next one, bytes, rest (csrc/thread_pool.h).
+        # Rows of x up to which calls read ahead for the next one, bytes, trials (csrc/thread_pool.h).
         self.tune_thread_pool = handle.flashnorm_tune_thread_pool
         self.thread_pool_calls = handle.flashnorm_thread_pool_calls
         self.run, self.normalize, self.glu, self.attend = (
@@ -73,7 +74,7 @@ class Library:
         found = torch_symbols(*symbols)
         if found is None:
             return "one thread: torch has no OpenMP runtime with GOMP_parallel"
-        self._handle.flashnorm_use_openmp(*found, _pause())
+        self._handle.flashnorm_use_openmp(*found, pause())
         return "torch's OpenMP threads"
 
     @property
@@ -101,25 +102,6 @@ class Library:
         self._handle.flashnorm_choose_isa(self.isas.index(name))
         self._isa = name
         crossovers.apply(self)
-
-
-def torch_symbols(*names: str) -> list[ctypes.c_void_p] | None:
-    """Functions of torch's own library or of what it has loaded; None if one is missing."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-            return [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-def _pause() -> ctypes.c_void_p | None:
-    """What gives OpenMP threads back, where the runtime is GNU's: others spin next to our own."""
-    if torch_symbols("__kmpc_fork_call"):
-        return None
-    found = torch_symbols("omp_pause_resource_all")
-    return found[0] if found else None
 
 
 @cache

@@ -22,8 +22,9 @@ from flashnorm.kernels import attention
 from flashnorm.kernels.call import Call
 from flashnorm.kernels.cpu import packing
 from flashnorm.kernels.cpu.calls import ACTIVATION
-from flashnorm.kernels.cpu.library import load, torch_symbols
+from flashnorm.kernels.cpu.library import load
 from flashnorm.kernels.cpu.policy import MOST_WEIGHTS
+from flashnorm.kernels.openmp import torch_symbols
 from flashnorm.kernels.weights import DTYPES, memories, packed, turned
 
 # The functions of torch's stable C interface, as csrc/operators.cpp expects them.

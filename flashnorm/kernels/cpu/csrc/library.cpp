@@ -294,9 +294,9 @@ EXPORT int32_t flashnorm_rounds_first(int64_t rows, int64_t n) {
 EXPORT void flashnorm_set_tile_prefetch(int64_t bytes) { tile_prefetch.store(bytes); }
 
 // Up to how many rows the pool is asked, and how (thread_pool.h).
-EXPORT void flashnorm_tune_thread_pool(int64_t rows, int64_t bytes_ahead, int64_t rest) {
+EXPORT void flashnorm_tune_thread_pool(int64_t rows, int64_t bytes_ahead, int64_t trials) {
   thread_pool_rows.store(rows);
-  flashnorm_thread_pool_tune(bytes_ahead, rest);
+  flashnorm_thread_pool_tune(bytes_ahead, trials);
 }
 EXPORT int64_t flashnorm_thread_pool_calls() { return thread_pool_calls.load(); }
 

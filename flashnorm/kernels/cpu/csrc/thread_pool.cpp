@@ -7,6 +7,7 @@
 #include <new>
 
 #include "processor.h"
+#include "thread_choice.h"
 
 namespace {
 
@@ -17,8 +18,9 @@ constexpr int SPINS = 64;           // between two looks at the clock; others ma
 
 std::atomic<OmpParallel> omp_parallel{nullptr};
 std::atomic<OmpPause> omp_pause{nullptr};
-std::atomic<int64_t> bytes_ahead{-1}, rest_calls{-1};
+std::atomic<int64_t> bytes_ahead{-1}, trial_calls{-1};
 std::atomic<bool> others_spin{false};
+std::atomic<bool> forked{false};  // OpenMP's threads are gone then: a call that is left to them may hang
 
 // Of what each thread reads ahead: ⅝ of its second cache; on a Zen 4, whose last cache takes what
 // falls out of that and gives it back as fast, an eighth of that one.
@@ -30,11 +32,7 @@ int64_t prefetch_budget() {
   return far > most ? most : far > near ? far : near;
 }
 
-int64_t now_us() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<int64_t>(t.tv_sec) * 1000000 + t.tv_nsec / 1000;
-}
+int64_t now_us() { return now_ns() / 1000; }
 
 // A point in the time that conditions wait by.
 timespec later(int64_t us) {
@@ -45,42 +43,6 @@ timespec later(int64_t us) {
   t.tv_nsec %= 1000000000;
   return t;
 }
-
-// Whether others want the pool's cores: torch's own loops, or another program. Waking them next to a
-// thread that spins takes longer than reading ahead saves, so that the pool leaves for a while.
-class Contention {
- public:
-  // Whether this call should go to OpenMP's threads.
-  bool backing_off() {
-    if (rest_ > 0) return --rest_, true;
-    if (++calls_ < WATCHED) return false;
-    calls_ = 0;
-    const int64_t asked = rest_calls.load(std::memory_order_relaxed);
-    const int64_t most = asked < 0 ? LONGEST_REST : asked;
-    if (disturbed_.exchange(0, std::memory_order_relaxed) <= TOLERATED) {
-      next_ = SHORTEST_REST;
-    } else {
-      rest_ = next_ < most ? next_ : most;
-      next_ = 2 * rest_;
-    }
-    return false;
-  }
-
-  // A worker could not run from `then` until `now`, although it was ready.
-  void observe(int64_t then, int64_t now) {
-    if (now - then > LONG_US) disturbed_.fetch_add(1, std::memory_order_relaxed);
-  }
-
- private:
-  static constexpr int WATCHED = 128, TOLERATED = 12;  // calls
-  // Once it is another program, or what ran before: of every rest that did not help the next is twice
-  // as long.
-  static constexpr int64_t SHORTEST_REST = 256, LONGEST_REST = 8192;
-  static constexpr int64_t LONG_US = 20;
-  int calls_ = 0;
-  int64_t rest_ = 0, next_ = SHORTEST_REST;
-  std::atomic<int> disturbed_{0};
-};
 
 // Makes OpenMP see more threads than cores, by a thread with a team of its own: making one takes
 // milliseconds where the cores are busy, so that nobody waits for it.
@@ -136,9 +98,8 @@ struct Task {
 class alignas(128) Worker {
  public:
   // False where the system gives no more threads. One of the workers is given the oversubscriber.
-  bool start(int64_t part, Contention& contention, Oversubscriber* oversubscriber) {
+  bool start(int64_t part, Oversubscriber* oversubscriber) {
     part_ = part;
-    contention_ = &contention;
     oversubscriber_ = oversubscriber;
     if (pthread_create(&thread_, nullptr, live, this)) return false;
 #ifdef __linux__
@@ -218,14 +179,12 @@ class alignas(128) Worker {
 
   // Waits for an offer, ready; false when none came for a while. Other threads may have the core.
   bool await_call() {
-    const int64_t begin = now_us();
-    for (int64_t then = begin, now; then - begin < AWAKE_US; then = now) {
+    for (const int64_t end = now_us() + AWAKE_US; now_us() < end;) {
       for (int i = 0; i < SPINS; ++i) {
         if (called()) return true;
         relax();
       }
       sched_yield();
-      contention_->observe(then, now = now_us());
     }
     return called();
   }
@@ -268,7 +227,6 @@ class alignas(128) Worker {
   cpu_set_t allowed_;
   bool movable_ = false;
 #endif
-  Contention* contention_ = nullptr;
   Oversubscriber* oversubscriber_ = nullptr;
   PrefetchList ahead_;
   std::atomic<const Task*> offered_{nullptr};
@@ -281,7 +239,10 @@ class ThreadPool {
  public:
   bool run(const PoolJob& job) {
     if (job.parts > MOST_THREADS || busy_.exchange(true, std::memory_order_acquire)) return false;
-    const bool ours = !contention_.backing_off() && grow(job.parts - 1);
+    const int64_t trials = forked ? 0 : trial_calls.load(std::memory_order_relaxed);
+    const int64_t bytes = job.reads ? job.reads->bytes() : 0;
+    const bool wanted = !trials || choice_.pool(bytes, now_ns(), trials);
+    const bool ours = wanted && grow(job.parts - 1);
     if (ours) share(job);
     busy_.store(false, std::memory_order_release);
     return ours;
@@ -290,8 +251,7 @@ class ThreadPool {
  private:
   bool grow(int64_t workers) {
     while (started_ < workers &&
-           workers_[started_].start(started_ + 1, contention_,
-                                    started_ ? nullptr : &oversubscriber_))
+           workers_[started_].start(started_ + 1, started_ ? nullptr : &oversubscriber_))
       ++started_;
     return started_ >= workers;
   }
@@ -309,7 +269,7 @@ class ThreadPool {
 
   std::atomic<bool> busy_{false};
   int64_t started_ = 0;
-  Contention contention_;
+  ThreadChoice choice_;
   Oversubscriber oversubscriber_;
   PrefetchHistory history_;
   Worker workers_[MOST_THREADS - 1];
@@ -320,11 +280,12 @@ class ThreadPool {
 std::atomic<ThreadPool*> the_pool{nullptr};
 
 ThreadPool* thread_pool() {
-  static const int forked = pthread_atfork(nullptr, nullptr, [] {
+  static const int unwatched = pthread_atfork(nullptr, nullptr, [] {
     the_pool.store(nullptr);
     others_spin.store(false);
+    forked.store(true);
   });
-  if (forked || !omp_pause.load(std::memory_order_relaxed)) return nullptr;
+  if (unwatched || !omp_pause.load(std::memory_order_relaxed)) return nullptr;
   ThreadPool* found = the_pool.load(std::memory_order_acquire);
   if (found) return found;
   ThreadPool* made = new (std::nothrow) ThreadPool;
@@ -347,7 +308,7 @@ void flashnorm_thread_pool_use(OmpParallel parallel, OmpPause pause) {
   omp_pause.store(pause);
 }
 
-void flashnorm_thread_pool_tune(int64_t ahead, int64_t rest) {
+void flashnorm_thread_pool_tune(int64_t ahead, int64_t trials) {
   bytes_ahead.store(ahead);
-  rest_calls.store(rest);
+  trial_calls.store(trials);
 }

@@ -30,6 +30,6 @@ using OmpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned 
 using OmpPause = int (*)(int kind);
 void flashnorm_thread_pool_use(OmpParallel parallel, OmpPause pause);
 
-// For tests and measurements: how many bytes each thread reads ahead, and for how many calls a pool
-// that is disturbed leaves them to OpenMP's threads. Negative: what is used otherwise.
-void flashnorm_thread_pool_tune(int64_t bytes_ahead, int64_t rest);
+// For tests and measurements: how many bytes each thread reads ahead, and after how many calls the
+// slower threads are tried again (0: the pool takes all). Negative: what is used otherwise.
+void flashnorm_thread_pool_tune(int64_t bytes_ahead, int64_t trials);
