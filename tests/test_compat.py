@@ -102,6 +102,7 @@ LATE = {
     "aot_compiler",
     "inductor_config",
     "graph_passes",
+    "graph_compiler",
 }
 
 

@@ -108,6 +108,13 @@ def graph_passes() -> Any:
     return custom_graph_pass
 
 
+def graph_compiler() -> Any:
+    """`compile_fx(graph, inputs, config_patches=)`: what Dynamo traced, compiled. Imported late."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
+
+
 def aot_compiler() -> Any:
     """`aot_compile(graph, inputs, options=)`: a graph becomes a shared library. Imported late."""
     from torch._inductor import aot_compile
@@ -244,6 +251,11 @@ NAMES = (
         "torch._guards.TracingContext",
         "TracingContext",
         "`try_get()` is what is compiled now; torch 2.11: `fw_metadata.is_train`",
+    ),
+    Private(
+        "torch._inductor.compile_fx.compile_fx",
+        "graph_compiler",
+        "compiles a graph of Dynamo's that holds buffers of its own, with options of its own",
     ),
     Private("torch._inductor.aot_compile", "aot_compiler", "writes a shared library for a graph"),
     Private("torch._dynamo", "dynamo", "limits of recompilation, and how to forget graphs"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flashnorm.engines.readers import Asked, why_not
 from flashnorm.errors import FlashNormError
 
 logger = init_logger("vllm.flashnorm")  # vLLM shows what is logged below its own name
-UNTIE = "untie"
+UNTIE, KERNELS = "untie", "kernels"
 ELSEWHERE = (
     "{} takes weights from beside its checkpoint, which flashnorm does not follow: fold it on disk "
     "(flashnorm fold), or load it without flashnorm"
@@ -45,9 +46,12 @@ class FoldingLoader(DefaultModelLoader):
         ours = copy.copy(load_config)
         ours.load_format = "safetensors"  # what the files are, which the parent asks
         self.untie = False
+        self.kernels: bool | int = False  # or up to how many tokens of a step
         if isinstance(extra, dict):
-            ours.model_loader_extra_config = {k: v for k, v in extra.items() if k != UNTIE}
+            theirs = {k: v for k, v in extra.items() if k not in (UNTIE, KERNELS)}
+            ours.model_loader_extra_config = theirs
             self.untie = bool(extra.get(UNTIE, False))
+            self.kernels = _tokens(extra.get(KERNELS, False))
         super().__init__(ours)
         self._streamed: dict[str, Streamed] = {}
 
@@ -59,7 +63,25 @@ class FoldingLoader(DefaultModelLoader):
         logger.info("flashnorm: %s: %s", streamed.path.name, streamed)
         if streamed.untied:
             _untie(model_config)
-        return super().load_model(vllm_config, model_config, *args, **kwargs)
+        with self._kernels(vllm_config):
+            return super().load_model(vllm_config, model_config, *args, **kwargs)
+
+    def _kernels(self, vllm_config: Any) -> AbstractContextManager[None]:
+        """A context in which a model is loaded that runs on our kernels, if that was asked for."""
+        if not self.kernels:
+            return nullcontext()
+        from flashnorm.engines import vllm_cpu, vllm_cuda
+
+        most = None if self.kernels is True else self.kernels
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        reason = vllm_cpu.why_not(vllm_config) if on_cpu else vllm_cuda.why_not(vllm_config, most)
+        if reason:
+            logger.warning("flashnorm: vLLM's own kernels run: %s", reason)
+        elif on_cpu:
+            return vllm_cpu.kernels(vllm_config, most)
+        elif most is not None:
+            vllm_cuda.add_pass_(vllm_config, most)
+        return nullcontext()
 
     def get_all_weights(
         self, model_config: Any, model: nn.Module
@@ -109,3 +131,13 @@ def _untie(model_config: Any) -> None:
     for part in (model_config.hf_config, model_config.hf_text_config):
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
+
+
+def _tokens(asked: Any) -> bool | int:
+    """What was asked of kernels: yes, no, or up to how many tokens of a step."""
+    if isinstance(asked, bool) or (isinstance(asked, int) and asked > 0):
+        return asked
+    raise FlashNormError(
+        f'"{KERNELS}" is {asked!r}: say true (measured at the start), false, or up to how many '
+        "tokens a step runs on flashnorm's kernels"
+    )

@@ -185,6 +185,22 @@ def _dynamo() -> None:
     assert callable(torch_names.dynamo().reset)
 
 
+@checks("torch._inductor.compile_fx.compile_fx")
+def _graph_compiler() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("two", torch.full((2,), 2.0))
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * self.two,)
+
+    graph, x = torch.fx.symbolic_trace(Two()), torch.arange(2.0)
+    options = {"cpp.threads": 1, "force_disable_caches": True}
+    compiled = torch_names.graph_compiler()(graph, [x], config_patches=options)
+    assert torch.equal(compiled(x)[0], 2 * x)
+
+
 @checks(
     "torch._inductor.config", "torch._inductor.custom_graph_pass", "torch._guards.TracingContext"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -141,3 +142,66 @@ def test_what_nobody_would_see_is_refused(root, options, why):
     found, said = ask(checkpoint(root, "llama", "plain"), **OURS, **options)
     assert found is None
     assert why in said
+
+
+# Our kernels in vLLM's compiled graphs: steps of up to 8 tokens.
+COMPILED = {"enforce_eager": False}
+KERNELS = {**OURS, "model_loader_extra_config": {"kernels": 8}}
+PRODUCTS = {"llama": 8, "gemma2": 8, "qwen3-moe": 6, "gpt-neox": 8}
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_kernels_in_its_graphs_give_the_same_tokens(root, family):
+    found, said = ask(checkpoint(root, family, "plain"), **COMPILED, **KERNELS)
+    assert found is not None, said[-3000:]
+    count = PRODUCTS[family]
+    assert f"flashnorm: {count} of {count} products of a graph are its calls" in said
+    plain = answer(root, family, "plain", **COMPILED)
+    assert found["tokens"] == plain["tokens"]
+    for ours, theirs in zip(found["logprobs"], plain["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_steps_of_more_tokens_are_those_of_vllm_bit_for_bit(root):
+    """Its own graph runs them: three prompts of 18 tokens at once, and one token each."""
+    short = {**COMPILED, "tokens": 1}
+    ours, theirs = (answer(root, "llama", "plain", **short, **each) for each in (KERNELS, OURS))
+    assert ours["logprobs"] == theirs["logprobs"]
+
+
+@pytest.mark.parametrize("kind", ["compat", "strict"])
+def test_kernels_run_what_was_folded_on_disk(root, kind):
+    folded = answer(root, "llama", kind, **COMPILED, **KERNELS)
+    assert folded["tokens"] == answer(root, "llama", "plain", **COMPILED)["tokens"]
+
+
+def test_kernels_run_each_shard(root):
+    both = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    found, said = ask(checkpoint(root, "llama", "plain"), **COMPILED, **KERNELS, **both)
+    assert found is not None, said[-3000:]
+    assert said.count("8 of 8 products of a graph are its calls") == 2
+    assert found["tokens"] == answer(root, "llama", "plain")["tokens"]
+
+
+def test_where_kernels_cannot_run_vllm_says_so_and_runs_its_own(root):
+    found, said = ask(checkpoint(root, "llama", "plain"), **KERNELS)
+    assert found is not None, said[-3000:]
+    assert "vLLM's own kernels run: its kernels need vLLM's compiled graphs" in said
+    assert found["tokens"] == answer(root, "llama", "plain")["tokens"]
+
+
+def test_what_kernels_are_asked_for_is_understood_or_refused(root):
+    options = {**OURS, "model_loader_extra_config": {"kernels": "fast"}}
+    found, said = ask(checkpoint(root, "llama", "plain"), **options)
+    assert found is None
+    assert (
+        "\"kernels\" is 'fast': say true (measured at the start), false, or up to how many" in said
+    )
+
+
+def test_how_fast_they_are_is_measured_at_the_start(root):
+    measured = {**OURS, "model_loader_extra_config": {"kernels": True}}
+    found, said = ask(checkpoint(root, "llama", "plain"), **COMPILED, **measured)
+    assert found is not None, said[-3000:]
+    assert re.search(r"flashnorm: steps of .* tokens run on its kernels \(1: \d+\.\d\dx, 2: ", said)
+    assert found["tokens"] == answer(root, "llama", "plain")["tokens"]

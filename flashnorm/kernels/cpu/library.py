@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.openmp import pause, torch_symbols
@@ -51,7 +49,7 @@ class Library:
         self.packs = handle.flashnorm_packs  # (dtype, rows, n)
         # Whether bf16 x [rows, n] is rounded after its norm, as it is multiplied as bf16.
         self.rounds_first = handle.flashnorm_rounds_first
-        # Rows of x up to which calls read ahead for the next one, bytes, trials (csrc/thread_pool.h).
+        # Rows of x up to which the pool is asked, bytes, trials (csrc/thread_pool.h).
         self.tune_thread_pool = handle.flashnorm_tune_thread_pool
         self.thread_pool_calls = handle.flashnorm_thread_pool_calls
         self.run, self.normalize, self.glu, self.attend = (
