@@ -172,6 +172,7 @@ ENGINES = {
     "AutoFlashNormForCausalLM": ("test_auto.py", "AutoFlashNormForCausalLM.from_pretrained("),
     "transformers serve": ("serving.py", '"serve"'),
     "vllm.LLM(": ("test_vllm.py", '"load_format": "flashnorm"'),
+    "model_loader_extra_config=": ("test_vllm.py", 'extra_config": {"kernels": True}'),
     "FLASHNORM_FOLD": ("test_sglang.py", 'setenv(sglang_plugin.FOLD, "1")'),
     "flashnorm eval": ("test_evaluation.py", '"eval"'),
     "torch.onnx.export(": ("test_export.py", "torch.onnx.export("),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import flashnorm
 
@@ -205,3 +206,46 @@ def test_how_fast_they_are_is_measured_at_the_start(root):
     assert found is not None, said[-3000:]
     assert re.search(r"flashnorm: steps of .* tokens run on its kernels \(1: \d+\.\d\dx, 2: ", said)
     assert found["tokens"] == answer(root, "llama", "plain")["tokens"]
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(8, True), (4096, False)])
+def test_the_pass_for_gpus_before_vllms_own(tokens, taken):
+    """On a graph with its operations, as vLLM runs passes for a range of tokens on a GPU."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from vllm import ir
+    from vllm.compilation.passes.inductor_pass import get_pass_context, pass_context
+    from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
+    from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+    from vllm.config.utils import Range
+
+    from flashnorm.engines.vllm_cuda import PASS, add_pass_, why_not
+    from flashnorm.kernels import ops
+
+    def program(x, r, gain, up, down):
+        z, total = ir.ops.fused_add_rms_norm(x, r, gain, 1e-5)
+        return ir.ops.rms_norm(z @ up.t(), gain, 1e-5) @ down.t(), total
+
+    torch.manual_seed(0)
+    args = [torch.randn(shape) for shape in ((3, 64), (3, 64), (64,), (64, 64), (64, 64))]
+    with ir.enable_torch_wrap(True):
+        module = make_fx(program, tracing_mode="fake")(*args)
+    config = VllmConfig()
+    compilation = config.compilation_config
+    assert "say up to how many tokens" in why_not(config, None)
+    assert "need vLLM's compiled graphs" in why_not(config, 8)  # those of a CPU are others
+    compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
+    assert why_not(config, 8) == ""
+    add_pass_(config, 8)
+    assert 8 in compilation.compile_ranges_endpoints
+    assert why_not(config, 8) == f"another {PASS} is set"
+    ours = compilation.inductor_compile_config[PASS]
+    assert len(ours.uuid()) == 64
+    with set_current_vllm_config(config), pass_context(Range(1, tokens)):
+        if ours.is_applicable_for_range(get_pass_context().compile_range):
+            ours(module.graph)
+        VllmIRLoweringPass(config)(module.graph)  # the next one, of those that a CPU has
+    module.recompile()
+    calls = [node for node in module.graph.nodes if node.target is ops.operator]
+    assert len(calls) == (2 if taken else 0)
+    for found, exact in zip(module(*args), program(*(a.double() for a in args)), strict=True):
+        assert (found - exact).abs().max() < 1e-5

@@ -88,7 +88,7 @@ def test_all_readers_of_a_norm_or_none():
 def _written(x, g, up, c, down, h):
     y = x * 1.5
     z = norm(y, g)
-    torch.ops.vllm.attend(z, y)
+    torch.ops.vllm.attend(x, y)
     return torch.mm(z, up.t()), y
 
 
@@ -112,9 +112,18 @@ def _bias_of_rows(x, g, up, c, down, h):
     return torch.addmm(x.sum(1, keepdim=True), norm(x, g), up.t())
 
 
-@pytest.mark.parametrize(
-    "program", [_written, _part, _on_the_right, _not_transposed, _scaled, _bias_of_rows]
-)
+def _as_a_bias(x, g, up, c, down, h):
+    return torch.addmm(norm(x, g), x @ up.t(), down.t())
+
+
+def _not_turned(x, g, up, c, down, h):
+    return torch.mm(norm(x, g), torch.ops.aten.permute(up[:N], [0, 1]))
+
+
+KEPT = [_written, _part, _on_the_right, _not_transposed, _scaled, _bias_of_rows]
+
+
+@pytest.mark.parametrize("program", [*KEPT, _as_a_bias, _not_turned])
 def test_what_is_not_proven_stays(program):
     module, count = taken(program, *weights())
     assert count == 0
