@@ -144,7 +144,7 @@ engines: venv $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed $(ENGINES)
 		$(ENGINES)/$$1/bin/python -m pytest $$(printf "tests/engines/test_%s.py " $$3); }; \
 	run sglang sglang.srt.plugins.hook_registry sglang; \
 	run more "lm_eval, onnx, onnxscript, onnxruntime, openvino, fastapi, uvicorn, openai" \
-		"evaluation export recipes serve"; \
+		"evaluation export kinds recipes serve"; \
 	run llmcompressor llmcompressor llmcompressor; \
 	run vllm vllm vllm
 

@@ -8,7 +8,7 @@ compared as they are written, so that nothing is decided about them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from flashnorm.engines.graph_writes import Writes, name_of
 from flashnorm.kernels import norms
 from flashnorm.kernels.norms import NormKind
+from flashnorm.kernels.weights import DTYPES
 
 PRODUCT, RMS, ADD_RMS = "_C.onednn_mm", "vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm"
 SHAPED = ("view", "reshape", "contiguous")  # methods that give the same numbers in another shape
@@ -70,7 +71,8 @@ def products_of(graph: Graph, weights: Mapping[Node, Tensor], writes: Writes) ->
             continue
         fits = x.meta[META].dtype == out.meta[META].dtype == weight.dtype
         new = out.target is torch.empty and writes.is_untouched(out, node)
-        if fits and new and (bias is None or isinstance(bias, Node)):
+        known = weight.dtype in DTYPES and _is_vector(bias, len(weight), (weight.dtype,))
+        if fits and new and known:
             yield Product(node, out, weight)
 
 
@@ -83,8 +85,9 @@ def norms_of(graph: Graph) -> Iterator[Norm]:
             added = name == ADD_RMS
             gain, eps, part = (*node.args[1 + added :], None)[:3]
             results = _items(node) if added else {0: node}
-            known = part is None and isinstance(eps, float) and _is_rows(node.args[0])
-            if known and results is not None:
+            x = node.args[0]
+            fits = _is_rows(x) and _is_vector(gain, _features(x), DTYPES)
+            if part is None and results is not None and fits and isinstance(eps, float):
                 normed, total = results.get(0), results.get(1)
                 yield Norm(node, norms.RMS, added, gain, None, eps, normed, total)
 
@@ -99,7 +102,8 @@ def _layer_norm(node: Node) -> Norm | None:
     if given["normalized_shape"] not in ((features,), [features]):
         return None
     gain, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
-    if not isinstance(eps, float):
+    fits = all(_is_vector(each, features, DTYPES) for each in (gain, bias))
+    if not fits or not isinstance(eps, float):
         return None
     return Norm(node, norms.LAYER, False, gain, bias, eps, node, None)
 
@@ -182,6 +186,15 @@ def _is_rows(node: Any, features: int | None = None) -> bool:
     if value is None or value.dim() < 2 or not isinstance(value.shape[-1], int):
         return False
     return features is None or value.shape[-1] == features
+
+
+def _is_vector(node: Any, features: Any, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether a node is nothing, or one dense number for each feature, of a dtype among these."""
+    value = tensor_of(node)
+    if node is None or value is None:
+        return node is None
+    dense = value.dim() == 1 and value.is_contiguous()
+    return dense and value.shape[0] == features and value.dtype in dtypes
 
 
 def _features(node: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import flashnorm
+
+KINDS = ("plain", "compat", "strict", "untie")
 WORDS = 256
 SMALL: dict[str, Any] = {
     "vocab_size": WORDS,
@@ -70,3 +75,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@cache
+def checkpoint(root: Path, family: str, kind: str) -> Path:
+    """A checkpoint of a family: plain, compat, strict or untie."""
+    path = root / f"{family}-{kind}"
+    if kind == "plain":
+        return write(family, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what strict leaves out
+        source = checkpoint(root, family, "plain")
+        flashnorm.fold_checkpoint(source, path, strict=kind == "strict", untie=kind == "untie")
+    return path

@@ -6,15 +6,11 @@ import json
 import re
 import subprocess
 import sys
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import flashnorm
 
 from . import models
 
@@ -24,19 +20,6 @@ SCRIPT = Path(__file__).with_name("in_vllm.py")
 PROMPTS = [[5, 6, 7, 8, 9, 10], [200, 3, 77], [11] * 9]
 OURS = {"load_format": "flashnorm"}
 UNTIE = {"model_loader_extra_config": {"untie": True}}
-
-
-@cache
-def checkpoint(root: Path, family: str, kind: str) -> Path:
-    """A checkpoint of a family: plain, compat, strict or untie."""
-    path = root / f"{family}-{kind}"
-    if kind == "plain":
-        return models.write(family, path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what strict leaves out
-        source = checkpoint(root, family, "plain")
-        flashnorm.fold_checkpoint(source, path, strict=kind == "strict", untie=kind == "untie")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +49,7 @@ _answers: dict[str, Any] = {}
 def answer(root: Path, family: str, kind: str, **options: Any) -> dict[str, Any]:
     key = json.dumps([family, kind, options])
     if key not in _answers:
-        found, said = ask(checkpoint(root, family, kind), **options)
+        found, said = ask(models.checkpoint(root, family, kind), **options)
         assert found is not None, said[-3000:]
         _answers[key] = found
     return _answers[key]
@@ -112,7 +95,7 @@ def test_a_head_of_its_own_folds_too(root):
 @pytest.mark.parametrize(("kind", "options"), [("plain", {**OURS, **UNTIE}), ("untie", {})])
 def test_a_model_that_vllm_builds_without_a_head_refuses_one(root, kind, options):
     """vLLM's Gemma multiplies by its embedding, whatever its config says."""
-    found, said = ask(checkpoint(root, "gemma2", kind), **options)
+    found, said = ask(models.checkpoint(root, "gemma2", kind), **options)
     assert found is None
     assert "no module or parameter named 'lm_head'" in said
 
@@ -127,7 +110,7 @@ def test_two_shards_of_tensor_parallelism_are_folded_before_they_are_cut(root, f
 
 def test_vllm_alone_refuses_a_strict_checkpoint(root):
     """Nothing is filled in unnoticed; when vLLM learns to do so, our page has to say it."""
-    found, said = ask(checkpoint(root, "llama", "strict"))
+    found, said = ask(models.checkpoint(root, "llama", "strict"))
     assert found is None
     assert "not initialized from checkpoint" in said
 
@@ -140,7 +123,7 @@ def test_vllm_alone_refuses_a_strict_checkpoint(root):
     ],
 )
 def test_what_nobody_would_see_is_refused(root, options, why):
-    found, said = ask(checkpoint(root, "llama", "plain"), **OURS, **options)
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **OURS, **options)
     assert found is None
     assert why in said
 
@@ -153,7 +136,7 @@ PRODUCTS = {"llama": 8, "gemma2": 8, "qwen3-moe": 6, "gpt-neox": 8}
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_kernels_in_its_graphs_give_the_same_tokens(root, family):
-    found, said = ask(checkpoint(root, family, "plain"), **COMPILED, **KERNELS)
+    found, said = ask(models.checkpoint(root, family, "plain"), **COMPILED, **KERNELS)
     assert found is not None, said[-3000:]
     count = PRODUCTS[family]
     assert f"flashnorm: {count} of {count} products of a graph are its calls" in said
@@ -178,14 +161,14 @@ def test_kernels_run_what_was_folded_on_disk(root, kind):
 
 def test_kernels_run_each_shard(root):
     both = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    found, said = ask(checkpoint(root, "llama", "plain"), **COMPILED, **KERNELS, **both)
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **COMPILED, **KERNELS, **both)
     assert found is not None, said[-3000:]
     assert said.count("8 of 8 products of a graph are its calls") == 2
     assert found["tokens"] == answer(root, "llama", "plain")["tokens"]
 
 
 def test_where_kernels_cannot_run_vllm_says_so_and_runs_its_own(root):
-    found, said = ask(checkpoint(root, "llama", "plain"), **KERNELS)
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **KERNELS)
     assert found is not None, said[-3000:]
     assert "vLLM's own kernels run: its kernels need vLLM's compiled graphs" in said
     assert found["tokens"] == answer(root, "llama", "plain")["tokens"]
@@ -193,7 +176,7 @@ def test_where_kernels_cannot_run_vllm_says_so_and_runs_its_own(root):
 
 def test_what_kernels_are_asked_for_is_understood_or_refused(root):
     options = {**OURS, "model_loader_extra_config": {"kernels": "fast"}}
-    found, said = ask(checkpoint(root, "llama", "plain"), **options)
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **options)
     assert found is None
     assert (
         "\"kernels\" is 'fast': say true (measured at the start), false, or up to how many" in said
@@ -202,7 +185,7 @@ def test_what_kernels_are_asked_for_is_understood_or_refused(root):
 
 def test_how_fast_they_are_is_measured_at_the_start(root):
     measured = {**OURS, "model_loader_extra_config": {"kernels": True}}
-    found, said = ask(checkpoint(root, "llama", "plain"), **COMPILED, **measured)
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **COMPILED, **measured)
     assert found is not None, said[-3000:]
     assert re.search(r"flashnorm: steps of .* tokens run on its kernels \(1: \d+\.\d\dx, 2: ", said)
     assert found["tokens"] == answer(root, "llama", "plain")["tokens"]

@@ -138,6 +138,28 @@ def test_rows_in_a_batch_of_one():
     assert ours(module) == [("layer", "silu", False), ("none", None, True), ("rms", None, False)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gain_in_float32(dtype):
+    """Gemma computes 1 + w in float32, whatever x is in."""
+    torch.manual_seed(5)
+    a, w = Linear(N, N, True, dtype), torch.randn(N).to(dtype)
+    program = lambda x: a(norm(x, w.float() + 1.0))  # noqa: E731
+    module, _ = fused(program, torch.randn(ROWS, N).to(dtype))
+    assert ours(module) == [("rms", None, False)]
+
+
+def test_types_that_no_kernel_reads():
+    torch.manual_seed(6)
+    a, w = Linear(N, N), torch.randn(N)
+    module, _ = fused(lambda x: a(norm(x, w.double()).float()), torch.randn(ROWS, N))
+    assert ours(module) == [PLAIN]
+    module, _ = fused(lambda x: a(norm(x, w.double())), torch.randn(ROWS, N))
+    assert ours(module) == [PLAIN]
+    double = Linear(N, N, dtype=torch.float64)
+    module, inputs = traced(lambda x: double(norm(x, w)), torch.randn(ROWS, N).double())
+    assert vllm_graph.fuse_(module, weights_of(module, inputs), tokens_of(module.graph).symbol) == 0
+
+
 # Programs that look like one to be fused, and what our calls then are.
 def _read_elsewhere(x, a, b, w):
     z = norm(x, w)
