@@ -11,6 +11,7 @@ weights are held twice. Only vLLM imports this module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from vllm.logger import init_logger
 
 from flashnorm.compat.torch_names import graph_compiler
 from flashnorm.engines import vllm_graph, vllm_names
-from flashnorm.engines.vllm_steps import Compiled, Few, Steps, tokens_of
+from flashnorm.engines.vllm_steps import SECONDS, Compiled, Few, Steps, tokens_of
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.cpu import operators
 
@@ -37,11 +38,12 @@ SERIAL = {"cpp.threads": 1, "cpp.dynamic_threads": False}
 class Asked:
     """What was asked for the model that is being loaded.
 
-    most: the tokens of a step up to which our kernels run; None where that is measured.
-    inductor: vLLM's options of the compiler. weights: by the tensor of a handler.
+    most: the tokens of a step up to which our kernels run; None where that is measured, in so many
+    seconds. inductor: vLLM's options of the compiler. weights: by the tensor of a handler.
     """
 
     most: int | None
+    seconds: float
     inductor: dict[str, Any]
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
@@ -67,7 +69,9 @@ def kernels(vllm_config: Any, most: int | None) -> Iterator[None]:
     """A context in which a model is loaded whose steps run on our kernels where that is faster."""
     global _asked
     compilation = vllm_config.compilation_config
-    asked = _asked = Asked(most, dict(compilation.inductor_compile_config))
+    # Shards wait for each other in every run: all of them have to measure as often.
+    seconds = math.inf if vllm_config.parallel_config.world_size > 1 else SECONDS
+    asked = _asked = Asked(most, seconds, dict(compilation.inductor_compile_config))
     compilation.backend = BACKEND
     vllm_names.keep_operations()
     vllm_names.compile_anew()
@@ -88,7 +92,8 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> Compiled:
     theirs = _compiled(module, inputs, _asked.inductor)
     if few is None:
         return theirs
-    return Steps(few, theirs, _asked.most, vllm_names.is_warming_up, logger.info)
+    idle, say = vllm_names.is_warming_up, logger.info
+    return Steps(few, theirs, _asked.most, idle, say, _asked.seconds)
 
 
 def _few(module: GraphModule, inputs: Sequence[Any], asked: Asked) -> Few | None:

@@ -19,7 +19,7 @@ Compiled = Callable[..., Any]
 TOKENS = (1, 2, 4, 8, 16, 32)  # of the steps that are measured
 # In turns, and in a row: the first run finds the weights of the other graph in the caches.
 ROUNDS, RUNS = 3, 4
-SECONDS = 60.0  # of all
+SECONDS = 60.0  # of all, where no other process waits for as many runs
 FASTER = 1.01  # less than that is noise
 
 
@@ -91,7 +91,7 @@ class Steps:
     """A graph for steps of few tokens, and one as it was for the others.
 
     most: up to how many tokens the first one runs; None where that is measured, as soon as a step
-    changes nothing (is_idle). counts: the numbers of tokens that it runs.
+    changes nothing (is_idle), in so many seconds. counts: the numbers of tokens that it runs.
     """
 
     def __init__(
@@ -101,8 +101,10 @@ class Steps:
         most: int | None,
         is_idle: Callable[[], bool],
         say: Callable[..., None],
+        seconds: float = SECONDS,
     ) -> None:
         self._few: Few | None = few
+        self._seconds = seconds
         self._theirs, self._tokens = theirs, few.tokens
         self.counts = frozenset(range(1, 1 + (most or 0)))
         self._measured = most is not None
@@ -125,7 +127,7 @@ class Steps:
 
     def _measure(self, args: Sequence[Any]) -> None:
         self._measured = True
-        ratios = dict(self._ratios(args, time.monotonic() + SECONDS))
+        ratios = dict(self._ratios(args, time.monotonic() + self._seconds))
         self.counts = faster(ratios)
         told = ", ".join(f"{count}: {ratio:.2f}x" for count, ratio in ratios.items())
         self._say("flashnorm: steps of %s run on its kernels (%s)", spelled(self.counts), told)

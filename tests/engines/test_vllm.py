@@ -159,9 +159,11 @@ def test_kernels_run_what_was_folded_on_disk(root, kind):
     assert folded["tokens"] == answer(root, "llama", "plain", **COMPILED)["tokens"]
 
 
-def test_kernels_run_each_shard(root):
+@pytest.mark.parametrize("most", [8, True])
+def test_kernels_run_each_shard(root, most):
     both = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    found, said = ask(models.checkpoint(root, "llama", "plain"), **COMPILED, **KERNELS, **both)
+    asked = {**OURS, "model_loader_extra_config": {"kernels": most}}
+    found, said = ask(models.checkpoint(root, "llama", "plain"), **COMPILED, **asked, **both)
     assert found is not None, said[-3000:]
     assert said.count("8 of 8 products of a graph are its calls") == 2
     assert found["tokens"] == answer(root, "llama", "plain")["tokens"]

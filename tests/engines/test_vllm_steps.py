@@ -40,11 +40,12 @@ def args(count: int, handler: torch.Tensor = HANDLER) -> tuple[Any, ...]:
     return count, torch.zeros(3, count), handler
 
 
-def steps(clock: Clock, most: int | None, idle: bool = True) -> tuple[Steps, list[str]]:
+def steps(
+    clock: Clock, most: int | None, idle: bool = True, seconds: float = 1e9
+) -> tuple[Steps, list[str]]:
     said: list[str] = []
-    few = Few(clock.graph("ours"), AT, {2: HANDLER})
-    made = Steps(few, clock.graph("theirs"), most, lambda: idle, lambda f, *a: said.append(f % a))
-    return made, said
+    few, say = Few(clock.graph("ours"), AT, {2: HANDLER}), lambda f, *a: said.append(f % a)
+    return Steps(few, clock.graph("theirs"), most, lambda: idle, say, seconds), said
 
 
 def test_up_to_as_many_tokens_as_were_asked_for(monkeypatch):
@@ -81,11 +82,9 @@ def test_what_is_never_faster_is_let_go_with_its_weights(monkeypatch):
 
 def test_time_and_tokens_bound_what_is_measured(monkeypatch):
     made, _ = steps(Clock(monkeypatch, 0.1), None)
-    monkeypatch.setattr(vllm_steps, "SECONDS", 1e9)
     made(*args(3))  # 4 tokens cannot be cut from 3
     assert made.counts == frozenset({1, 2})
-    monkeypatch.setattr(vllm_steps, "SECONDS", 1.0)
-    large, _ = steps(Clock(monkeypatch, 0.1), None)
+    large, _ = steps(Clock(monkeypatch, 0.1), None, seconds=1.0)
     large(*args(64))
     assert large.counts == frozenset({1})
 
