@@ -85,6 +85,14 @@ void pauses_and_bursts_do_not_decide() {
   EXPECT(disturbed.run(1000, burst) == 1000);
 }
 
+void a_larger_model_is_measured_too() {
+  Program program;
+  program.run(MEASURED, pool_is_faster);
+  const auto larger = [](bool pool, int64_t call) { return 500 * pool_is_slower(pool, call); };
+  program.run(2 * SHORT + 3 * MEASURED, larger);
+  EXPECT(program.run(1000, larger) == 0);
+}
+
 void trials_may_be_had_sooner() {
   Program program;
   program.longest = 10;
@@ -100,5 +108,6 @@ int main() {
   a_program_that_changes_is_measured_again();
   measurements_get_rare();
   pauses_and_bursts_do_not_decide();
+  a_larger_model_is_measured_too();
   trials_may_be_had_sooner();
 }

@@ -42,9 +42,13 @@ class ThreadChoice {
   // The pool in even blocks, if it is what was kept, and in odd ones otherwise.
   bool tried() const { return kept_ == (block_ % 2 == 0); }
 
-  // The time from one call to the next, unless it is a pause.
+  // The time from one call to the next, unless it is a pause; what is a pause grows with them, because
+  // the next model may be a larger one.
   void note(int64_t period) {
-    if (typical_ && period > PAUSE * typical_) return;
+    if (typical_ && period > PAUSE * typical_) {
+      typical_ += typical_ / 16 + 1;
+      return;
+    }
     typical_ = typical_ ? typical_ + (period - typical_) / 16 : period;
     ns_ += period;
     bytes_ += reads_;
