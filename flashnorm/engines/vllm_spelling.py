@@ -23,7 +23,6 @@ from flashnorm.kernels.weights import DTYPES
 
 PRODUCT, RMS, ADD_RMS = "_C.onednn_mm", "vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm"
 SHAPED = ("view", "reshape", "contiguous")  # methods that give the same numbers in another shape
-GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what torch calls them, and kernels
 META, ATEN_META = "example_value", "val"  # where Dynamo and AOTAutograd keep what a result is like
 
 
@@ -144,7 +143,7 @@ def _activation(node: Node) -> str | None:
     if node.target is F.silu:
         return None if node.kwargs.get("inplace") else "silu"
     if node.target is F.gelu:
-        return GELU.get(str(node.kwargs.get("approximate", "none")))
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"  # torch has two
     return None
 
 
