@@ -6,6 +6,7 @@ not known to make new memory may return a view of any of its arguments.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -79,10 +80,23 @@ def _written(node: Node) -> list[Node] | None:
         name = node.target.__name__
     else:
         return None
-    given = [node.kwargs.get("out")]
-    if _is_in_place(name) or node.kwargs.get("inplace"):
-        given += node.args[:1]
-    return [each for each in given if isinstance(each, Node)]
+    found: list[Node] = []
+    map_arg(node.kwargs.get("out"), found.append)
+    if _is_in_place(name) or _is_told_to(node):
+        map_arg(node.args[:1] or tuple(node.kwargs.values()), found.append)
+    return found
+
+
+def _is_told_to(node: Node) -> bool:
+    """Whether a function has an argument `inplace`, and is given anything but False."""
+    if not isinstance(node.target, FunctionType):
+        return bool(node.kwargs.get("inplace"))
+    names = list(inspect.signature(node.target).parameters)
+    if "inplace" not in names:
+        return False
+    at = names.index("inplace")
+    value = node.args[at] if at < len(node.args) else node.kwargs.get("inplace", False)
+    return value is not False
 
 
 def _is_in_place(name: str) -> bool:

@@ -66,8 +66,9 @@ def products_of(graph: Graph, weights: Mapping[Node, Tensor], writes: Writes) ->
         weight = weights.get(handler)
         if weight is None or not _is_rows(out, len(weight)) or not _is_rows(x, weight.shape[1]):
             continue
-        if shaped_like(x, out) is None:
-            continue
+        base = shaped_like(x, out)
+        if base is None or (base is not x and not writes.keeps(base, base, node)):
+            continue  # another shape may be a copy, and x written to since
         fits = x.meta[META].dtype == out.meta[META].dtype == weight.dtype
         new = out.target is torch.empty and writes.is_untouched(out, node)
         known = weight.dtype in DTYPES and _is_vector(bias, len(weight), (weight.dtype,))
@@ -86,6 +87,7 @@ def norms_of(graph: Graph) -> Iterator[Norm]:
             results = _items(node) if added else {0: node}
             x = node.args[0]
             fits = _is_rows(x) and _is_vector(gain, _features(x), DTYPES)
+            fits = fits and (not added or alike(x, node.args[1]))  # so that x + r has that dtype
             if part is None and results is not None and fits and isinstance(eps, float):
                 normed, total = results.get(0), results.get(1)
                 yield Norm(node, norms.RMS, added, gain, None, eps, normed, total)
@@ -222,7 +224,7 @@ def shaped_like(x: Any, out: Node) -> Node | None:
     return x if isinstance(x, Node) else None
 
 
-def alike(node: Any, other: Node) -> bool:
+def alike(node: Any, other: Any) -> bool:
     """Whether two results have one shape and one dtype, by what is written and not computed."""
     a, b = tensor_of(node), tensor_of(other)
     if a is None or b is None or a.dtype != b.dtype or a.dim() != b.dim():

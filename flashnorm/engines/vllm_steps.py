@@ -57,6 +57,8 @@ def tokens_of(graph: Graph) -> Tokens | None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for at, node in enumerate(placeholders):
         for dim, size in _sizes(value_of(node)):
+            if at in sizes:  # in two of its dimensions
+                return None
             symbols.add(size)
             sizes[at] = dim
     tensors = [(at, dim) for at, dim in sizes.items() if dim is not None]

@@ -255,6 +255,20 @@ def _rows_are_cut(x, a, b, w):
     return a(norm(x, w).view(2 * len(x), N // 2).reshape(-1, N)), a(norm(x, w).view(-1, N))
 
 
+def _residual_of_another_type(x, a, b, w):
+    z, total = add_norm(x, x.double() / 3, w)
+    return a(z), total
+
+
+def _copied_before_it_is_written(x, a, b, w):
+    turned = (x * 1.5).t().contiguous().t().view(1, -1, N)
+    out = torch.empty((1, len(x), N), dtype=x.dtype)
+    rows = turned.reshape(-1, N)
+    turned.mul_(2)
+    torch.ops._C.onednn_mm(out, rows, None, a.handler)
+    return out, turned
+
+
 PLAIN = ("none", None, False)
 KEPT = [
     (_read_elsewhere, [PLAIN]),
@@ -273,6 +287,8 @@ KEPT = [
     (_all_positions, [PLAIN]),
     (_all_of_it_is_read_elsewhere, [PLAIN]),
     (_memory_was_viewed_before, []),
+    (_copied_before_it_is_written, []),
+    (_residual_of_another_type, [PLAIN]),
     (_rows_are_cut, [PLAIN, ("rms", None, False)]),
 ]
 
@@ -365,6 +381,8 @@ def _writers() -> dict[str, Callable[[Tensor], Any]]:
         "method": lambda x: x.add_(1),
         "function": lambda x: torch.relu_(x),
         "inplace": lambda x: F.relu(x, inplace=True),
+        "inplace by place": lambda x: F.relu(x, True),
+        "outs": lambda x: torch.frexp(x + 1, out=(x, torch.empty_like(x, dtype=torch.int32))),
         "out": lambda x: torch.add(x, 1, out=x),
         "setitem": assigned,
         "view": through_a_view,

@@ -55,7 +55,7 @@ def add_rms(
     x: Tensor, r: Tensor, w: Tensor | None, eps: float, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     total = x + r
-    return rms(total, w, eps, size), total
+    return rms(total, w, eps, size).to(x.dtype), total.to(x.dtype)
 
 
 def attend(x: Tensor, out: Tensor) -> None:
