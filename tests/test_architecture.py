@@ -42,6 +42,7 @@ ORDER = [
     "flashnorm.swap",
     "flashnorm.undo",
     "flashnorm.loading",
+    "flashnorm.skeleton",
     "flashnorm.gguf",
     "flashnorm.checkpoint",
     "flashnorm.inspection",

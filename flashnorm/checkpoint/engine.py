@@ -94,7 +94,7 @@ def open_streamed(path: Path, *, untie: bool = False, plan: Plan | None = None) 
     """
     source = open_source(path)
     if key := folded_by(source.config):
-        return Streamed(path, source, None, None, _absent(path, source.config, key))
+        return Streamed(path, source, None, None, absent_gains(path, source.config, key))
     check_not_folded(source.config)  # which asks the configs of sub-models too
     check_not_quantized(source.config)
     found = inspect_stored(path, untie=untie) if plan is None else plan
@@ -103,9 +103,13 @@ def open_streamed(path: Path, *, untie: bool = False, plan: Plan | None = None) 
     return Streamed(path, source, found, layout, {})
 
 
-def _absent(
+def absent_gains(
     path: Path, config: dict[str, Any], key: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
+    """What a fold by flashnorm left out, each with its shape, dtype and value.
+
+    Raises CheckpointError where another tool folded it, or the marker does not say.
+    """
     marked = config.get("flashnorm")
     if not isinstance(marked, dict):
         raise CheckpointError(

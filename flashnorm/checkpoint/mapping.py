@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flashnorm.checkpoint.provenance import Provenance, ProvenanceTensor, Shape, whole_tensor
+from flashnorm.checkpoint.boxes import Shape
+from flashnorm.checkpoint.provenance import Provenance, ProvenanceTensor, whole_tensor
 from flashnorm.checkpoint.source import Source
 from flashnorm.compat.transformers_names import conversion_rules, knows, load_state, namer
 from flashnorm.errors import CheckpointError

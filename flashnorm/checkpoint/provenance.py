@@ -11,90 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashnorm.checkpoint.boxes import (
+    Box,
+    Shape,
+    box_of,
+    narrowed,
+    permuted,
+    selected,
+    unsqueezed,
+    viewed,
+)
 from flashnorm.compat.torch_names import make_wrapper_subclass, no_torch_function, tree_map_only
-
-Shape = tuple[int, ...]
 
 
 class NotAMove(RuntimeError):
     """The operation makes new values, or moves them in a way that cannot be followed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Box:
-    """Elements of a tensor of shape `sizes`, arranged in the shape `shape`; none is taken twice.
-
-    `coordinates` has one tensor per axis of the tensor, shaped like the box, with stride 0 along
-    every axis that it does not vary along: where on that axis each element comes from. Boxes are
-    told apart by identity: those that are made in the same way are one and the same.
-    """
-
-    sizes: Shape
-    shape: Shape
-    coordinates: tuple[Tensor, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def index(self) -> tuple[Tensor, ...]:
-        """The box as an index into the tensor: small tensors that broadcast to its shape."""
-        return tuple(compact(coordinate) for coordinate in self.coordinates)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the box is the tensor as it lies."""
-        if self.shape != self.sizes:
-            return False
-        return all(runs_along(c, axis) for axis, c in enumerate(self.index))
-
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Box:
-        shape = tuple(change(torch.empty(()).expand(self.shape)).shape)
-        return Box(self.sizes, shape, tuple(change(c) for c in self.coordinates))
-
-
-@lru_cache(maxsize=4096)
-def box_of(sizes: Shape) -> Box:
-    """All of a tensor as it lies."""
-    coordinates = []
-    for axis, size in enumerate(sizes):
-        lead = [1] * len(sizes)
-        lead[axis] = size
-        coordinates.append(torch.arange(size).view(lead).expand(sizes))
-    return Box(sizes, sizes, tuple(coordinates))
-
-
-@lru_cache(maxsize=4096)
-def _permuted(box: Box, order: Shape) -> Box:
-    return box.moved(lambda c: c.permute(order))
-
-
-@lru_cache(maxsize=4096)
-def _unsqueezed(box: Box, axis: int) -> Box:
-    return box.moved(lambda c: c.unsqueeze(axis))
-
-
-@lru_cache(maxsize=4096)
-def _selected(box: Box, axis: int) -> Box:
-    """Without an axis of size one."""
-    return box.moved(lambda c: c.select(axis, 0))
-
-
-@lru_cache(maxsize=4096)
-def _narrowed(box: Box, axis: int, first: int, length: int) -> Box:
-    return box.moved(lambda c: c.narrow(axis, first, length))
-
-
-@lru_cache(maxsize=4096)
-def _viewed(box: Box, shape: Shape) -> Box:
-    return box.moved(lambda c: reshaped(c, shape))
 
 
 @dataclass(frozen=True)
@@ -137,21 +73,6 @@ def whole_tensor(tensor: str, shape: Sequence[int]) -> Provenance:
     """A value that is one tensor of the checkpoint."""
     sizes = tuple(shape)
     return Provenance(sizes, (TensorSlice(tensor, (0,) * len(sizes), box_of(sizes)),))
-
-
-def compact(coordinate: Tensor) -> Tensor:
-    """The coordinate with every axis that it does not vary along cut to one position."""
-    for axis, (size, stride) in enumerate(zip(coordinate.shape, coordinate.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            coordinate = coordinate.narrow(axis, 0, 1)
-    return coordinate
-
-
-def runs_along(coordinate: Tensor, axis: int) -> bool:
-    """Whether a compact coordinate counts 0, 1, 2, … along `axis` and along no other."""
-    others = [size for i, size in enumerate(coordinate.shape) if i != axis]
-    flat = coordinate.reshape(-1)
-    return math.prod(others) == 1 and torch.equal(flat, torch.arange(len(flat)))
 
 
 class ProvenanceTensor(Tensor):
@@ -213,7 +134,7 @@ def _permute(value: ProvenanceTensor, order: Sequence[int]) -> ProvenanceTensor:
     return ProvenanceTensor(
         _picked(value.shape, axes),
         [
-            TensorSlice(p.tensor, _picked(p.start, axes), _permuted(p.box, axes))
+            TensorSlice(p.tensor, _picked(p.start, axes), permuted(p.box, axes))
             for p in value.slices
         ],
     )
@@ -235,7 +156,7 @@ def _unsqueeze(value: ProvenanceTensor, axis: int) -> ProvenanceTensor:
     return ProvenanceTensor(
         _with(value.shape, axis, 1, drop=0),
         [
-            TensorSlice(p.tensor, _with(p.start, axis, 0, drop=0), _unsqueezed(p.box, axis))
+            TensorSlice(p.tensor, _with(p.start, axis, 0, drop=0), unsqueezed(p.box, axis))
             for p in value.slices
         ],
     )
@@ -256,7 +177,7 @@ def _select(value: ProvenanceTensor, axis: int, index: int) -> ProvenanceTensor:
     cut = _narrow(value, axis, index % value.shape[axis], 1)
     return ProvenanceTensor(
         _with(value.shape, axis),
-        [TensorSlice(p.tensor, _with(p.start, axis), _selected(p.box, axis)) for p in cut.slices],
+        [TensorSlice(p.tensor, _with(p.start, axis), selected(p.box, axis)) for p in cut.slices],
     )
 
 
@@ -279,7 +200,7 @@ def _narrow(value: ProvenanceTensor, axis: int, first: int, length: int) -> Prov
         low = max(p.start[axis], first)
         count = min(p.start[axis] + p.box.shape[axis], first + length) - low
         if count > 0:
-            box = _narrowed(p.box, axis, low - p.start[axis], count)
+            box = narrowed(p.box, axis, low - p.start[axis], count)
             slices.append(TensorSlice(p.tensor, _with(p.start, axis, low - first), box))
     return ProvenanceTensor(_with(value.shape, axis, length), slices)
 
@@ -332,42 +253,13 @@ def _view(value: ProvenanceTensor, shape: Sequence[int]) -> ProvenanceTensor:
         raise NotAMove("values of several tensors are reshaped together")
     part = value.slices[0]
     return ProvenanceTensor(
-        shape, [TensorSlice(part.tensor, (0,) * len(shape), _viewed(part.box, shape))]
+        shape, [TensorSlice(part.tensor, (0,) * len(shape), viewed(part.box, shape))]
     )
 
 
 def _known(shape: Sequence[int], numel: int) -> Shape:
     rest = math.prod(size for size in shape if size != -1)
     return tuple(numel // max(1, rest) if size == -1 else size for size in shape)
-
-
-def reshaped(coordinate: Tensor, shape: Sequence[int]) -> Tensor:
-    """`coordinate.reshape(shape)` that keeps stride 0 along the axes that it does not vary along.
-
-    Axes are cut into the smallest groups that become each other; only those that vary are copied.
-    """
-    before, after, keep = [], [], [slice(None)] * coordinate.ndim
-    for olds, news in _groups(tuple(coordinate.shape), tuple(shape)):
-        constant = all(coordinate.stride(i) == 0 or coordinate.shape[i] == 1 for i in olds)
-        for i in olds:
-            keep[i] = slice(0, 1) if constant else slice(None)
-        before += [1 if constant else coordinate.shape[i] for i in olds]
-        after += [1 if constant else shape[i] for i in news]
-    return coordinate[tuple(keep)].reshape(after).expand(tuple(shape))
-
-
-def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
-    """The axes of two shapes with the same number of elements in groups of equal size."""
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        first, second, left, right = i, j, 1, 1
-        while (first == i and second == j) or left != right:
-            if (left <= right and i < len(old)) or j == len(new):
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * new[j], j + 1
-        groups.append((range(first, i), range(second, j)))
-    return groups
 
 
 _RULES: dict[str, Callable[..., Any]] = {

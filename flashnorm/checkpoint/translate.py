@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flashnorm.checkpoint.boxes import Box, runs_along
 from flashnorm.checkpoint.mapping import REMEDY
-from flashnorm.checkpoint.provenance import Box, Provenance, TensorSlice, runs_along
+from flashnorm.checkpoint.provenance import Provenance, TensorSlice
 from flashnorm.errors import CheckpointError
 from flashnorm.plan import Centering, Consumer, Gain, Span
 

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat.transformers_names import builder, dtypes, no_init_weights, set_experts_
+from flashnorm.compat.transformers_names import dtypes, set_experts_
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.gguf.file import File, Stored, look, weight
 from flashnorm.gguf.rearranged import Rows, rearrangement
-from flashnorm.gguf.routes import Routes, place_
+from flashnorm.gguf.routes import Routes
 from flashnorm.kernels.freed import give_back
 from flashnorm.kernels.weights import DTYPES
-from flashnorm.loading import check_complete, locate, model_class, quiet_transformers, unreadable
+from flashnorm.loading import locate, quiet_transformers, unreadable
 from flashnorm.quantized.ggml import PLAIN
 from flashnorm.quantized.packed_tensor import PackedTensor
+from flashnorm.skeleton import complete_, empty_model, place_
 
 _log = logging.getLogger("flashnorm")
 
@@ -91,7 +92,7 @@ def _load(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
             place_(model, name, tensor)
         if not made:
             found.unused += [stored.name for stored in group]
-    _complete(model, str(file.path))
+    complete_(model, str(file.path))
     if any(isinstance(p, PackedTensor) and p.dim() > 2 for p in model.parameters()):
         set_experts_(model.config, "eager")  # which takes one matrix after the other
     model._flashnorm_gguf = found
@@ -112,13 +113,11 @@ def _described(place: dict[str, str]) -> dict[str, Any]:
 
 def _empty(described: dict[str, Any], place: dict[str, str], dtype: torch.dtype) -> Any:
     """The model without memory for parameters, which are in float32 for now."""
-    from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[described["model_type"]].from_dict(described)
     config.name_or_path = place["pretrained_model_name_or_path"]
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = builder(model_class(config))(config, dtype=dtype)
+    model = empty_model(config, dtype)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         place_(model, name, nn.Parameter(parameter.float(), requires_grad=False))
     return model
@@ -191,14 +190,3 @@ def _held(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     held: Tensor = getattr(model.get_submodule(path), leaf)
     return held
-
-
-def _complete(model: Any, name: str) -> None:
-    """Tie what is tied. Raises CheckpointError where parameters have no values then."""
-    model.tie_weights(missing_keys={*_missing(model)}, recompute_mapping=False)
-    check_complete(model, {"missing_keys": [*_missing(model)]}, name)
-
-
-def _missing(model: nn.Module) -> Iterator[str]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    return (name for name, parameter in parameters if parameter.is_meta)

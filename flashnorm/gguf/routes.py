@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashnorm.compat.gguf_names import conversions, parameter_names, processor
 from flashnorm.compat.transformers_names import conversion_rules, load_state, router
 from flashnorm.errors import CheckpointError
 from flashnorm.gguf.file import File, Stored
+from flashnorm.skeleton import place_
 
 Array = np.ndarray[Any, Any]
 
@@ -105,15 +106,3 @@ def _tensor(values: Array) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(values)
-
-
-def place_(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let a tensor be the parameter or buffer of this name."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        owner.register_parameter(leaf, tensor)
-    else:
-        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

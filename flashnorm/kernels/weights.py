@@ -83,6 +83,15 @@ class Weight(NamedTuple):
     def dim(self) -> int:
         return 2
 
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def rows(self, which: slice | Tensor) -> Weight:
+        """Some rows: a view for a slice, a copy for indices."""
+        values = self.values[: self.outputs][which]
+        return self._replace(values=values, outputs=values.shape[0])
+
     def tensors(self) -> list[Tensor]:
         """All that it is made of."""
         given = (self.values, self.scales, self.zeros, self.offsets, self.table)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashnorm.kernels.weights import HALVES, Weight
+from flashnorm.kernels.weights import HALVES
 
 # How many numbers are decoded at once: 8 MB of them in float64.
 ELEMENTS = 1 << 20
@@ -30,25 +31,37 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
-def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """All rows of a weight, [k, n]."""
-    if weight.outputs * weight.features <= ELEMENTS:
-        return rounded(weight.dequantized(), dtype)
-    shape, device = (weight.outputs, weight.features), weight.values.device
-    made = torch.empty(shape, dtype=dtype, device=device)
-    for first, part in in_blocks(weight):
+class Rows(Protocol):
+    """Rows of a weight, [outputs, features], wherever their numbers are."""
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def features(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def rows(self, which: slice | Tensor) -> Rows:
+        """Some of them: a view for a slice, a copy for indices."""
+
+    def dequantized(self) -> Tensor:
+        """Their numbers, [outputs, features], float64."""
+
+
+def decoded(held: Rows, dtype: torch.dtype) -> Tensor:
+    """All rows, [k, n]."""
+    if held.outputs * held.features <= ELEMENTS:
+        return rounded(held.dequantized(), dtype)
+    made = torch.empty((held.outputs, held.features), dtype=dtype, device=held.device)
+    for first, part in in_blocks(held):
         made[first : first + part.outputs] = rounded(part.dequantized(), dtype)
     return made
 
 
-def in_blocks(weight: Weight) -> Iterator[tuple[int, Weight]]:
-    """Views of some rows each, with the number of their first row."""
-    step = max(1, ELEMENTS // max(1, weight.features))
-    for first in range(0, weight.outputs, step):
-        yield first, rows(weight, slice(first, min(first + step, weight.outputs)))
-
-
-def rows(weight: Weight, which: slice | Tensor) -> Weight:
-    """Some rows of a weight: a view for a slice, a copy for indices."""
-    values = weight.values[: weight.outputs][which]
-    return weight._replace(values=values, outputs=values.shape[0])
+def in_blocks(held: Rows) -> Iterator[tuple[int, Rows]]:
+    """Some rows each, with the number of their first row."""
+    step = max(1, ELEMENTS // max(1, held.features))
+    for first in range(0, held.outputs, step):
+        yield first, held.rows(slice(first, min(first + step, held.outputs)))

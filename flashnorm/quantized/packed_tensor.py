@@ -12,29 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat.torch_names import make_wrapper_subclass, no_torch_function
+from flashnorm.compat.torch_names import make_wrapper_subclass
 from flashnorm.errors import FlashNormError
 from flashnorm.kernels.weights import Weight
 from flashnorm.quantized import layout
-from flashnorm.quantized.decoding import decoded
 from flashnorm.quantized.ggml import kind
+from flashnorm.quantized.row_tensor import RowTensor
 
 MEND = "flashnorm.dequantize_(model) makes the weights of a model plain"
 
 
-class PackedTensor(Tensor):
+class PackedTensor(RowTensor):
     """A weight in blocks, used as a tensor [.., k, n] of a floating dtype; it has no gradient.
 
         W[r, :] = decode(values[r, :]), rounded once to the dtype
 
-    held: the packed rows, those of all leading dimensions one behind the other. turned: this is the
-    transpose of them, [n, k]. Operations that know rows decode what they need, all others the whole
-    tensor; those that write in place, and those that ask for its memory, raise FlashNormError. Rows
-    and matrices of it are views; what other views give (`view`, `w[:, 3]`) is a decoded copy.
+    held: the packed rows. Operations that know rows decode what they need, all others the whole
+    tensor.
     """
 
     held: Weight
-    turned: bool
+    WHAT = "a packed weight"
+    MEND = MEND
 
     @staticmethod
     def __new__(
@@ -51,23 +50,40 @@ class PackedTensor(Tensor):
         made.held, made.turned = held, turned
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         turned = ", turned" if self.turned else ""
         name = self.held.format.name
         return f"PackedTensor({list(self.shape)}, {self.dtype}, {name}{turned}, {self.device})"
 
-    def dequantize(self) -> Tensor:
-        """All its numbers as a plain tensor of its shape and dtype."""
-        rows = decoded(self.held, self.dtype)
-        return rows.T if self.turned else rows.view(self.shape)
-
     @property
     def packed(self) -> Tensor:
         """The bytes, [rows, bytes of a row], uint8."""
         return self.held.values
+
+    def again(
+        self,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        non_blocking: bool = False,
+        copied: bool = False,
+    ) -> PackedTensor:
+        """A floating dtype changes what the numbers are rounded to, and no byte."""
+        values = self.packed.clone() if copied else self.packed
+        return self.like(values.to(device, non_blocking=non_blocking), dtype)
+
+    def write_(self, source: Tensor, non_blocking: bool = False) -> PackedTensor:
+        """Only the bytes of the same format: what a state dict of such a model holds."""
+        if not isinstance(source, PackedTensor):
+            raise FlashNormError(
+                f"numbers cannot be written into a packed weight of {self.held.format.name}: "
+                f"{MEND}, and so does load_state_dict(.., assign=True) with the tensors that it is "
+                "given"
+            )
+        ours, theirs = self.held, source.held
+        if (ours.format, self.shape, self.turned) != (theirs.format, source.shape, source.turned):
+            raise FlashNormError(f"{source!r} cannot be written into {self!r}: another format")
+        self.packed.copy_(source.packed, non_blocking=non_blocking)
+        return self
 
     def like(self, values: Tensor, dtype: torch.dtype | None = None) -> PackedTensor:
         """The same of other bytes, or in another dtype."""
@@ -96,44 +112,6 @@ class PackedTensor(Tensor):
     ) -> PackedTensor:
         name, features, dtype, turned = context
         return rebuilt(inner["packed"], name, features, outer_size, dtype, turned)
-
-    # What would hand out memory that does not hold numbers of this dtype, or write into it, where
-    # no operation is asked. `untyped_storage` tells tensors apart and has no address.
-
-    def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
-        raise FlashNormError(f"a packed weight has no plain memory: {MEND}")
-
-    data_ptr = storage = numpy = __array__ = __dlpack__ = _no_memory
-
-    def __setitem__(self, *args: Any) -> None:
-        raise FlashNormError(f"this would write into a packed weight: {MEND}")
-
-    def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
-        self.requires_grad = requires_grad
-        return self
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, wanted: bool) -> None:
-        if wanted:
-            raise FlashNormError(f"a packed weight has no gradient: {MEND}")
-
-    __torch_function__ = no_torch_function  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
-        cls,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        from flashnorm.quantized.packed_ops import run
-
-        return run(func, args, kwargs or {})
 
 
 def rebuilt(

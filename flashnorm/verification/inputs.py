@@ -22,17 +22,27 @@ TEXT = "founding_documents.txt"
 WINDOW = 256  # tokens that see each other; long enough for attention to matter
 OUTPUT_ELEMENTS = 1 << 25  # of one model's compared outputs: 256 MiB in float64
 SEED = 0
+STREAMED = (
+    "the weights were read from disk while they were used: no tokens were generated, and the "
+    "perplexity is that of the {} compared tokens; flashnorm verify --quick proves the weights "
+    "bit for bit"
+)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """`windows` are compared in full, `ids` [N] carry the perplexity (None without token ids)."""
+    """`windows` are compared in full, `ids` [N] carry the perplexity (None without token ids).
+
+    streamed: every pass reads the weights from disk, so there is one window, it carries the
+    perplexity as well, and nothing is generated.
+    """
 
     windows: tuple[Inputs, ...]
     ids: Tensor | None
     tokenizer: Any | None
     origin: str
     notes: tuple[str, ...] = ()
+    streamed: bool = False
 
 
 def own_inputs(example_inputs: Inputs) -> Samples:
@@ -47,7 +57,12 @@ def own_inputs(example_inputs: Inputs) -> Samples:
 
 
 def token_samples(
-    model: nn.Module, tokenizer: Any | None, text: str | None, tokens: int, sample: int
+    model: nn.Module,
+    tokenizer: Any | None,
+    text: str | None,
+    tokens: int,
+    sample: int,
+    streamed: bool = False,
 ) -> Samples:
     """Windows for a model that reads token ids: from `text`, or random where it has no tokenizer.
 
@@ -63,10 +78,12 @@ def token_samples(
         ids, origin = _text_ids(tokenizer, text, tokens), "the given text" if text else TEXT
         _check_ids(ids, int(config.vocab_size))
     rows = max(1, min(sample, OUTPUT_ELEMENTS // int(config.vocab_size)))
-    window = min(WINDOW, longest(model), rows)
+    window = min(rows if streamed else WINDOW, longest(model), rows, len(ids))
     starts = range(0, min(rows, len(ids)) - window + 1, window) or range(1)
     windows = tuple(model_inputs(model, ids[start : start + window]) for start in starts)
-    return Samples(windows, ids, tokenizer, origin, notes)
+    if streamed:
+        windows, ids, notes = windows[:1], ids[:window], (*notes, STREAMED.format(window))
+    return Samples(windows, ids, tokenizer, origin, notes, streamed)
 
 
 def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -66,18 +66,22 @@ class Reading:
 def read_text(model: nn.Module, ids: Tensor) -> Reading:
     """exp(mean −log p(next token)) over `ids` [N], in windows that start without context."""
     window = min(TEXT_WINDOW, longest(model), len(ids))
+    pieces = [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    outputs = (output_of(run(model, model_inputs(model, piece)))[1][0].cpu() for piece in pieces)
+    return reading_of(pieces, outputs)
+
+
+def reading_of(pieces: Sequence[Tensor], outputs: Iterable[Tensor]) -> Reading:
+    """The same from the logits [T, V] that a model gave for each piece [T] of a text."""
     losses, favourites = [], []
-    for start in range(0, len(ids) - 1, window):
-        piece = ids[start : start + window]
-        if len(piece) < 2:
-            continue
-        logits = output_of(run(model, model_inputs(model, piece)))[1][0].cpu()  # [T, V]
+    for piece, logits in zip(pieces, outputs, strict=True):
         favourites.append(logits.argmax(-1))
         losses.append(nn.functional.cross_entropy(logits[:-1].float(), piece[1:], reduction="none"))
     loss = torch.cat(losses).double()
     mean = float(loss.mean())
     perplexity = exp(mean) if mean < 700 else float("inf")
-    return Reading(perplexity, torch.cat(favourites), loss.numel(), window)
+    return Reading(perplexity, torch.cat(favourites), loss.numel(), len(pieces[0]))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.checkpoint.disk_model import on_disk
+from flashnorm.checkpoint.disk_rows import DiskTensor
 from flashnorm.compat.torch_names import TorchDispatchMode, tree_map_only
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.packed import find_held, twin_of
+from flashnorm.skeleton import place_
 from flashnorm.verification.choices import CHOOSING, Choices
 from flashnorm.verification.packed import computing, parts
 
@@ -156,17 +159,23 @@ def in_dtype(
 ) -> Iterator[nn.Module]:
     """The model with its floating parameters in `dtype`, and as it was when the context ends.
 
-    The values are held twice meanwhile, nothing else is copied; ties survive. Buffers of the state
+    The values are held twice meanwhile, nothing else is copied; ties survive; weights in files stay
+    there, and are rounded when they are read. Buffers of the state
     dict follow the parameters. Other buffers (rotary frequencies, masks) are only ever widened: a
     model that is loaded in a half dtype keeps them in the dtype in which it made them. For models
     that do not, `narrow_tables` narrows them as well. Packed layers compute in it as `packed` says,
     which grows `notes` where one does not run in it.
     """
     held: list[tuple[Tensor, Tensor]] = []
+    files = on_disk(model)
     layers = find_held(model)
     saved, packed = _saved(model, bool(layers)), parts(layers)
     try:
+        for name, stays in files.items():
+            place_(model, name, stays.again(dtype))
         for tensor in [*model.parameters(), *model.buffers()]:
+            if isinstance(tensor, DiskTensor):
+                continue
             if id(tensor) in packed or (
                 tensor.dtype not in WIDE and tensor.dtype not in WIDE.values()
             ):
@@ -183,6 +192,8 @@ def in_dtype(
     finally:
         for tensor, data in held:
             tensor.data = data
+        for name, stays in files.items():
+            place_(model, name, stays)
 
 
 def _saved(model: nn.Module, packed: bool) -> set[int]:

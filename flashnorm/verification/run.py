@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from flashnorm.checkpoint.twins import why_untied
 from flashnorm.errors import FlashNormError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.graph.packed import find_held
-from flashnorm.loading import load_model, load_tokenizer, locate, quiet_transformers
+from flashnorm.loading import load_tokenizer, locate
 from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
 from flashnorm.verification.bounds import Size, output_bound, width_of
@@ -28,9 +26,7 @@ from flashnorm.verification.layers import counted_matrices, layer_errors
 from flashnorm.verification.packed import PACKED
 from flashnorm.verification.precision import Float64Mode, float64_truth, in_dtype, parameter_dtype
 from flashnorm.verification.report import Greedy, LayerError, Perplexity, Report
-
-Source = nn.Module | str | os.PathLike[str]
-Progress = Callable[[int, int, str], None]
+from flashnorm.verification.streaming import Progress, Source, Stepper, opened, shortened, streams
 
 STEPS = ("float64", "float32", "perplexity", "greedy tokens", "half precision")
 
@@ -61,6 +57,7 @@ def verify(
     sample: int = 512,
     example_inputs: Inputs | None = None,
     tokenizer: Any | None = None,
+    stream: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure whether `candidate` computes what `reference` computes; the Report has the verdict.
@@ -81,24 +78,29 @@ def verify(
     the perplexity (float32); sample: how many are compared in full. tokenizer: default the
     reference's. Without one, seeded random tokens are read. example_inputs: a dict of keyword
     arguments or a tuple, or a list of several, for modules that do not read token ids; then
-    perplexity and greedy tokens are None. progress is called with (steps done, steps in total,
-    name of the next step).
+    perplexity and greedy tokens are None. stream: read safetensors from disk for every pass, by
+    default where a model would not fit in memory; then one window is read and nothing generated, so
+    the greedy tokens are None. progress is called with (steps done, steps in total, name of the
+    next step).
 
     Raises FlashNormError where a source does not exist, the inputs do not fit, or the outputs have
     different shapes, and CheckpointError where a source cannot be read.
     """
     start = time.perf_counter()
-    step = _stepper(progress)
+    step = Stepper(progress, 2 * len(STEPS))
     for source in (reference, candidate):
         if not isinstance(source, nn.Module):
             locate(source)  # a misspelt candidate is found before the reference is measured
             if why := why_untied(Path(source).expanduser()):
                 warnings.warn(f"{source}: {why}", stacklevel=3)
-    with _opened(reference) as model:
-        samples = _samples(reference, model, example_inputs, tokenizer, text, tokens, sample)
+    streamed = streams((reference, candidate), stream)
+    with opened(reference, streamed, step.told) as model:
+        samples = _samples(
+            reference, model, example_inputs, tokenizer, text, tokens, sample, streamed
+        )
         half = _half_dtype(model)
         first = _examine(_name(reference), model, samples, half, step)
-    with _opened(candidate) as model:
+    with opened(candidate, streamed, step.told) as model:
         second = _examine(_name(candidate), model, samples, half, step, first)
     report = _compare(first, second, samples, half)
     if not report.checks[0].ok:
@@ -111,7 +113,7 @@ def _examine(
     model: nn.Module,
     samples: Samples,
     half: torch.dtype,
-    step: Callable[[str], None],
+    step: Stepper,
     guide: Outcome | None = None,
 ) -> Outcome:
     """Run one model in float64, float32 and half precision, and let it read and write.
@@ -137,9 +139,11 @@ def _examine(
         single = _outputs(model, samples)
         ids = samples.ids if output == "logits" and feed.writes_tokens(model) else None
         step(f"{name}: {STEPS[2]}")
-        reading = None if ids is None else measure.read_text(model, ids)
+        reading = None if ids is None else _read(model, ids, samples, single)
         step(f"{name}: {STEPS[3]}")
-        writing = None if ids is None else measure.write_text(model, ids[: measure.PROMPT_TOKENS])
+        writing = None
+        if ids is not None and not samples.streamed:
+            writing = measure.write_text(model, ids[: measure.PROMPT_TOKENS])
     step(f"{name}: {STEPS[4]}")
     notes = [*_own_notes(name, mode, choices), *(f"{name}: {note}" for note in told)]
     if packed := len(find_held(model)):
@@ -149,6 +153,15 @@ def _examine(
     return Outcome(
         name, output, values, single, lower, size, choices, reading, writing, tuple(notes)
     )
+
+
+def _read(
+    model: nn.Module, ids: Tensor, samples: Samples, single: list[Tensor]
+) -> measure.Reading | None:
+    """Perplexity; of the float32 outputs at hand where another pass would read the disk again."""
+    if not samples.streamed:
+        return measure.read_text(model, ids)
+    return measure.reading_of([ids], [single[0][0]]) if len(ids) > 1 else None
 
 
 def _tolerance(guide: Outcome, stored: torch.dtype) -> float:
@@ -284,8 +297,10 @@ def _locate(
     reference: Source, candidate: Source, samples: Samples, report: Report
 ) -> tuple[LayerError, ...]:
     """Both models once more, side by side, on the first window."""
-    with _opened(reference) as a, _opened(candidate) as b:
-        return layer_errors(a, b, samples.windows[0], report.float64_bound)
+    window = shortened(samples.windows[0]) if samples.streamed else samples.windows[0]
+    streamed = samples.streamed
+    with opened(reference, streamed) as a, opened(candidate, streamed) as b:
+        return layer_errors(a, b, window, report.float64_bound)
 
 
 def _samples(
@@ -296,9 +311,10 @@ def _samples(
     text: str | None,
     tokens: int,
     sample: int,
+    streamed: bool,
 ) -> Samples:
     if example_inputs is not None:
-        return feed.own_inputs(example_inputs)
+        return replace(feed.own_inputs(example_inputs), streamed=streamed)
     if not feed.reads_tokens(model):
         raise FlashNormError(
             f"{_name(source)} does not start from token ids: pass example_inputs=, a dict of "
@@ -306,30 +322,7 @@ def _samples(
         )
     if tokenizer is None and not isinstance(source, nn.Module):
         tokenizer = load_tokenizer(source)
-    return feed.token_samples(model, tokenizer, text, max(2, tokens), max(1, sample))
-
-
-@contextmanager
-def _opened(source: Source) -> Iterator[nn.Module]:
-    """The live module itself, in eval mode meanwhile, or a model that is loaded and let go."""
-    if isinstance(source, nn.Module):
-        with feed.evaluating(source):
-            yield source
-        return
-    with quiet_transformers():
-        yield load_model(source)
-
-
-def _stepper(progress: Progress | None) -> Callable[[str], None]:
-    done, total = 0, 2 * len(STEPS)
-
-    def step(name: str) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(done, total, name)
-        done += 1
-
-    return step
+    return feed.token_samples(model, tokenizer, text, max(2, tokens), max(1, sample), streamed)
 
 
 def _half_dtype(model: nn.Module) -> torch.dtype:

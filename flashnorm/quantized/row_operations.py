@@ -1,4 +1,4 @@
-"""What torch's operations do with packed weights: those that know rows, and all the others."""
+"""What torch's operations do with a `RowTensor`: those that know rows, and all the others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from flashnorm.compat.torch_names import tree_map_only
 from flashnorm.errors import FlashNormError
-from flashnorm.quantized.decoding import decoded, in_blocks, rows
-from flashnorm.quantized.packed_tensor import MEND, PackedTensor
+from flashnorm.quantized.decoding import decoded, in_blocks
+from flashnorm.quantized.row_tensor import RowTensor
 
 Handler = Callable[..., Any]
 _aten = torch.ops.aten
@@ -21,14 +21,14 @@ _HANDLERS: dict[Any, Handler] = {}
 
 
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """An operation of which an argument is packed."""
+    """An operation of which an argument is such a tensor."""
     handler = _HANDLERS.get(func)
-    if handler is not None and isinstance(args[0], PackedTensor) | (func in _PRODUCTS):
+    if handler is not None and isinstance(args[0], RowTensor) | (func in _PRODUCTS):
         found = handler(*args, **kwargs)
         if found is not NotImplemented:
             return found
     _refuse_writes(func, args, kwargs)
-    args, kwargs = tree_map_only(PackedTensor, PackedTensor.dequantize, (tuple(args), kwargs))
+    args, kwargs = tree_map_only(RowTensor, RowTensor.dequantize, (tuple(args), kwargs))
     return func(*args, **kwargs)
 
 
@@ -37,9 +37,10 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = args[i] if i < len(args) else kwargs.get(argument.name)
-        if any(isinstance(one, PackedTensor) for one in _listed(given)):
-            name = func._schema.name.removeprefix("aten::")
-            raise FlashNormError(f"{name} would write into a packed weight: {MEND}")
+        for one in _listed(given):
+            if isinstance(one, RowTensor):
+                name = func._schema.name.removeprefix("aten::")
+                raise FlashNormError(f"{name} would write into {one.WHAT}: {one.MEND}")
 
 
 def _listed(given: Any) -> Sequence[Any]:
@@ -54,74 +55,63 @@ def _handles(*funcs: Any) -> Callable[[Handler], Handler]:
     return keep
 
 
-# The same bytes.
+# The same rows.
 
 
 @_handles(_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
-def _same(weight: PackedTensor) -> PackedTensor:
-    return weight.like(weight.packed)
+def _same(weight: RowTensor) -> RowTensor:
+    return weight.again()
 
 
 @_handles(_aten.clone.default)
-def _clone(weight: PackedTensor, memory_format: Any = None) -> PackedTensor:
-    return weight.like(weight.packed.clone())
+def _clone(weight: RowTensor, memory_format: Any = None) -> RowTensor:
+    return weight.again(copied=True)
 
 
 @_handles(_aten._to_copy.default)
 def _to_copy(
-    weight: PackedTensor,
+    weight: RowTensor,
     dtype: torch.dtype | None = None,
     device: Any = None,
     non_blocking: bool = False,
     **other: Any,
 ) -> Any:
-    """A floating dtype changes what the numbers are rounded to, and no byte."""
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
-    return weight.like(weight.packed.to(device, non_blocking=non_blocking), dtype)
+    return weight.again(dtype, device, non_blocking)
 
 
 @_handles(_aten.copy_.default)
-def _copy(weight: PackedTensor, source: Tensor, non_blocking: bool = False) -> PackedTensor:
-    """Only the bytes of the same format: what a state dict of such a model holds."""
-    if not isinstance(source, PackedTensor):
-        raise FlashNormError(
-            f"numbers cannot be written into a packed weight of {weight.held.format.name}: {MEND}, "
-            "and so does load_state_dict(.., assign=True) with the tensors that it is given"
-        )
-    ours, theirs = weight.held, source.held
-    if (ours.format, weight.shape, weight.turned) != (theirs.format, source.shape, source.turned):
-        raise FlashNormError(f"{source!r} cannot be written into {weight!r}: another format")
-    weight.packed.copy_(source.packed, non_blocking=non_blocking)
-    return weight
+def _copy(weight: RowTensor, source: Tensor, non_blocking: bool = False) -> RowTensor:
+    return weight.write_(source, non_blocking)
 
 
 # Views.
 
 
 @_handles(_aten.t.default)
-def _t(weight: PackedTensor) -> Any:
+def _t(weight: RowTensor) -> Any:
     if weight.dim() != 2:
         return NotImplemented
-    return PackedTensor(weight.held, weight.shape[::-1], weight.dtype, not weight.turned)
+    return weight.of(weight.held, weight.shape[::-1], not weight.turned)
 
 
 @_handles(_aten.transpose.int)
-def _transpose(weight: PackedTensor, first: int, second: int) -> Any:
+def _transpose(weight: RowTensor, first: int, second: int) -> Any:
     if weight.dim() != 2:
         return NotImplemented
     return _t(weight) if (first - second) % 2 else _same(weight)
 
 
 @_handles(_aten.permute.default)
-def _permute(weight: PackedTensor, dims: Sequence[int]) -> Any:
+def _permute(weight: RowTensor, dims: Sequence[int]) -> Any:
     if weight.dim() != 2:
         return NotImplemented
     return _t(weight) if dims[0] % 2 else _same(weight)
 
 
 @_handles(_aten.select.int)
-def _select(weight: PackedTensor, dim: int, index: int) -> Any:
+def _select(weight: RowTensor, dim: int, index: int) -> Any:
     """One matrix of several, or one row."""
     if not _by_rows(weight, dim):
         return NotImplemented
@@ -129,41 +119,41 @@ def _select(weight: PackedTensor, dim: int, index: int) -> Any:
     if not 0 <= index < weight.shape[0]:
         raise IndexError(f"there is no index {index} in a first dimension of {weight.shape[0]}")
     each, shape = _rows_of_one(weight), weight.shape[1:]
-    part = rows(weight.held, slice(index * each, (index + 1) * each))
-    return PackedTensor(part, shape, weight.dtype)
+    part = weight.held.rows(slice(index * each, (index + 1) * each))
+    return weight.of(part, shape)
 
 
 @_handles(_aten.slice.Tensor)
 def _slice(
-    weight: PackedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    weight: RowTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
     if not _by_rows(weight, dim) or step != 1:
         return NotImplemented
     first, last, _ = slice(start, end).indices(weight.shape[0])
     each, count = _rows_of_one(weight), max(0, last - first)
-    part = rows(weight.held, slice(first * each, (first + count) * each))
-    return PackedTensor(part, (count, *weight.shape[1:]), weight.dtype)
+    part = weight.held.rows(slice(first * each, (first + count) * each))
+    return weight.of(part, (count, *weight.shape[1:]))
 
 
 # Rows that are asked for.
 
 
 @_handles(_aten.embedding.default)
-def _embedding(weight: PackedTensor, indices: Tensor, *options: Any, **named: Any) -> Any:
+def _embedding(weight: RowTensor, indices: Tensor, *options: Any, **named: Any) -> Any:
     if weight.turned or weight.dim() != 2:
         return NotImplemented
     return _gathered(weight, indices)
 
 
 @_handles(_aten.index_select.default)
-def _index_select(weight: PackedTensor, dim: int, index: Tensor) -> Any:
+def _index_select(weight: RowTensor, dim: int, index: Tensor) -> Any:
     if not _by_rows(weight, dim):
         return NotImplemented
     return _gathered(weight, index)
 
 
 @_handles(_aten.index.Tensor)
-def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
+def _index(weight: RowTensor, indices: Sequence[Tensor | None]) -> Any:
     first = indices[0]
     if not _by_rows(weight, 0) or len(indices) != 1 or first is None:
         return NotImplemented
@@ -172,23 +162,23 @@ def _index(weight: PackedTensor, indices: Sequence[Tensor | None]) -> Any:
     return _gathered(weight, first, -weight.shape[0])
 
 
-def _gathered(weight: PackedTensor, indices: Tensor, lowest: int = 0) -> Tensor:
-    """Decoded rows, or matrices, of any shape of indices along the first dimension."""
+def _gathered(weight: RowTensor, indices: Tensor, lowest: int = 0) -> Tensor:
+    """Rows as numbers, or matrices, of any shape of indices along the first dimension."""
     flat, each, count = indices.reshape(-1).long(), _rows_of_one(weight), weight.shape[0]
     if flat.numel() and not lowest <= int(flat.min()) <= int(flat.max()) < count:
         raise IndexError(f"an index is outside of a first dimension of {count}")
     if each != 1:
         flat = (flat[:, None] * each + torch.arange(each, device=flat.device)).flatten()
-    part = rows(weight.held, flat)
+    part = weight.held.rows(flat)
     return decoded(part, weight.dtype).view(*indices.shape, *weight.shape[1:])
 
 
-def _by_rows(weight: PackedTensor, dim: int) -> bool:
+def _by_rows(weight: RowTensor, dim: int) -> bool:
     """Whether an index along a dimension is one of whole rows."""
     return not weight.turned and weight.dim() > 1 and dim % weight.dim() == 0
 
 
-def _rows_of_one(weight: PackedTensor) -> int:
+def _rows_of_one(weight: RowTensor) -> int:
     """How many packed rows one index of the first dimension stands for."""
     return prod(weight.shape[1:-1])
 
@@ -198,28 +188,28 @@ def _rows_of_one(weight: PackedTensor) -> int:
 
 @_handles(_aten.linear.default)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, PackedTensor) or weight.turned or weight.dim() != 2:
+    if not isinstance(weight, RowTensor) or weight.turned or weight.dim() != 2:
         return NotImplemented
     return _product(x, weight, bias)
 
 
 @_handles(_aten.mm.default)
 def _mm(x: Tensor, weight: Tensor) -> Any:
-    if not isinstance(weight, PackedTensor) or not weight.turned or isinstance(x, PackedTensor):
+    if not isinstance(weight, RowTensor) or not weight.turned or isinstance(x, RowTensor):
         return NotImplemented
     return _product(x, weight, None)
 
 
 @_handles(_aten.addmm.default)
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if not isinstance(weight, PackedTensor) or not weight.turned or bias.dim() != 1:
+    if not isinstance(weight, RowTensor) or not weight.turned or bias.dim() != 1:
         return NotImplemented
-    if isinstance(x, PackedTensor) or (beta, alpha) != (1, 1):
+    if isinstance(x, RowTensor) or (beta, alpha) != (1, 1):
         return NotImplemented
     return _product(x, weight, bias.expand(weight.shape[1]))
 
 
-def _product(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: RowTensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + c in blocks of rows of W, which are decoded one after the other."""
     made = []
     for first, part in in_blocks(weight.held):
