@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flashnorm.runtime.original import original as original
     from flashnorm.runtime.package.options import Package as Package
     from flashnorm.verification import verify as verify
+    from flashnorm.verification import verify_weights as verify_weights
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _LAZY = {
     "original": "flashnorm.runtime.original",
     "Package": "flashnorm.runtime.package.options",
     "verify": "flashnorm.verification",
+    "verify_weights": "flashnorm.verification",
     "explain": "flashnorm.functional",
     "load_gguf": "flashnorm.gguf.model",
     "dequantize_": "flashnorm.quantized.plain",

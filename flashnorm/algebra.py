@@ -39,7 +39,9 @@ def fold_gain_(weight: Tensor, gain: Tensor, axis: int, spans: Iterable[Span]) -
     taken in the wider of the two dtypes and rounded once to the weight's.
     """
     for block, factor in _blocks(weight, gain, axis, spans):
-        block.copy_(block.to(factor.dtype) * factor)
+        wide = block.to(factor.dtype)  # the block itself where that is its dtype
+        wide *= factor
+        block.copy_(wide)
 
 
 def unfold_gain_(weight: Tensor, gain: Tensor, axis: int, spans: Iterable[Span]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,37 @@ def test_verify_ends_with_1_for_others(models):
     shown = run("verify", models / "a", models / "c", code=1).stdout
     assert "FAIL" in shown
     assert "does NOT compute" in shown
+
+
+def test_verify_quick_compares_weights(models, tmp_path):
+    result = run("verify", models / "a", models / "b", "--quick")
+    assert "The candidate is, bit for bit, what the fold of it makes." in result.stdout
+    found = json.loads(run("verify", models / "a", models / "b", "--quick", "--json").stdout)
+    assert found["ok"] is True
+    assert (found["mode"], found["wrong"], found["files"]) == ("compat", [], [])
+    copied = tmp_path / "b"
+    shutil.copytree(models / "b", copied)
+    file = copied / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    shown = run("verify", models / "a", copied, "--quick", code=1).stdout
+    assert "1 wrong" in shown
+    assert "The candidate is NOT what the fold of it makes." in shown
+    found = json.loads(run("verify", models / "a", copied, "--quick", "--json", code=1).stdout)
+    assert (found["ok"], found["wrong"][0]["count"]) == (False, 1)
+    assert found["wrong"][0]["tensor"] in " ".join(shown.split())
+
+
+def test_verify_quick_says_what_it_cannot_compare(models, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    message = error_of("verify", tmp_path / "x.gguf", models / "b", "--quick")
+    assert "is a GGUF file" in message
+    (tmp_path / "text").write_text("words")
+    message = error_of("verify", "a", "b", "--quick", "--text", tmp_path / "text")
+    assert "--quick runs no model, so it reads no text" in message
+    message = error_of("verify", "a", "b", "--inputs", tmp_path / "text")
+    assert "--inputs is for --quick" in message
 
 
 def test_verify_reads_a_text(models, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from flashnorm import algebra
 from flashnorm.checkpoint.header import FLOAT_DTYPES
 from flashnorm.checkpoint.layout import Piece, Shard
-from flashnorm.checkpoint.rawio import COPY_BYTES, copy_exact, read_exact, write_exact
+from flashnorm.checkpoint.rawio import COPY_BYTES, copy_exact, read_exact, scratch, write_exact
 from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.checkpoint.values import Values
 from flashnorm.plan import Consumer, Span
 
 FOLD_BYTES = 2 << 20  # measured best: smaller ones pay per call, larger ones leave the caches
+CACHED_BYTES = 1 << 20  # what is read twice and compared stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,26 @@ class Block:
         if self.piece.is_copy:
             copy_exact(reader, writer, self.start, self.nbytes, self.target)
             return 0
-        if self.piece.small:
-            new = values.tensor(self.piece.entry.name)
-            write_exact(writer, _bytes(new), self.target)
-            return 0
-        view = memoryview(bytearray(self.nbytes))
-        for row, offset in self._rows(view):
-            read_exact(reader, row, self.start + offset)
-        lost = self._rewrite_(view, values)
-        for row, offset in self._rows(view):
+        new, lost = self.new_bytes(reader, values)
+        for row, offset in self.rows(new):
             write_exact(writer, row, self.target + offset)
         return lost
 
-    def _rows(self, view: memoryview) -> Iterator[tuple[memoryview, int]]:
+    def new_bytes(self, reader: int, values: Values) -> tuple[memoryview, int]:
+        """What belongs into the target, and how many elements became subnormal on the way.
+
+        The next block of this thread is read into the same memory.
+        """
+        if self.piece.small:
+            return _bytes(values.tensor(self.piece.entry.name)), 0
+        view = self._read(reader, self.start, "new")
+        return view, 0 if self.piece.is_copy else self._rewrite_(view, values)
+
+    def old_bytes(self, target: int) -> memoryview:
+        """What lies in the target already, in the order of `new_bytes` and held as long."""
+        return self._read(target, self.target, "old")
+
+    def rows(self, view: memoryview) -> Iterator[tuple[memoryview, int]]:
         """The parts of the block that lie together, each with its offset in the files."""
         if not self.pitch:
             yield view, 0
@@ -69,6 +77,12 @@ class Block:
         for row in range(self.shape[0]):
             yield view[row * width : (row + 1) * width], row * self.pitch
 
+    def _read(self, file: int, start: int, use: str) -> memoryview:
+        view = scratch(use, self.nbytes)
+        for row, offset in self.rows(view):
+            read_exact(file, row, start + offset)
+        return view
+
     def _rewrite_(self, view: memoryview, values: Values) -> int:
         entry = self.piece.entry
         rows = torch.frombuffer(view, dtype=FLOAT_DTYPES[entry.dtype]).view(self.shape)
@@ -76,22 +90,33 @@ class Block:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def shard_blocks(shard: Shard) -> Iterator[Block]:
     """All blocks of a shard in the order of their bytes, which leave no byte out."""
+    return _placed(shard, _merged(shard.pieces), COPY_BYTES)
+
+
+def tensor_blocks(shard: Shard) -> Iterator[Block]:
+    """The same, each of one tensor alone, and small enough for a cache."""
+    return _placed(shard, shard.pieces, CACHED_BYTES)
+
+
+def _placed(shard: Shard, pieces: Iterable[Piece], copy_bytes: int) -> Iterator[Block]:
+    """The blocks of `pieces`, each written to where the header of the shard has its tensor."""
     origin, target = len(shard.source.raw), len(shard.header.raw)
-    for piece in _merged(shard.pieces):
-        for block in _cut_piece(piece):
+    begins = {entry.name: entry.start for entry in shard.header.entries}
+    for piece in pieces:
+        begin = target + begins[piece.entry.name]
+        for block in _cut_piece(piece, copy_bytes):
             offset = block.start - piece.entry.start
-            yield replace(block, start=origin + block.start, target=target + offset)
-        target += piece.entry.nbytes
+            yield replace(block, start=origin + block.start, target=begin + offset)
 
 
-def _cut_piece(piece: Piece) -> Iterator[Block]:
+def _cut_piece(piece: Piece, copy_bytes: int) -> Iterator[Block]:
     if piece.is_copy:
-        return _copy_blocks(piece)
+        return _copy_blocks(piece, copy_bytes)
     if piece.small:
         return iter([Block(piece, piece.entry.start, 0, piece.entry.nbytes)])
     return _row_blocks(piece)
@@ -111,10 +136,10 @@ def _merged(pieces: tuple[Piece, ...]) -> Iterator[Piece]:
         yield held
 
 
-def _copy_blocks(piece: Piece) -> Iterator[Block]:
+def _copy_blocks(piece: Piece, nbytes: int) -> Iterator[Block]:
     entry = piece.entry
-    for start in range(entry.start, entry.end, COPY_BYTES):
-        yield Block(piece, start, 0, min(COPY_BYTES, entry.end - start))
+    for start in range(entry.start, entry.end, nbytes):
+        yield Block(piece, start, 0, min(nbytes, entry.end - start))
 
 
 def _row_blocks(piece: Piece) -> Iterator[Block]:

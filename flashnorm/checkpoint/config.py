@@ -20,12 +20,16 @@ QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
 def check_not_folded(config: dict[str, Any]) -> None:
     """Raise CheckpointError where this or another tool says that the gains were folded already."""
-    for part in _parts(config):
-        if key := folded_by(part):
-            raise CheckpointError(
-                f"this checkpoint was folded already, as {key} in config.json says: fold the "
-                "original checkpoint instead"
-            )
+    if key := folded_in(config):
+        raise CheckpointError(
+            f"this checkpoint was folded already, as {key} in config.json says: fold the "
+            "original checkpoint instead"
+        )
+
+
+def folded_in(config: dict[str, Any]) -> str | None:
+    """The entry of a config, or of a sub-model's, that says that gains were folded already."""
+    return next(filter(None, map(folded_by, _parts(config))), None)
 
 
 def check_not_quantized(config: dict[str, Any]) -> None:

@@ -19,7 +19,13 @@ SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__"}
 
 def other_files(source: Path, written: set[str]) -> tuple[str, ...]:
     """Paths relative to `source` of the files to copy, except those `written` by the fold."""
-    return tuple(name for name in sorted(_walk(source)) if name not in written)
+    found = (name for name in _walk(source) if not _is_weights(Path(name).name))
+    return tuple(sorted(name for name in found if name not in written))
+
+
+def weight_files(source: Path) -> tuple[str, ...]:
+    """Paths relative to `source` of the files with weights in any form, indices too."""
+    return tuple(sorted(name for name in _walk(source) if _is_weights(Path(name).name)))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -36,7 +42,7 @@ def _walk(source: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if name not in SKIPPED_DIRECTORIES]
         for name in files:
             path = Path(directory, name)
-            if path.is_file() and not _is_weights(name):
+            if path.is_file() and not name.startswith(".flashnorm"):
                 yield str(path.relative_to(source))
 
 
@@ -45,4 +51,4 @@ def _is_weights(name: str) -> bool:
     stem = name.removesuffix(".index.json")
     if stem == SINGLE:
         return name == SINGLE
-    return stem.lower().endswith(WEIGHT_SUFFIXES) or name.startswith(".flashnorm")
+    return stem.lower().endswith(WEIGHT_SUFFIXES)

@@ -12,22 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import flashnorm
 from flashnorm.algebra import subnormal_warning
-from flashnorm.checkpoint.config import (
-    STRICT_NOTE,
-    check_not_folded,
-    check_not_quantized,
-    folded_config,
-)
-from flashnorm.checkpoint.files import copy_file, other_files
+from flashnorm.checkpoint.config import STRICT_NOTE, check_not_folded, check_not_quantized
+from flashnorm.checkpoint.files import copy_file
 from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.inspection import inspect_stored
-from flashnorm.checkpoint.layout import Layout, Shard, left_out, plan_layout
-from flashnorm.checkpoint.source import INDEX, Source, open_source, read_config
-from flashnorm.checkpoint.stream import check_twins, write_shard
+from flashnorm.checkpoint.layout import Layout, Shard
+from flashnorm.checkpoint.source import CONFIG, Source, open_source, read_config
+from flashnorm.checkpoint.stream import Meter, Progress, write_shard
+from flashnorm.checkpoint.target import plan_target
 from flashnorm.checkpoint.values import Values
 from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
 from flashnorm.content import why_damaged
@@ -37,10 +31,7 @@ from flashnorm.graph.ambient import on_cpu
 from flashnorm.plan import Plan
 from flashnorm.warning import warn
 
-CONFIG = "config.json"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-Progress = Callable[[int, int, str], None]
 
 
 @takes_old_options
@@ -106,28 +97,18 @@ def _fold(
     check_not_quantized(config)
     source = open_source(path)
     plan = planned(path)
-    layout = plan_layout(source, plan, strict=strict)
-    check_twins(source, layout)
-    values = Values(source, plan, layout.changes)
-    wide = any(gain.dtype == torch.float64 for gain in values.gains.values())
-    dtype = "float64" if wide else "float32"
-    files: dict[str, Any] = {}
-    if plan.folded or plan.centerings:
-        absent = left_out(source, plan, layout.changes) if strict else None
-        files[CONFIG] = folded_config(config, plan, absent=absent, fold_dtype=dtype, source=name)
-    if layout.index is not None:
-        files[INDEX] = layout.index
-    copies = other_files(path, {*files, *source.shards})
+    goal = plan_target(source, plan, strict=strict, name=name)
+    layout, copies = goal.layout, goal.copies
     mark = _fingerprint(source, plan, strict, copies)
     with _disk_errors_explained(target, layout), open_workdir(target, mark) as work:
         _check_space(work, path, layout, copies)
-        lost = _write_shards(work, source, layout, values, progress)
+        lost = _write_shards(work, source, layout, goal.values, progress)
         for file in copies:
             copy_file(path / file, work.path / file)
-        for file, value in files.items():
+        for file, value in goal.written.items():
             work.write_json(file, value)
         work.publish()
-    _warn(plan, values, lost)
+    _warn(plan, goal.values, lost)
     _warn_of_readers(layout, path, copies)
     return plan
 
@@ -136,7 +117,7 @@ def _write_shards(
     work: Workdir, source: Source, layout: Layout, values: Values, progress: Progress | None
 ) -> int:
     """Write the shards that are not done yet; returns how many elements became subnormal."""
-    meter = _Meter(layout.total_bytes, progress)
+    meter = Meter(layout.total_bytes, progress)
     for shard in layout.shards:
         report = meter.of(shard.name)
         if work.is_done(shard.name, shard.header.file_bytes):
@@ -147,21 +128,6 @@ def _write_shards(
         )
         work.finish(shard.name, lost)
     return sum(work.note(shard.name) for shard in layout.shards)
-
-
-class _Meter:
-    """Adds up what was written and tells it to `progress`."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def of(self, name: str) -> Callable[[int], None]:
-        def report(count: int) -> None:
-            self.done += count
-            if self.progress is not None:
-                self.progress(self.done, self.total, name)
-
-        return report
 
 
 def _fingerprint(source: Source, plan: Plan, strict: bool, copies: tuple[str, ...]) -> str:

@@ -29,6 +29,13 @@ FLOAT_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# What torch can tell as numbers.
+NUMBER_DTYPES: dict[str, torch.dtype] = {
+    **FLOAT_DTYPES,
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16},
+    **{"I32": torch.int32, "I64": torch.int64},
+    **{"F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn},
+}
 DTYPE_BITS: dict[str, int] = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),

@@ -10,7 +10,7 @@ from flashnorm.checkpoint.changes import Changes, plan_changes
 from flashnorm.checkpoint.config import QUANTIZED_REMEDY
 from flashnorm.checkpoint.defaults import check_defaults
 from flashnorm.checkpoint.header import FLOAT_DTYPES, Entry, Header, build_header
-from flashnorm.checkpoint.mapping import REMEDY, map_parameters
+from flashnorm.checkpoint.mapping import REMEDY, Mapped, map_parameters
 from flashnorm.checkpoint.source import Source
 from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, QuantizedError
@@ -75,6 +75,13 @@ def plan_layout(source: Source, plan: Plan, *, strict: bool) -> Layout:
         _check_names(source, shards, changes, bool(plan.untied))
     changed = changes.removed or changes.copies
     return Layout(shards, changes, _index(source, shards) if changed else None)
+
+
+def copied_layout(source: Source) -> Layout:
+    """The layout of a copy."""
+    changes = Changes(Mapped({}))
+    shards = (_shard(name, header, changes) for name, header in source.shards.items())
+    return Layout(tuple(shards), changes, None)
 
 
 def _left_values(plan: Plan) -> dict[str, float]:

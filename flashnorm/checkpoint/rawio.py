@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from flashnorm.errors import CheckpointError
 
 COPY_BYTES = 8 << 20
+SHORTER = "the source became shorter while it was being read"
 # What a kernel or a file system answers that cannot copy between two files by itself.
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+_held = threading.local()
+
+
+def scratch(use: str, nbytes: int) -> memoryview:
+    """Memory of this thread for one use, which is taken again by the next call for the same use.
+
+    Reading into fresh memory takes twice as long: the system has to clear its pages first.
+    """
+    held: dict[str, bytearray] = _held.__dict__
+    if len(held.get(use, b"")) < nbytes:
+        held[use] = bytearray(nbytes)
+    return memoryview(held[use])[:nbytes]
 
 
 def read_exact(reader: int, view: memoryview, start: int) -> None:
@@ -21,7 +39,7 @@ def read_exact(reader: int, view: memoryview, start: int) -> None:
     while done < len(view):
         count = os.preadv(reader, [view[done:]], start + done)
         if not count:
-            raise CheckpointError("the source became shorter while it was being read")
+            raise CheckpointError(SHORTER)
         done += count
 
 
@@ -30,6 +48,40 @@ def write_exact(writer: int, view: memoryview, start: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(writer, view[done:], start + done)
+
+
+@contextmanager
+def unchanged(path: Path, reader: int, beginning: bytes) -> Iterator[None]:
+    """Raise CheckpointError where the file `path`, open as `reader`, does not begin so, or is
+    another one afterwards."""
+    before = _identity(os.fstat(reader))
+    if os.pread(reader, len(beginning), 0) != beginning:
+        raise _changed(path)
+    try:
+        yield
+    except Exception:
+        _check_unchanged(path, before)  # what explains the error, if it is so
+        raise
+    _check_unchanged(path, before)
+
+
+def _check_unchanged(path: Path, before: tuple[int, ...]) -> None:
+    try:
+        now = _identity(os.stat(path))
+    except OSError:  # it is gone
+        now = ()
+    if now != before:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} changed while it was being read: wait until nothing writes to it, and start again"
+    )
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def copy_exact(reader: int, writer: int, start: int, length: int, target: int) -> None:

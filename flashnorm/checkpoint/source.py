@@ -11,6 +11,7 @@ from flashnorm.checkpoint.header import Entry, Header, read_header
 from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -53,7 +54,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a directory: give the local directory of a checkpoint, or a GGUF file"
         )
-    return read_object(path / "config.json")
+    return read_object(path / CONFIG)
 
 
 def read_object(file: Path, what: str = "checkpoint") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from flashnorm.checkpoint.layout import Layout, Shard
 from flashnorm.checkpoint.rawio import (
     expect_sequential,
     start_writeback,
+    unchanged,
     write_exact,
 )
 from flashnorm.checkpoint.source import Source
@@ -28,6 +30,23 @@ AHEAD = 2 * WORKERS  # blocks in memory at once
 WRITEBACK_BYTES = 64 << 20
 
 Report = Callable[[int], None]
+Progress = Callable[[int, int, str], None]
+T = TypeVar("T")
+
+
+class Meter:
+    """Adds up what was done and tells it to `progress`: bytes done, bytes in total, shard name."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def of(self, name: str) -> Report:
+        def report(count: int) -> None:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total, name)
+
+        return report
 
 
 def check_twins(source: Source, layout: Layout) -> None:
@@ -43,7 +62,8 @@ def check_twins(source: Source, layout: Layout) -> None:
 def write_shard(source: Path, target: Path, shard: Shard, values: Values, report: Report) -> int:
     """Write `shard` from the file `source` to `target` and sync it; report bytes as they come.
 
-    Returns how many elements became subnormal. Raises FoldError where the dtype overflows.
+    Returns how many elements became subnormal. Raises FoldError where the dtype overflows, and
+    CheckpointError where the source changes meanwhile.
     """
     with open(source, "rb") as reader, open(target, "wb", buffering=0) as writer:
         descriptors = reader.fileno(), writer.fileno()
@@ -51,27 +71,30 @@ def write_shard(source: Path, target: Path, shard: Shard, values: Values, report
         write_exact(descriptors[1], memoryview(shard.header.raw), 0)
         report(len(shard.header.raw))
         lost, flushed = 0, 0
-        for block, count in _run(shard_blocks(shard), *descriptors, values):
-            lost += count
-            report(block.nbytes)
-            if block.end - flushed >= WRITEBACK_BYTES:
-                start_writeback(descriptors[1], flushed, block.end - flushed)
-                flushed = block.end
+
+        def write(block: Block) -> int:
+            return block.write(*descriptors, values)
+
+        with unchanged(source, descriptors[0], shard.source.raw):
+            for block, count in in_workers(write, shard_blocks(shard)):
+                lost += count
+                report(block.nbytes)
+                if block.end - flushed >= WRITEBACK_BYTES:
+                    start_writeback(descriptors[1], flushed, block.end - flushed)
+                    flushed = block.end
         os.fsync(writer.fileno())
     return lost
 
 
-def _run(
-    blocks: Iterator[Block], reader: int, writer: int, values: Values
-) -> Iterator[tuple[Block, int]]:
-    """Write the blocks in worker threads; yields each, in order, with what its write returned."""
-    waiting: deque[tuple[Block, Future[int]]] = deque()
+def in_workers(work: Callable[[Block], T], blocks: Iterator[Block]) -> Iterator[tuple[Block, T]]:
+    """Work on the blocks in threads; yields each, in order, with what `work` made of it."""
+    waiting: deque[tuple[Block, Future[T]]] = deque()
     with _workers() as pool:
         for block in blocks:
             if len(waiting) == AHEAD:
                 first, future = waiting.popleft()
                 yield first, future.result()
-            waiting.append((block, pool.submit(block.write, reader, writer, values)))
+            waiting.append((block, pool.submit(work, block)))
         for block, future in waiting:
             yield block, future.result()
 

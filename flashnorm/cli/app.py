@@ -160,23 +160,26 @@ def verify_command(
         Path | None,
         typer.Option(help="A text file to read instead of the shipped one.", metavar="FILE"),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare the weights with what a fold of A makes.")
+    ] = False,
+    inputs: Inputs = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
     """Measure whether B computes what A computes: exit code 0 if it does, 1 if it does not.
 
-    Each is a directory, a GGUF file or a hub id.
+    Each is a directory, a GGUF file or a hub id. With --quick, two directories: no model is run,
+    and every tensor of B has to be, bit for bit, what `flashnorm fold` makes of A (with the same
+    --inputs), in memory of a few blocks and at the disk's speed.
     """
 
     def command() -> Result:
-        import flashnorm
-        from flashnorm.cli.inputs import read_text
-        from flashnorm.cli.progress import steps_bar
+        from flashnorm.cli.verify import run_quick, run_verify
 
-        words = None if text is None else read_text(text)
-        with steps_bar(f"loading {reference}") as report:
-            found = flashnorm.verify(reference, candidate, text=words, progress=report)
-        return Result(found.to_json(), found, 0 if found.ok else 1)
+        if quick:
+            return run_quick(reference, candidate, text, inputs)
+        return run_verify(reference, candidate, text, inputs)
 
     run(command, Options(as_json, debug))
 

@@ -179,7 +179,7 @@ class Report:
         figures = json.loads(json.dumps(asdict(self)))
         if self.half is not None:
             figures["half"]["ratio"] = self.half.ratio
-        return _finite({**verdict, **figures})
+        return finite({**verdict, **figures})
 
     def __rich__(self) -> Any:
         from flashnorm.verification.show import panel
@@ -202,12 +202,12 @@ def _greedy_words(greedy: Greedy) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no NaN or infinity: they become strings."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from flashnorm.verification.report import Pair, Report
+    from flashnorm.verification.report import Check, Pair, Report
 
 WIDTH = 100
 
@@ -27,8 +28,13 @@ def panel(report: Report) -> RenderableType:
 
 def plain(report: Report) -> str:
     """The same without colours, 100 columns wide."""
+    return as_text(panel(report))
+
+
+def as_text(view: RenderableType) -> str:
+    """A view as plain text."""
     console = Console(file=StringIO(), width=WIDTH, color_system=None)
-    console.print(panel(report))
+    console.print(view)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
@@ -71,11 +77,17 @@ def _pair_rows(table: Table, dtype: str, pair: Pair) -> None:
         table.add_row(f"{dtype} to truth, {name}", *values, ratio, "")
 
 
-def _verdict(report: Report) -> Text:
+def check_lines(checks: Iterable[Check]) -> Text:
+    """The parts of a verdict, a line each."""
     text = Text()
-    for check in report.checks:
+    for check in checks:
         text.append("ok   " if check.ok else "FAIL ", style="green" if check.ok else "red")
         text.append(f"{check.name}: {check.detail}\n")
+    return text
+
+
+def _verdict(report: Report) -> Text:
+    text = check_lines(report.checks)
     if report.ok:
         text.append("The candidate computes what the reference computes.", style="bold green")
     else:

@@ -1,0 +1,45 @@
+"""What `flashnorm verify` runs: models, or with --quick a comparison of weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashnorm.cli.boundary import Result
+from flashnorm.errors import FlashNormError
+
+
+def run_verify(
+    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None
+) -> Result:
+    """Both models are run and compared."""
+    import flashnorm
+    from flashnorm.cli.inputs import read_text
+    from flashnorm.cli.progress import steps_bar
+
+    if inputs:
+        raise FlashNormError(
+            "--inputs is for --quick, which records the model as the fold did; without --quick a "
+            "text is read: use --text"
+        )
+    words = None if text is None else read_text(text)
+    with steps_bar(f"loading {reference}") as report:
+        found = flashnorm.verify(reference, candidate, text=words, progress=report)
+    return Result(found.to_json(), found, 0 if found.ok else 1)
+
+
+def run_quick(
+    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None
+) -> Result:
+    """No model is run: the weights of two checkpoints are compared."""
+    import flashnorm
+    from flashnorm.cli.inputs import read_inputs
+    from flashnorm.cli.progress import bytes_bar
+
+    if text is not None:
+        raise FlashNormError("--quick runs no model, so it reads no text: leave out one of the two")
+    given = read_inputs(inputs)
+    with bytes_bar(f"recording {reference}") as report:
+        found = flashnorm.verify_weights(
+            reference, candidate, example_inputs=given, progress=report
+        )
+    return Result(found.to_json(), found, 0 if found.ok else 1)
