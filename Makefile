@@ -47,7 +47,12 @@ SGLANG := aiohttp apache-tvm-ffi attrs dill fastapi ipython msgspec openai orjso
 	pybase64 pyzmq requests safetensors starlette triton \
 	transformers==5.19.0 uvicorn
 
-.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines clean
+# Folds on a Ray cluster and in an object store: constraints-cluster.txt, half a gigabyte.
+CLUSTER_ENV := build/cluster-env
+CLUSTER_BIN := $(CLUSTER_ENV)/bin
+CLUSTER_STAMP := $(CLUSTER_ENV)/.installed
+
+.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines cluster clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -147,6 +152,18 @@ engines: venv $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed $(ENGINES)
 		"evaluation export kinds recipes serve"; \
 	run llmcompressor llmcompressor llmcompressor; \
 	run vllm vllm vllm
+
+$(CLUSTER_STAMP): constraints.txt constraints-cluster.txt pyproject.toml
+	test -x $(CLUSTER_BIN)/python || $(PYTHON) -m venv $(CLUSTER_ENV)
+	$(CLUSTER_BIN)/python -m pip install -q -c constraints.txt torch
+	$(CLUSTER_BIN)/python -m pip install -q -c constraints.txt -c constraints-cluster.txt \
+		-e ".[gguf,test,ray,remote]" "moto[server]"
+	touch $@
+
+# Three nodes on this machine, one of them killed, and a server of S3: some minutes.
+cluster: venv $(CLUSTER_STAMP)
+	@$(TIMED) $(CLUSTER_BIN)/python -c "import ray, s3fs, moto" \
+	&& OMP_NUM_THREADS=1 $(CLUSTER_BIN)/python -m pytest tests/cluster tests/checkpoint/test_remote.py
 
 lint: venv
 	$(LINT)

@@ -100,8 +100,8 @@ def raw_bytes(values: torch.Tensor) -> bytes:
     return values.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
-def make_checkpoint(path: Path, layers: int) -> None:
-    """Shards of about `SHARD_BYTES`; each tensor starts somewhere else in one block of noise."""
+def make_checkpoint(path: Path, layers: int, shard_bytes: int = SHARD_BYTES) -> None:
+    """Shards of about `shard_bytes`; each tensor starts somewhere else in one block of noise."""
     path.mkdir()
     rng = torch.Generator().manual_seed(0)
     noise = raw_bytes(0.02 * torch.randn(1 << 24, generator=rng))
@@ -109,7 +109,7 @@ def make_checkpoint(path: Path, layers: int) -> None:
     size = 0
     for name, shape in shapes(layers).items():
         count = 2 * math.prod(shape)
-        if size + count > SHARD_BYTES and parts[-1]:
+        if size + count > shard_bytes and parts[-1]:
             parts.append([])
             size = 0
         parts[-1].append(Entry(name, "BF16", shape, size, size + count))

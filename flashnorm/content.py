@@ -34,9 +34,13 @@ def why_damaged(file: Path) -> str:
     """
     try:
         with open(file, "rb") as opened:
-            start = opened.read(512)
+            return damage_of(file, opened.read(512))
     except OSError:
         return ""
+
+
+def damage_of(file: Path, start: bytes) -> str:
+    """The same of a file that begins so, wherever it lies. start: up to 512 bytes."""
     if file.suffix.lower() == ".safetensors" and _begins_right(start):
         return ""
     text = start.lstrip().lower()

@@ -133,8 +133,9 @@ def _write(weights: Source, edits: Edits, config: dict[str, Any], target: Path) 
     # A fingerprint of its own: an adapter is small, so an interrupted run starts over.
     with open_workdir(target, uuid.uuid4().hex) as work:
         try:
-            lost = write_weights(work.temporary(WEIGHTS), weights, edits)
-            work.finish(WEIGHTS)
+            file = work.slot(WEIGHTS).path
+            lost = write_weights(file, weights, edits)
+            work.finish(WEIGHTS, file.stat().st_size)
             for name in files:
                 if os.sep not in name:  # directories hold other adapters, or states of training
                     copy_file(weights.path / name, work.path / name)

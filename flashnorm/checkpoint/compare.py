@@ -13,6 +13,8 @@ from flashnorm.checkpoint.blocks import Block, tensor_blocks
 from flashnorm.checkpoint.header import DTYPE_BITS, NUMBER_DTYPES, Entry
 from flashnorm.checkpoint.layout import Shard
 from flashnorm.checkpoint.rawio import expect_sequential, unchanged
+from flashnorm.checkpoint.remote import Facts
+from flashnorm.checkpoint.store import Folder
 from flashnorm.checkpoint.stream import Report, in_workers
 from flashnorm.checkpoint.values import Values
 
@@ -46,6 +48,34 @@ class Difference:
         pair = (self.largest, other.largest)
         largest = None if None in pair else _largest(torch.tensor(pair, dtype=torch.float64))
         return replace(earlier, count=self.count + other.count, largest=largest)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The job of `check_shard`: a source's shard and a file of the candidate, as they were when
+    their facts were taken."""
+
+    shard: Shard
+    source: Folder
+    candidate: Folder
+    file: str
+    facts: tuple[Facts, Facts]
+
+    @property
+    def name(self) -> str:
+        return self.file
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.entry.nbytes for piece in self.shard.pieces)
+
+    def run(self, values: Values, report: Report) -> tuple[Difference, ...]:
+        """The tensors that differ. Raises CheckpointError where a file is not the same here."""
+        with (
+            self.source.on_disk(self.shard.name, self.facts[0]) as source,
+            self.candidate.on_disk(self.file, self.facts[1]) as candidate,
+        ):
+            return check_shard(source, candidate, self.shard, values, report)
 
 
 def check_shard(

@@ -46,6 +46,12 @@ def _walk(source: Path) -> Iterator[str]:
                 yield str(path.relative_to(source))
 
 
+def is_other(name: str) -> bool:
+    """Whether a path inside of a checkpoint is a file beside its weights, or their index."""
+    *folders, file = name.split("/")
+    return SKIPPED_DIRECTORIES.isdisjoint(folders) and not _is_weights(file)
+
+
 def _is_weights(name: str) -> bool:
     """Whether a file holds weights or is the index of files that do."""
     stem = name.removesuffix(".index.json")

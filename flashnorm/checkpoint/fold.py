@@ -8,22 +8,25 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import flashnorm
 from flashnorm.algebra import subnormal_warning
+from flashnorm.checkpoint.cluster import Engine, runner
 from flashnorm.checkpoint.config import STRICT_NOTE, check_not_folded, check_not_quantized
-from flashnorm.checkpoint.files import copy_file
-from flashnorm.checkpoint.gguf import dequantized, gguf_file
 from flashnorm.checkpoint.inspection import inspect_stored
+from flashnorm.checkpoint.jobs import Runner
 from flashnorm.checkpoint.layout import Layout, Shard
-from flashnorm.checkpoint.source import CONFIG, Source, open_source, read_config
-from flashnorm.checkpoint.stream import Meter, Progress, write_shard
+from flashnorm.checkpoint.parts import Part
+from flashnorm.checkpoint.places import Opened, Work, check_places, open_work, opened
+from flashnorm.checkpoint.remote import Remote, place_of
+from flashnorm.checkpoint.source import CONFIG, Source, read_config
+from flashnorm.checkpoint.stream import Meter, Progress
 from flashnorm.checkpoint.target import plan_target
 from flashnorm.checkpoint.values import Values
-from flashnorm.checkpoint.workdir import Workdir, check_target, open_workdir
+from flashnorm.checkpoint.workdir import Workdir
 from flashnorm.content import why_damaged
 from flashnorm.deprecated import takes_old_options
 from flashnorm.errors import CheckpointError
@@ -46,6 +49,8 @@ def fold_checkpoint(
     center: bool = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
 ) -> Plan:
     """Write to `dst` the checkpoint `src` with its gains folded: E1, `W* = W diag(g)`, streamed.
 
@@ -66,45 +71,53 @@ def fold_checkpoint(
     `dst` must not exist; it appears complete, by one rename. A killed run goes on where it stopped
     when it is started again, and ends with the same bytes. Returns the plan that was applied.
 
-    Raises CheckpointError where the source is not sound, folded already, or has not the tensors of
-    the plan, and where the target is taken or the disk too small; QuantizedError for quantized
-    weights; FoldError where a folded weight would overflow its dtype. Nothing is left behind then.
-    """
-    source, target = Path(os.path.abspath(src)), Path(os.path.abspath(dst))
-    check_target(source, target)
+    `src` and `dst` may be URLs of an object store that fsspec knows (`s3://bucket/name`); such a
+    target is complete once it has its config.json, which is written last. `engine="ray"` makes
+    every shard a task of the Ray cluster at `ray_address` (else RAY_ADDRESS, else this machine):
+    the same bytes.
 
-    def planned(path: Path) -> Plan:
+    Raises CheckpointError where the source is not sound, folded already, or has not the tensors of
+    the plan, where the target is taken or the disk too small, and where a store or a cluster cannot
+    be reached; QuantizedError for quantized weights; FoldError where a folded weight would overflow
+    its dtype. Nothing is left behind then. ValueError for an engine that there is not.
+    """
+    run: Runner[int] = runner(engine, ray_address)
+    source, target = place_of(os.fspath(src)), place_of(os.fspath(dst))
+    check_places(source, target)
+
+    def planned(opened: Source) -> Plan:
         if plan is not None:
             return plan
-        return inspect_stored(path, example_inputs, untie=untie, center=center)
+        return inspect_stored(
+            opened.path, example_inputs, untie=untie, center=center, stored=opened
+        )
 
-    if file := gguf_file(source):
-        with dequantized(file, target) as directory:
-            return _fold(directory, target, file.name, planned, strict, progress)
-    return _fold(source, target, source.name, planned, strict, progress)
+    with opened(source, target) as place:
+        return _fold(place, target, planned, strict, run, progress)
 
 
 def _fold(
-    path: Path,
-    target: Path,
-    name: str,
-    planned: Callable[[Path], Plan],
+    place: Opened,
+    target: Path | Remote,
+    planned: Callable[[Source], Plan],
     strict: bool,
+    run: Runner[int],
     progress: Progress | None,
 ) -> Plan:
-    config = read_config(path)
+    path, config = place.path, read_config(place.path)
     check_not_folded(config)
     check_not_quantized(config)
-    source = open_source(path)
-    plan = planned(path)
-    goal = plan_target(source, plan, strict=strict, name=name)
+    source = place.read()
+    plan = planned(source)
+    goal = plan_target(source, plan, strict=strict, name=place.name)
     layout, copies = goal.layout, goal.copies
     mark = _fingerprint(source, plan, strict, copies)
-    with _disk_errors_explained(target, layout), open_workdir(target, mark) as work:
+    names = {*source.shards, *copies, *goal.written}
+    with _disk_errors_explained(target, layout), open_work(target, mark, names) as work:
         _check_space(work, path, layout, copies)
-        lost = _write_shards(work, source, layout, goal.values, progress)
+        lost = _write_shards(work, source, layout, goal.values, run, progress)
         for file in copies:
-            copy_file(path / file, work.path / file)
+            work.copy(path / file, file)
         for file, value in goal.written.items():
             work.write_json(file, value)
         work.publish()
@@ -114,31 +127,40 @@ def _fold(
 
 
 def _write_shards(
-    work: Workdir, source: Source, layout: Layout, values: Values, progress: Progress | None
+    work: Work,
+    source: Source,
+    layout: Layout,
+    values: Values,
+    run: Runner[int],
+    progress: Progress | None,
 ) -> int:
     """Write the shards that are not done yet; returns how many elements became subnormal."""
     meter = Meter(layout.total_bytes, progress)
+    parts: list[Part] = []
     for shard in layout.shards:
-        report = meter.of(shard.name)
         if work.is_done(shard.name, shard.header.file_bytes):
-            report(shard.header.file_bytes)
+            meter.of(shard.name)(shard.header.file_bytes)
             continue
-        lost = write_shard(
-            source.path / shard.name, work.temporary(shard.name), shard, values, report
-        )
-        work.finish(shard.name, lost)
+        facts = source.store.facts(shard.name)
+        parts.append(Part(shard, source.store, facts, work.slot(shard.name)))
+    if parts:
+        with closing(run(parts, values, meter.of)) as written:
+            for part, lost in written:
+                work.finish(part.name, part.nbytes, lost)
     return sum(work.note(shard.name) for shard in layout.shards)
 
 
 def _fingerprint(source: Source, plan: Plan, strict: bool, copies: tuple[str, ...]) -> str:
     """Changes whenever the result might: source files, plan, mode, version of flashnorm."""
-    stats = {name: (source.path / name).stat() for name in [CONFIG, *source.shards, *copies]}
+    names = [CONFIG, *source.shards, *copies]
     facts: list[Any] = [flashnorm.__version__, strict, plan.to_json()]
-    facts += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+    facts += [[name, *source.store.facts(name)] for name in names]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _check_space(work: Workdir, path: Path, layout: Layout, copies: tuple[str, ...]) -> None:
+def _check_space(work: Work, path: Path, layout: Layout, copies: tuple[str, ...]) -> None:
+    if not isinstance(work, Workdir):
+        return  # a store says when it is full
     needed = sum((path / file).stat().st_size for file in copies)
     needed += sum(_missing(work, shard) for shard in layout.shards)
     free = free_bytes(work.path)
@@ -149,7 +171,7 @@ def _check_space(work: Workdir, path: Path, layout: Layout, copies: tuple[str, .
         )
 
 
-def _missing(work: Workdir, shard: Shard) -> int:
+def _missing(work: Work, shard: Shard) -> int:
     size = shard.header.file_bytes
     return 0 if work.is_done(shard.name, size) else size
 
@@ -160,14 +182,15 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def _disk_errors_explained(target: Path, layout: Layout) -> Iterator[None]:
+def _disk_errors_explained(target: Path | Remote, layout: Layout) -> Iterator[None]:
+    place = target.url if isinstance(target, Remote) else target
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise CheckpointError(f"{target.name} could not be written: {error}") from error
         raise CheckpointError(
-            f"the disk became full while {target} was written: {_size(layout.total_bytes)} are "
+            f"the disk became full while {place} was written: {_size(layout.total_bytes)} are "
             f"needed in all; the unfinished files were removed, make room and start again"
         ) from error
 

@@ -84,13 +84,19 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`; raises CheckpointError where it is invalid."""
-    raw = _read_raw(path)
+    return parse_header(path, _read_raw(path), os.path.getsize(path))
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> Header:
+    """The header that `raw` is, of a file of `size` bytes that is named `path`, wherever it lies.
+
+    Raises CheckpointError where it is invalid.
+    """
     fields = _parse(path, raw[8:])
     metadata = _metadata(path, fields.pop("__metadata__", None))
     entries = tuple(_entry(path, name, value) for name, value in fields.items())
     _check_dense(path, entries)
     header = Header(raw, entries, metadata)
-    size = os.path.getsize(path)
     if size < header.file_bytes:
         raise CheckpointError(
             f"{path.name} is truncated: its header claims {header.file_bytes} bytes, the file has "
@@ -101,6 +107,26 @@ def read_header(path: Path) -> Header:
             f"{path.name} has {size - header.file_bytes} bytes that no tensor of its header owns"
         )
     return header
+
+
+def header_bytes(path: Path, start: bytes, size: int) -> int:
+    """How long the header of a file of `size` bytes is, by its first eight; CheckpointError."""
+    if size < 8 or len(start) < 8:
+        raise CheckpointError(
+            f"{path.name} is truncated: {size} bytes hold no safetensors header; {AGAIN}"
+        )
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path.name}: the header claims a length of {length} bytes, over the limit of "
+            f"{MAX_HEADER_BYTES}; this is not a safetensors file"
+        )
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path.name} is truncated: the header claims a length of {length} bytes, the "
+            f"file has {size}; {AGAIN}"
+        )
+    return 8 + length
 
 
 def build_header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> Header:
@@ -120,26 +146,11 @@ def build_header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> H
 
 def _read_raw(path: Path) -> bytes:
     size = os.path.getsize(path)
-    if size < 8:
-        raise CheckpointError(
-            f"{path.name} is truncated: {size} bytes hold no safetensors header; {AGAIN}"
-        )
-    if damaged := why_damaged(path):
+    if size >= 8 and (damaged := why_damaged(path)):
         raise CheckpointError(damaged)
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path.name}: the header claims a length of {length} bytes, over the limit of "
-                f"{MAX_HEADER_BYTES}; this is not a safetensors file"
-            )
-        if length > size - 8:
-            raise CheckpointError(
-                f"{path.name} is truncated: the header claims a length of {length} bytes, the "
-                f"file has {size}; {AGAIN}"
-            )
-        return prefix + file.read(length)
+        start = file.read(8)
+        return start + file.read(header_bytes(path, start, size) - 8)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

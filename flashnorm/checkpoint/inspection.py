@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flashnorm.checkpoint.origin import PathName, open_origin
+from flashnorm.checkpoint.source import Source
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.plan import Plan
 from flashnorm.planner import plan_model
@@ -19,10 +20,18 @@ QUANTIZED = (
 
 @on_cpu()
 def inspect_stored(
-    source: PathName, example_inputs: Any = None, *, untie: bool = False, center: bool = False
+    source: PathName,
+    example_inputs: Any = None,
+    *,
+    untie: bool = False,
+    center: bool = False,
+    stored: Source | None = None,
 ) -> Plan:
-    """The plan of what `source` names: a directory, a config.json, a GGUF file or a hub id."""
-    origin = open_origin(source)
+    """The plan of what `source` names: a directory, a config.json, a GGUF file or a hub id.
+
+    `stored` are the weights where they were opened already; they may lie elsewhere.
+    """
+    origin = open_origin(source, stored)
     plan = plan_model(
         origin.fake_model(), example_inputs, untie=untie, center=center, allow_real=False
     )

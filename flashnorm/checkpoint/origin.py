@@ -48,14 +48,20 @@ class Origin:
             return fake_model(model_class(self.config), self.config)
 
 
-def open_origin(source: PathName) -> Origin:
-    """Read the config that `source` names. Raises FlashNormError where there is none."""
+def open_origin(source: PathName, stored: Source | None = None) -> Origin:
+    """Read the config that `source` names. Raises FlashNormError where there is none.
+
+    Gains are read from `stored`, where it is given: whoever opened it compares tied weights.
+    """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".json":
         return _from_config_file(path)
     place = locate(source)
     config = _config(place, os.fspath(source))
-    weights, notes = _weights(Path(place["pretrained_model_name_or_path"]), place)
+    if stored is None:
+        weights, notes = _weights(Path(place["pretrained_model_name_or_path"]), place)
+    else:
+        weights, notes = stored, ()
     method = None if "gguf_file" in place else quantization(config.to_dict())
     return Origin(config, method, (*_folded_note(config), *notes), _gains(weights))
 

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.checkpoint.header import Entry, Header, read_header
+from flashnorm.checkpoint.store import Folder, Objects, Store
 from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BOTH = (
+    f"{{}} holds both {SINGLE} and {INDEX}, and readers differ in which one they load; remove one "
+    "of them"
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -27,21 +32,41 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """A validated checkpoint. `index` is None where one file holds all tensors."""
+    """A validated checkpoint. `index` is None where one file holds all tensors.
+
+    `path` is a directory of this machine with config and code; the shards may lie elsewhere, where
+    `objects` says.
+    """
 
     path: Path
     config: dict[str, Any]
     index: dict[str, Any] | None
     shards: dict[str, Header]
     where: dict[str, Place]  # by tensor name
+    objects: Objects | None = None
+
+    @property
+    def store(self) -> Store:
+        """Where the shards are."""
+        return Folder(self.path) if self.objects is None else self.objects
 
 
 def open_source(path: Path) -> Source:
     """Read config, index and every header under `path`; raise CheckpointError on what is wrong."""
     config = read_config(path)
     index = _read_index(path)
-    names = [SINGLE] if index is None else sorted(set(index["weight_map"].values()))
-    shards = {name: _open_shard(path, name) for name in names}
+    return made_of(path, config, index, {n: _open_shard(path, n) for n in shard_names(index)})
+
+
+def shard_names(index: dict[str, Any] | None) -> list[str]:
+    """The files that hold the tensors of a checkpoint with this index, or without one."""
+    return [SINGLE] if index is None else sorted(set(index["weight_map"].values()))
+
+
+def made_of(
+    path: Path, config: dict[str, Any], index: dict[str, Any] | None, shards: dict[str, Header]
+) -> Source:
+    """The checkpoint of these parts. Raises CheckpointError where they do not fit each other."""
     where = _locate(shards)
     if index is not None:
         _check_index(index["weight_map"], where)
@@ -75,15 +100,15 @@ def _read_index(path: Path) -> dict[str, Any] | None:
     """The index of a sharded checkpoint, None for a single file."""
     single, sharded = (path / SINGLE).exists(), (path / INDEX).exists()
     if single and sharded:
-        raise CheckpointError(
-            f"{path.name} holds both {SINGLE} and {INDEX}, and readers differ in which one they "
-            "load; remove one of them"
-        )
+        raise CheckpointError(BOTH.format(path.name))
     if not single and not sharded:
         _refuse_without_weights(path)
-    if not sharded:
-        return None
-    index = read_object(path / INDEX)
+    return read_index(path / INDEX) if sharded else None
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """The index in a file, which names plain files only. Raises CheckpointError."""
+    index = read_object(file)
     weights = index.get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{INDEX} has no weight_map")
@@ -99,13 +124,18 @@ def _refuse_without_weights(path: Path) -> None:
     pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if damaged := next(filter(None, map(why_damaged, pickles)), ""):
         raise CheckpointError(damaged)
+    raise CheckpointError(without_weights(path.name, bool(pickles)))
+
+
+def without_weights(name: str, pickles: bool) -> str:
+    """What is said of the checkpoint `name` that has no safetensors."""
     if pickles:
-        raise CheckpointError(
-            f"{path.name} holds its weights as pickle files only, which flashnorm does not open; "
+        return (
+            f"{name} holds its weights as pickle files only, which flashnorm does not open; "
             "convert it first: load it with transformers' from_pretrained and write it with "
             "save_pretrained, which makes safetensors files"
         )
-    raise CheckpointError(f"{path.name} has neither {SINGLE} nor {INDEX}: there is nothing to fold")
+    return f"{name} has neither {SINGLE} nor {INDEX}: there is nothing to fold"
 
 
 def _open_shard(path: Path, name: str) -> Header:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from flashnorm.checkpoint.mapping import Mapped, map_parameters
 from flashnorm.checkpoint.source import Source, open_source
-from flashnorm.checkpoint.values import load_tensor
 from flashnorm.errors import FlashNormError
 
 UNEQUAL = (
@@ -43,12 +39,8 @@ def why_untied(path: Path) -> str:
 
 def same_bytes(source: Source, first: str, second: str) -> bool:
     """Whether two tensors of a checkpoint have one dtype, one shape and the same bits."""
-    entries = source.where[first].entry, source.where[second].entry
-    if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
+    places = source.where[first], source.where[second]
+    if len({(place.entry.dtype, place.entry.shape) for place in places}) > 1:
         return False
-    one, other = (load_tensor(source, source.where[name]) for name in (first, second))
-    return torch.equal(_bits(one), _bits(other))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    one, other = ((p.shard, len(source.shards[p.shard].raw) + p.entry.start) for p in places)
+    return source.store.equal(one, other, places[0].entry.nbytes)

@@ -5,9 +5,7 @@ Weights are mapped into memory and read block by block, so nothing large is held
 
 from __future__ import annotations
 
-import mmap
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +14,15 @@ from flashnorm import algebra
 from flashnorm.checkpoint.changes import Changes
 from flashnorm.checkpoint.header import FLOAT_DTYPES
 from flashnorm.checkpoint.provenance import Provenance
-from flashnorm.checkpoint.rawio import SHORTER, read_exact
 from flashnorm.checkpoint.source import Place, Source
 from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Consumer, NormBias, Plan
 
-READ_BYTES = 1 << 20  # up to here a tensor is read at once
-
 
 def load_tensor(source: Source, place: Place) -> Tensor:
-    """One tensor of the checkpoint: a change of it stays in memory. Large ones are on a mapping.
+    """One tensor of the checkpoint: a change of it stays in memory. A large one of a file is on a
+    mapping.
 
     Raises CheckpointError where the file has become shorter since its header was read.
     """
@@ -34,17 +30,8 @@ def load_tensor(source: Source, place: Place) -> Tensor:
     if not place.entry.nbytes:
         return torch.empty(place.entry.shape, dtype=dtype)
     start = len(source.shards[place.shard].raw) + place.entry.start
-    data: Any
-    with open(source.path / place.shard, "rb") as file:
-        if place.entry.nbytes <= READ_BYTES:
-            data = bytearray(place.entry.nbytes)
-            read_exact(file.fileno(), memoryview(data), start)
-            start = 0
-        else:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if start + place.entry.nbytes > len(data):
-        raise CheckpointError(SHORTER)
-    flat = torch.frombuffer(data, dtype=dtype, count=place.entry.numel, offset=start)
+    data, first = source.store.span(place.shard, start, place.entry.nbytes)
+    flat = torch.frombuffer(data, dtype=dtype, count=place.entry.numel, offset=first)
     return flat.view(place.entry.shape)
 
 

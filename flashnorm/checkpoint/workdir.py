@@ -1,8 +1,9 @@
 """The directory beside the target in which a checkpoint is written, and its journal.
 
-A shard is finished when it has its final name: it is written to a `.tmp`, synced, then renamed. A
-killed run leaves the directory; the next run with the same fingerprint goes on after the finished
-shards, any other starts over. The last step renames the directory to the target.
+A shard is finished when it has its final name: it is written in a directory of its own, by any
+process, synced, then renamed by the one that holds the lock. A killed run leaves the directory; the
+next run with the same fingerprint goes on after the finished shards, any other starts over. The
+last step renames the directory to the target.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from flashnorm.checkpoint.files import copy_file
+from flashnorm.checkpoint.parts import FileSlot
 from flashnorm.errors import CheckpointError
 
 JOURNAL = ".flashnorm-journal.json"
+PARTS = ".flashnorm-parts"  # where shards lie until this process gives them their names
 PARTIAL_SUFFIX = ".flashnorm-partial"
 LOCK_SUFFIX = ".lock"
+ATTEMPTS = 5
 
 
 def partial_path(target: Path) -> Path:
@@ -36,6 +41,11 @@ def check_target(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target} is the source itself: a fold never overwrites its source")
     if real_target.is_relative_to(real_source):
         raise CheckpointError(f"{target} lies inside of the source {source}: choose another place")
+    check_free(target)
+
+
+def check_free(target: Path) -> None:
+    """Raise CheckpointError unless `target` is a new name in a directory that there is."""
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already: remove it or choose another name")
     if not target.parent.is_dir():
@@ -59,6 +69,8 @@ class Workdir:
             for file in self.path.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         self._write_journal()  # also where found: it replaces a .tmp that a kill may have left
+        self._remove_parts()
+        (self.path / PARTS).mkdir()
 
     def is_done(self, name: str, size: int) -> bool:
         """Whether a shard was finished by an earlier run."""
@@ -69,12 +81,23 @@ class Workdir:
         """The number recorded when the shard `name` was finished."""
         return int(self._journal["notes"].get(name, 0))
 
-    def finish(self, name: str, note: int = 0) -> None:
-        """Give the synced `.tmp` of `name` its final name."""
+    def slot(self, name: str) -> FileSlot:
+        """Where the shard `name` is written."""
+        return FileSlot(self.path / PARTS / name)
+
+    def finish(self, name: str, size: int, note: int = 0) -> None:
+        """Give the synced shard in the slot of `name` its final name."""
+        part = self.slot(name).path
+        if not part.is_file() or part.stat().st_size != size:
+            raise CheckpointError(f"{part} was written, but is not to be seen from this machine")
         if note:
             self._journal["notes"][name] = note
             self._write_journal()
-        os.replace(self.temporary(name), self.path / name)
+        os.replace(part, self.path / name)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file that is no shard."""
+        copy_file(source, self.path / name)
 
     def temporary(self, name: str) -> Path:
         return self.path / f"{name}.tmp"
@@ -89,6 +112,7 @@ class Workdir:
 
     def publish(self) -> None:
         """Rename the complete directory to the target."""
+        self._remove_parts()
         (self.path / JOURNAL).unlink()
         sync_directory(self.path)
         if os.path.lexists(self.target):
@@ -103,6 +127,16 @@ class Workdir:
             return found if same and isinstance(found["notes"], dict) else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def _remove_parts(self) -> None:
+        """Again while a worker that counts as lost still writes; it finds no directory then."""
+        for _ in range(ATTEMPTS):
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
+            if not (self.path / PARTS).exists():
+                return
+        raise CheckpointError(
+            f"{self.path / PARTS} cannot be removed: another process writes there"
+        )
 
     def _write_journal(self) -> None:
         self.write_json(JOURNAL, self._journal)

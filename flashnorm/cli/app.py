@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flashnorm.cli.boundary import Options, Result, run, stderr_console, stdout_console
-from flashnorm.cli.options import AsJson, Center, Centre, Inputs, Model, Traceback, Untie
+from flashnorm.cli.options import (
+    AsJson,
+    Center,
+    Centre,
+    Engine,
+    Inputs,
+    Model,
+    RayAddress,
+    Traceback,
+    Untie,
+    known_engine,
+)
 
 app = typer.Typer(
     name="flashnorm",
@@ -64,8 +74,12 @@ def inspect_command(
 
 @app.command("fold")
 def fold_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory or a GGUF file.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The new directory to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A directory, a GGUF file, or a URL as s3://…")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="The new directory to write, or a URL as s3://…")
+    ],
     strict: Annotated[
         bool, typer.Option("--strict", help="Leave folded gains out: not every engine reads it.")
     ] = False,
@@ -73,6 +87,8 @@ def fold_command(
     center: Center = False,
     centre: Centre = False,
     inputs: Inputs = None,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -82,30 +98,11 @@ def fold_command(
     """
 
     def command() -> Result:
-        import flashnorm
-        from flashnorm.cli.fold import written_by_fold
-        from flashnorm.cli.inputs import read_inputs
-        from flashnorm.cli.progress import bytes_bar
+        from flashnorm.cli.fold import run_fold
 
-        given = read_inputs(inputs)
-        start, written = time.perf_counter(), 0
-        with bytes_bar(f"recording {source}") as report:
-
-            def progress(done: int, total: int, name: str) -> None:
-                nonlocal written
-                written = done
-                report(done, total, name)
-
-            plan = flashnorm.fold_checkpoint(
-                Path(source).expanduser(),
-                Path(target).expanduser(),
-                strict=strict,
-                untie=untie,
-                center=_center(center, centre),
-                example_inputs=given,
-                progress=progress,
-            )
-        return written_by_fold(plan, source, target, strict, written, time.perf_counter() - start)
+        how = {"strict": strict, "untie": untie, "center": _center(center, centre)}
+        where = known_engine(engine), ray_address
+        return run_fold(source, target, inputs, how, *where)
 
     stays = f"the shards that are finished stay beside {target}; run the same command to go on"
     run(command, Options(as_json, debug, stays))
@@ -164,6 +161,8 @@ def verify_command(
         bool, typer.Option("--quick", help="Compare the weights with what a fold of A makes.")
     ] = False,
     inputs: Inputs = None,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -178,8 +177,8 @@ def verify_command(
         from flashnorm.cli.verify import run_quick, run_verify
 
         if quick:
-            return run_quick(reference, candidate, text, inputs)
-        return run_verify(reference, candidate, text, inputs)
+            return run_quick(reference, candidate, text, inputs, engine, ray_address)
+        return run_verify(reference, candidate, text, inputs, engine)
 
     run(command, Options(as_json, debug))
 

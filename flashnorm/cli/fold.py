@@ -3,12 +3,56 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from flashnorm.cli.boundary import Result
 
 if TYPE_CHECKING:
     from flashnorm.plan import Plan
+
+
+def expanded(place: str) -> str:
+    """A path with ~ as the shell has it; a URL as it is."""
+    return place if "://" in place else str(Path(place).expanduser())
+
+
+def run_fold(
+    source: str,
+    target: str,
+    inputs: list[Path] | None,
+    how: dict[str, bool],
+    engine: Literal["local", "ray"],
+    ray_address: str | None,
+) -> Result:
+    """Fold with progress. `how` are strict, untie and center."""
+    import flashnorm
+    from flashnorm.cli.inputs import read_inputs
+    from flashnorm.cli.progress import bytes_bar
+
+    given = read_inputs(inputs)
+    start, written = time.perf_counter(), 0
+    with bytes_bar(f"recording {source}") as report:
+
+        def progress(done: int, total: int, name: str) -> None:
+            nonlocal written
+            written = done
+            report(done, total, name)
+
+        plan = flashnorm.fold_checkpoint(
+            expanded(source),
+            expanded(target),
+            strict=how["strict"],
+            untie=how["untie"],
+            center=how["center"],
+            example_inputs=given,
+            progress=progress,
+            engine=engine,
+            ray_address=ray_address,
+        )
+    took = time.perf_counter() - start
+    return written_by_fold(plan, source, target, how["strict"], written, took)
 
 
 def written_by_fold(
@@ -32,6 +76,8 @@ def written_by_fold(
         "plan": plan.to_json(),
     }
     head = Text(f"{target} is written: {size / 1e6:,.1f} MB in {took:.1f} s", style="bold")
+    if "://" in source or "://" in target:  # which verify does not read
+        return Result(data, Group(head, summary(plan)))
     command = f"flashnorm verify {shlex.quote(source)} {shlex.quote(target)}"
     then = Text(f"prove it: {command}", no_wrap=True, overflow="ignore")  # to be copied whole
     return Result(data, Group(head, summary(plan), then))

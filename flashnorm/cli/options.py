@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flashnorm.cli.boundary import DEBUG
+from flashnorm.errors import FlashNormError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Traceback = Annotated[
@@ -30,7 +31,24 @@ Inputs = Annotated[
         "given several times; all are recorded.",
     ),
 ]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="local|ray", help="Who writes the shards: ray a cluster.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="The cluster's; RAY_ADDRESS if left, or else this machine alone."),
+]
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
 ]
+
+
+def known_engine(name: str) -> Literal["local", "ray"]:
+    """The engine of that name. Raises FlashNormError where there is none."""
+    from flashnorm.checkpoint.cluster import ENGINES
+
+    for engine in ENGINES:
+        if engine == name:
+            return engine
+    raise FlashNormError(f"there is no engine {name}: give one of {', '.join(ENGINES)}")

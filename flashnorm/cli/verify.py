@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashnorm.cli.boundary import Result
+from flashnorm.cli.options import known_engine
 from flashnorm.errors import FlashNormError
 
 
 def run_verify(
-    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None
+    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None, engine: str
 ) -> Result:
     """Both models are run and compared."""
     import flashnorm
@@ -21,6 +22,8 @@ def run_verify(
             "--inputs is for --quick, which records the model as the fold did; without --quick a "
             "text is read: use --text"
         )
+    if known_engine(engine) != "local":
+        raise FlashNormError("--engine ray compares weights, with --quick: models run here alone")
     words = None if text is None else read_text(text)
     with steps_bar(f"loading {reference}") as report:
         found = flashnorm.verify(reference, candidate, text=words, progress=report)
@@ -28,7 +31,12 @@ def run_verify(
 
 
 def run_quick(
-    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None
+    reference: str,
+    candidate: str,
+    text: Path | None,
+    inputs: list[Path] | None,
+    engine: str,
+    ray_address: str | None,
 ) -> Result:
     """No model is run: the weights of two checkpoints are compared."""
     import flashnorm
@@ -40,6 +48,11 @@ def run_quick(
     given = read_inputs(inputs)
     with bytes_bar(f"recording {reference}") as report:
         found = flashnorm.verify_weights(
-            reference, candidate, example_inputs=given, progress=report
+            reference,
+            candidate,
+            example_inputs=given,
+            progress=report,
+            engine=known_engine(engine),
+            ray_address=ray_address,
         )
     return Result(found.to_json(), found, 0 if found.ok else 1)

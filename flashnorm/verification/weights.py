@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flashnorm.checkpoint.compare import Difference, check_shard
+from flashnorm.checkpoint.cluster import Engine, runner
+from flashnorm.checkpoint.compare import Check, Difference
 from flashnorm.checkpoint.config import check_not_quantized, folded_in
 from flashnorm.checkpoint.contents import (
     FileDifference,
@@ -24,7 +26,9 @@ from flashnorm.checkpoint.contents import (
 )
 from flashnorm.checkpoint.gguf import gguf_file
 from flashnorm.checkpoint.inspection import inspect_stored
+from flashnorm.checkpoint.jobs import Runner
 from flashnorm.checkpoint.source import Source, open_source
+from flashnorm.checkpoint.store import Folder
 from flashnorm.checkpoint.stream import Meter, Progress
 from flashnorm.checkpoint.target import Target, copied_target, plan_target
 from flashnorm.errors import CheckpointError
@@ -43,6 +47,8 @@ def verify_weights(
     plan: Plan | None = None,
     example_inputs: Any = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
 ) -> WeightsReport:
     """Prove that `candidate` is, bit for bit, what `fold_checkpoint` makes of `reference`.
 
@@ -53,7 +59,8 @@ def verify_weights(
     E3 make of it: `W* = W diag(g)` and so on, in memory of a few blocks. Tensors are found by name,
     in whatever files they lie. Headers, config.json, index and all other files are compared too. A
     candidate without a marker has to be a copy of the reference. `progress` is called with (bytes
-    done, bytes in total, name of the file).
+    done, bytes in total, name of the file). `engine="ray"` compares every shard in a task of the
+    Ray cluster at `ray_address` (else RAY_ADDRESS, else this machine): the same report.
 
     The report is ok where nothing differs; else it names each wrong tensor with its first wrong
     element. What it proves is the work of the fold; that the plan is right, `flashnorm.verify`
@@ -64,12 +71,13 @@ def verify_weights(
     fold would raise them.
     """
     start = time.perf_counter()
+    run: Runner[tuple[Difference, ...]] = runner(engine, ray_address)
     first, second = _opened(reference), _opened(candidate)
     folded, target, notes = _expected(first, second, plan, example_inputs)
     matched = match_tensors(target, second)
     files, paper = file_differences(target, second)
     files = (*_described_differences(target, second, matched), *files)
-    wrong = [*matched.differences, *_values(target, second, matched, progress)]
+    wrong = [*matched.differences, *_values(target, second, matched, run, progress)]
     notes += _notes(target, second, matched, paper)
     return WeightsReport(
         reference=os.fspath(reference),
@@ -119,8 +127,8 @@ def _expected(
     mark = _marker(second, after)
     check_not_quantized(first.config)
     if plan is None:
-        asked = {"untie": _is_untied(first, second), "center": bool(mark.get("centered"))}
-        plan = inspect_stored(first.path, example_inputs, **asked)
+        untie, center = _is_untied(first, second), bool(mark.get("centered"))
+        plan = inspect_stored(first.path, example_inputs, untie=untie, center=center)
     target = plan_target(first, plan, strict=mark["mode"] == "strict", name=first.path.name)
     _check_fold_dtype(second, mark, target)
     return len(plan.folded), target, []
@@ -159,14 +167,25 @@ def _mode(target: Target) -> str:
 
 
 def _values(
-    target: Target, second: Source, matched: Matched, progress: Progress | None
+    target: Target,
+    second: Source,
+    matched: Matched,
+    run: Runner[tuple[Difference, ...]],
+    progress: Progress | None,
 ) -> Iterator[Difference]:
     """Every tensor that is stored as it should be, but holds other numbers."""
-    pieces = [piece for _, shard in matched.shards for piece in shard.pieces]
-    meter = Meter(sum(piece.entry.nbytes for piece in pieces), progress)
-    for file, shard in matched.shards:
-        source, candidate = target.source.path / shard.name, second.path / file
-        yield from check_shard(source, candidate, shard, target.values, meter.of(file))
+    folders = Folder(target.source.path), Folder(second.path)
+    checks = [
+        Check(shard, *folders, file, (folders[0].facts(shard.name), folders[1].facts(file)))
+        for file, shard in matched.shards
+    ]
+    if not checks:
+        return
+    meter = Meter(sum(check.nbytes for check in checks), progress)
+    with closing(run(checks, target.values, meter.of)) as done:
+        found = {id(check): differences for check, differences in done}
+    for check in checks:
+        yield from found[id(check)]
 
 
 def _described_differences(
