@@ -52,7 +52,7 @@ CLUSTER_ENV := build/cluster-env
 CLUSTER_BIN := $(CLUSTER_ENV)/bin
 CLUSTER_STAMP := $(CLUSTER_ENV)/.installed
 
-.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines cluster clean
+.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines cluster attacks clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -178,6 +178,10 @@ test-avx2: venv
 
 test-all: venv
 	@$(TIMED) $(LINT) && $(CACHE) $(PYTEST)
+
+# Damaged files against everything that reads them (SECURITY.md): some 15 minutes on one core.
+attacks: venv
+	@$(TIMED) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks --count 100000
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, on every instruction set.
 sanitize: venv

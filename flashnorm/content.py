@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from flashnorm.reading import open_regular
+
 AGAIN = "download it again"
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (
@@ -33,9 +35,9 @@ def why_damaged(file: Path) -> str:
     downloads that never began.
     """
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             return damage_of(file, opened.read(512))
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from rich.status import Status
 from rich.table import Table
 
 from flashnorm.errors import FlashNormError
+from flashnorm.reading import read_json
 
 if TYPE_CHECKING:
     from flashnorm.plan import Plan
@@ -89,6 +89,7 @@ def find_gguf() -> Path:
 
 def dequantize_once(file: Path, directory: Path) -> None:
     """Write `directory` as a float32 checkpoint, complete or not at all; keep it if it is there."""
+    from flashnorm.checkpoint.workdir import own_directory
     from flashnorm.loading import dequantize_gguf
 
     if (directory / "config.json").is_file():
@@ -96,6 +97,7 @@ def dequantize_once(file: Path, directory: Path) -> None:
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
+    own_directory(part)
     dequantize_gguf(file, part)
     part.rename(directory)
 
@@ -105,7 +107,8 @@ def _clear(folded: Path) -> None:
     if not folded.exists():
         return
     try:
-        is_ours = "flashnorm" in json.loads((folded / "config.json").read_text("utf-8"))
+        found = read_json(folded / "config.json")
+        is_ours = isinstance(found, dict) and "flashnorm" in found
     except (OSError, ValueError):
         is_ours = False
     if not is_ours:

@@ -9,6 +9,10 @@ class TraceError(FlashNormError):
     """The model could not be recorded as a graph, so nothing can be said about it."""
 
 
+class PlanError(FlashNormError, ValueError):
+    """What was read as a plan is none, or one of another version."""
+
+
 class FoldError(FlashNormError):
     """A planned rewrite would not be exact (overflow, subnormals, a missing tensor)."""
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 PathName = str | os.PathLike[str]
 
+PLACE = "pretrained_model_name_or_path"
+MOST_PARTS = 100_000
+_COUNT = re.compile(
+    r"(?!.*(?:vocab|size|dim|token|length|position)).*(?:layer|expert|label|block_count|depth|stage)"
+)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,7 +64,7 @@ def load_tokenizer(source: PathName) -> Any | None:
         return None
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(**place)
+            return AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
         except Exception as error:
             if not is_local or "gguf_file" in place:
                 return None
@@ -133,7 +138,9 @@ def _load_gguf(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
     wanted = torch.float32 if dtype == "auto" else dtype
     try:
         with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=wanted)
+            model = AutoModelForCausalLM.from_pretrained(
+                **place, dtype=wanted, trust_remote_code=False
+            )
     except ImportError as error:
         raise CheckpointError(
             f"reading {place['gguf_file']} needs the packages gguf, accelerate and sentencepiece: "
@@ -156,11 +163,13 @@ def _forget_quantizer(model: Any) -> None:
 
 
 def _load_pretrained(place: dict[str, str], dtype: torch.dtype | str) -> nn.Module:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(**place)
+    config = read_config(place)
     model, info = model_class(config).from_pretrained(
-        **place, dtype=dtype, output_loading_info=True
+        **place,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,  # the other files are pickles
     )
     check_complete(model, info, place["pretrained_model_name_or_path"])
     return model.eval()
@@ -170,13 +179,50 @@ def model_class(config: Any) -> Any:
     """The class that the config names, else the automatic class that knows its type."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, (list, tuple)) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found  # and nothing else of that library, whatever the config says
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
         if knows(auto, config):
             return auto
     return transformers.AutoModel
+
+
+def read_config(place: dict[str, str]) -> Any:
+    """The config of what `locate` found. Code that comes with a checkpoint is never run.
+
+    Raises CheckpointError where it asks for more than any model has, and what transformers raises.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if "gguf_file" not in place:  # which has a check of its own
+        check_counts(PreTrainedConfig.get_config_dict(**place)[0], place[PLACE])
+    return AutoConfig.from_pretrained(**place, trust_remote_code=False)
+
+
+def check_counts(config: Any, name: str) -> None:
+    """Raise CheckpointError where a config, or one inside of it, has so many layers, experts or
+    labels that lists of them alone would fill the memory."""
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            check_counts(part, name)
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if _COUNT.match(str(key)) and isinstance(value, (int, float)) and value > MOST_PARTS:
+            raise CheckpointError(
+                f"the config of {name} sets {key} to {value}: no model has more than {MOST_PARTS}"
+            )
+        check_counts(value, name)
+
+
+def knows_type(model_type: Any) -> bool:
+    """Whether transformers has a config of this type."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def check_complete(model: nn.Module, info: Any, name: str) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from flashnorm.errors import CheckpointError
 from flashnorm.plan import Plan
 
 Mode = Literal["compat", "strict"]
@@ -46,12 +47,29 @@ def folded_by(config: Mapping[str, Any]) -> str | None:
 
 
 def absent_tensors(marked: Mapping[str, Any]) -> Absent | None:
-    """What a strict fold says in its marker that it left out; None where it does not say it."""
+    """What a strict fold says in its marker that it left out; None where it does not say it.
+
+    Raises CheckpointError where that is no map from names to shapes, dtypes and finite numbers.
+    """
     if ABSENT not in marked:
         return None
-    return {
-        name: (tuple(shape), dtype, value) for name, (shape, dtype, value) in marked[ABSENT].items()
-    }
+    held = marked[ABSENT]
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"{ABSENT} in the marker of config.json is no map of tensors")
+    return {str(name): _absent(str(name), value) for name, value in held.items()}
+
+
+def _absent(name: str, value: Any) -> tuple[tuple[int, ...], str, float]:
+    if isinstance(value, (list, tuple)) and len(value) == 3:
+        shape, dtype, number = value
+        is_number = type(number) in (int, float) and abs(number) < 1e300
+        if isinstance(shape, (list, tuple)) and len(shape) <= 8 and isinstance(dtype, str):
+            sizes = all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
+            if sizes and is_number:
+                return tuple(shape), dtype, float(number)
+    raise CheckpointError(
+        f"{ABSENT} in the marker of config.json has no shape, dtype and finite number for {name}"
+    )
 
 
 def is_strict(config: Mapping[str, Any]) -> bool:

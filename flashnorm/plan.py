@@ -7,6 +7,7 @@ plan drives the rewrite in memory and on disk.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -14,7 +15,10 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from flashnorm.errors import PlanError
+
 PLAN_VERSION = 3
+LARGEST = 1e300  # of what a plan says in numbers; beyond, what is made of them overflows
 
 # The name of a norm kind, as `kernels/norms.py` has them.
 Kind = str
@@ -274,28 +278,72 @@ class Plan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote. Raises ValueError for a plan of another version."""
+        """The plan that `to_json` wrote.
+
+        Raises PlanError, a ValueError, for a plan of another version and for what is none: every
+        value has to be of its type, and every folded site to say all that a fold needs.
+        """
+        if not isinstance(data, dict):
+            raise PlanError(f"a plan is a JSON object, not {type(data).__name__}")
         if data.get("version") != PLAN_VERSION:
-            raise ValueError(
-                f"plan version {data.get('version')!r} found, {PLAN_VERSION} expected: "
+            raise PlanError(
+                f"plan version {str(data.get('version'))[:40]!r} found, {PLAN_VERSION} expected: "
                 "make the plan again with this version of flashnorm"
             )
-        plan: Plan = _read(Plan, data)
+        try:
+            plan: Plan = _read(Plan, data, "plan")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"this is no plan: {error}") from error
+        for site in plan.sites:
+            _check(site)
         return plan
 
 
-def _read(kind: Any, data: Any) -> Any:
-    """The value of a type from what `asdict` and JSON made of it."""
+def _read(kind: Any, data: Any, where: str) -> Any:
+    """The value of a type from what `asdict` and JSON made of it.
+
+    Raises ValueError or TypeError for what is not of the type. Whole numbers are counts and places,
+    none of which is negative; others are finite.
+    """
     if isinstance(kind, type) and is_dataclass(kind):
         kinds = _hints(kind)
-        return kind(**{name: _read(kinds[name], item) for name, item in data.items()})
+        if not isinstance(data, dict) or not data.keys() <= kinds.keys():
+            raise ValueError(f"{where} is no {kind.__name__}")
+        read = {name: _read(kinds[name], item, name) for name, item in data.items()}
+        return kind(**read)
     parts = get_args(kind)
     if get_origin(kind) is tuple:
+        if not isinstance(data, (list, tuple)):
+            raise ValueError(f"{where} is no list")
         each = [parts[0]] * len(data) if parts[-1] is ... else parts
-        return tuple(_read(part, item) for part, item in zip(each, data, strict=True))
-    if get_origin(kind) is UnionType and data is not None:
-        return _read(parts[0], data)  # of something or None
+        return tuple(_read(part, item, where) for part, item in zip(each, data, strict=True))
+    if get_origin(kind) is UnionType:  # of something or None
+        return None if data is None else _read(parts[0], data, where)
+    if not (data in parts if get_origin(kind) is Literal else _is(kind, data)):
+        raise ValueError(f"{where} is {str(data)[:40]!r}")
     return data
+
+
+def _is(kind: type, data: Any) -> bool:
+    if kind is float:
+        return type(data) in (int, float) and abs(data) <= LARGEST
+    if kind is int:
+        return type(data) is int and 0 <= data < 1 << 63
+    return type(data) is kind
+
+
+def _check(site: Site) -> None:
+    """Raise PlanError where a site does not say all that its fold needs."""
+    if site.gain is not None and not 0 < abs(site.gain.scale) < math.inf:
+        raise PlanError(f"{site.path}: the gain is {site.gain.scale} times its parameter")
+    if site.gain_state != "folded":
+        return
+    if site.gain is None:
+        raise PlanError(f"{site.path} is folded but has no gain")
+    if site.bias in ("folded", "carried") and not site.norm_bias:
+        raise PlanError(f"{site.path}: its bias is {site.bias}, but it has none")
+    if site.bias == "folded" and not all(consumer.bias for consumer in site.consumers):
+        raise PlanError(f"{site.path}: its bias is folded into readers without one")
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashnorm.compat.transformers_names import builder, no_init_weights
 from flashnorm.errors import FlashNormError
+from flashnorm.graph.build import few_modules
 from flashnorm.loading import check_complete, model_class
 
 
@@ -22,7 +23,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
             "a model whose weights stay in their files needs the package accelerate: "
             "pip install accelerate"
         ) from error
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights(), few_modules():
         return builder(model_class(config))(config, dtype=dtype)
 
 

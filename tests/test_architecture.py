@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "flashnorm",  # the names of __init__ only: the functions behind them are layers of their own
     "flashnorm.errors",
+    "flashnorm.reading",
     "flashnorm.patterns",
     "flashnorm.compat",
     "flashnorm.kernels",

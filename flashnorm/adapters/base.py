@@ -4,7 +4,6 @@ needs. No weight is loaded but those asked for.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from flashnorm.checkpoint.origin import Origin, open_origin
 from flashnorm.errors import CheckpointError
 from flashnorm.marker import folded_by
 from flashnorm.plan import Plan
+from flashnorm.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,6 +97,8 @@ class Base:
 def open_base(base: PathName | None, config: dict[str, Any]) -> Base:
     """The base that `base` names, or else the local directory that the adapter's config names."""
     stored = config.get("base_model_name_or_path") or ""
+    if not isinstance(stored, str):
+        raise CheckpointError(f"the adapter names {stored!r} as its base, which is no text")
     if base is None and not (stored and Path(stored).is_dir()):
         raise CheckpointError(
             f"the adapter names {stored!r} as its base, which is no local directory: say where the "
@@ -135,10 +137,10 @@ def mentioned(plan: Plan) -> list[str]:
 def check_folded(folded: Path, plan: Plan) -> None:
     """Raise CheckpointError unless `folded` is a base that was folded by this very plan."""
     try:
-        config = json.loads((folded / "config.json").read_text("utf-8"))
+        config = read_json(folded / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folded} holds no config.json that can be read: {error}") from error
-    mark = config.get("flashnorm")
+    mark = config.get("flashnorm") if isinstance(config, dict) else None
     found = mark.get("folded") if isinstance(mark, dict) else None
     wanted = sorted(gain.parameter for gain in plan.gains())
     if found != wanted:

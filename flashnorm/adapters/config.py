@@ -42,6 +42,10 @@ REFUSED = {
     "megatron_config": "the layers of Megatron are not those of the plan",
     "ensure_weight_tying": "it ties factors of embedding and head, which a fold tells apart",
 }
+LARGEST_ALPHA = 1e30
+LONGEST_PATTERN = 1000
+_REPEAT = re.compile(r"(?<!\\)[*+?{]")
+_GROUP_REPEAT = re.compile(r"\)[*+?{]")
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -60,6 +64,9 @@ def check_plain_lora(config: dict[str, Any]) -> None:
         )
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"the adapter is of type {kind!r}; only LoRA can be folded exactly")
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise CheckpointError(f"target_parameters in {CONFIG} is no list of names")
     for key, why in REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{CONFIG} sets {key}: {why}; merge it into the original base")
@@ -85,11 +92,37 @@ def _check_start(start: Any) -> None:
 def scaling(config: dict[str, Any], module: str, rank: int) -> float:
     """The factor before `B A` for one module: alpha / r, or alpha / √r with use_rslora."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    for pattern, value in _patterns(config).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
+    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
+        raise CheckpointError(f"{CONFIG} sets the alpha of {module} to {str(alpha)[:40]!r}")
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _patterns(config: dict[str, Any]) -> dict[str, Any]:
+    """alpha_pattern. Raises CheckpointError for what is none, or may take for ever to match."""
+    found = config.get("alpha_pattern") or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"alpha_pattern in {CONFIG} is no map of patterns")
+    for pattern in found:
+        if len(pattern) > LONGEST_PATTERN or not _is_quick(pattern):
+            raise CheckpointError(
+                f"the pattern {pattern[:80]!r} in {CONFIG} may take for ever to match: write the "
+                "names of the modules instead, or merge the adapter into the original base"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{pattern[:80]!r} in {CONFIG} is no pattern: {error}") from error
+    return found
+
+
+def _is_quick(pattern: str) -> bool:
+    """Few things of a pattern can be matched in several ways, and none of them repeats a group."""
+    choices = len(_REPEAT.findall(pattern)) + pattern.count("|") * (pattern.count("(") > 2)
+    return choices <= 3 and not _GROUP_REPEAT.search(pattern) and "(?" not in pattern
 
 
 def folded_adapter_config(

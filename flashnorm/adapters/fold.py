@@ -27,6 +27,7 @@ from flashnorm.algebra import subnormal_warning
 from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.source import Source
 from flashnorm.checkpoint.workdir import check_target, open_workdir
+from flashnorm.errors import CheckpointError
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
@@ -101,7 +102,10 @@ def fold_adapter(
         config = folded_adapter_config(
             config, plan, base=original.name, folded=folded, lora_bias=bool(edits.biases)
         )
-    lost = _write(weights, edits, config, target)
+    try:
+        lost = _write(weights, edits, config, target)
+    except OSError as error:
+        raise CheckpointError(f"{target.name} could not be written: {error}") from error
     if not done.changed and not done.added:
         warnings.warn(NOTHING, stacklevel=3)
     if lost:

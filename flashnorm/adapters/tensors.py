@@ -27,6 +27,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(r"(?P<target>.+)\.lora_(?P<factor>[AB])\.(?P<leaf>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<target>.+)\.lora_embedding_(?P<factor>[AB])")
 
+DIMENSIONS = {"A": 2, "B": 2, "B bias": 1}
 Kind = Literal["module", "embedding", "parameter"]
 Axes = Mapping[int, int]  # axes of a parameter to axes of a tensor, or to the factor: A 1, B 0
 Factors = Mapping[str, Entry]  # by "A", "B" and "B bias"
@@ -186,7 +187,7 @@ class _Reader:
 
         def part(key: str, side: int, axis: int) -> AdapterTensor:
             along = {a: axis for a, s in axes.items() if s == side}
-            if len(factors[key].shape) <= axis or any(
+            if len(factors[key].shape) < DIMENSIONS[key] or any(
                 factors[key].shape[axis] != shape[a] for a in along
             ):
                 raise CheckpointError(misfit(factors[key], name, shape))
@@ -194,6 +195,8 @@ class _Reader:
 
         bias = part("B bias", 0, 0) if "B bias" in factors else None
         lora = Lora(kind, target, part("A", 1, 1), part("B", 0, 0), bias)
+        if not lora.a.entry.shape[0]:
+            raise CheckpointError(f"the factors of {lora.module} have the rank 0")
         if lora.a.entry.shape[0] != lora.b.entry.shape[1]:
             raise CheckpointError(
                 f"the factors of {lora.module} have the shapes {list(lora.a.entry.shape)} and "

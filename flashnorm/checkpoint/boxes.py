@@ -64,6 +64,8 @@ class Box:
 @lru_cache(maxsize=4096)
 def box_of(sizes: Shape) -> Box:
     """All of a tensor as it lies."""
+    if 0 in sizes:  # the other axes may be of any length
+        return Box(sizes, sizes, (torch.empty(sizes, dtype=torch.int64),) * len(sizes))
     coordinates = []
     for axis, size in enumerate(sizes):
         lead = [1] * len(sizes)

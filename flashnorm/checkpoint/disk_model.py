@@ -108,7 +108,7 @@ def _absent(source: Source) -> Absent:
     """The gains that a strict fold left out."""
     if not is_strict(source.config):
         return {}
-    return absent_gains(source.path, source.config, "its marker")
+    return absent_gains(source.path, source, "its marker")
 
 
 def _stored_dtype(config: Any, source: Source) -> torch.dtype:

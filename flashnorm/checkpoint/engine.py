@@ -7,10 +7,10 @@ bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -94,7 +94,7 @@ def open_streamed(path: Path, *, untie: bool = False, plan: Plan | None = None) 
     """
     source = open_source(path)
     if key := folded_by(source.config):
-        return Streamed(path, source, None, None, absent_gains(path, source.config, key))
+        return Streamed(path, source, None, None, absent_gains(path, source, key))
     check_not_folded(source.config)  # which asks the configs of sub-models too
     check_not_quantized(source.config)
     found = inspect_stored(path, untie=untie) if plan is None else plan
@@ -104,12 +104,14 @@ def open_streamed(path: Path, *, untie: bool = False, plan: Plan | None = None) 
 
 
 def absent_gains(
-    path: Path, config: dict[str, Any], key: str
+    path: Path, source: Source, key: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
     """What a fold by flashnorm left out, each with its shape, dtype and value.
 
-    Raises CheckpointError where another tool folded it, or the marker does not say.
+    Raises CheckpointError where another tool folded it, or the marker does not say, or says what
+    cannot be.
     """
+    config = source.config
     marked = config.get("flashnorm")
     if not isinstance(marked, dict):
         raise CheckpointError(
@@ -121,6 +123,13 @@ def absent_gains(
     found = absent_tensors(marked)
     if found is None:
         raise CheckpointError(AGAIN.format(path.name))
+    for name, (shape, dtype, _) in found.items():
+        largest = max((place.entry.numel for place in source.where.values()), default=0)
+        if dtype not in FLOAT_DTYPES or math.prod(shape) > largest or name in source.where:
+            raise CheckpointError(
+                f"the marker in config.json of {path.name} says that {name} was left out, as "
+                f"{dtype} of shape {list(shape)}, which cannot be: fold the original again"
+            )
     return {
         name: (shape, FLOAT_DTYPES[dtype], value) for name, (shape, dtype, value) in found.items()
     }

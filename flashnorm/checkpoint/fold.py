@@ -22,7 +22,7 @@ from flashnorm.checkpoint.layout import Layout, Shard
 from flashnorm.checkpoint.parts import Part
 from flashnorm.checkpoint.places import Opened, Work, check_places, open_work, opened
 from flashnorm.checkpoint.remote import Remote, place_of
-from flashnorm.checkpoint.source import CONFIG, Source, read_config
+from flashnorm.checkpoint.source import CONFIG, INDEX, Source, read_config
 from flashnorm.checkpoint.stream import Meter, Progress
 from flashnorm.checkpoint.target import plan_target
 from flashnorm.checkpoint.values import Values
@@ -111,7 +111,8 @@ def _fold(
     plan = planned(source)
     goal = plan_target(source, plan, strict=strict, name=place.name)
     layout, copies = goal.layout, goal.copies
-    mark = _fingerprint(source, plan, strict, copies)
+    facts = _facts(source, copies)
+    mark = _fingerprint(facts, plan, strict)
     names = {*source.shards, *copies, *goal.written}
     with _disk_errors_explained(target, layout), open_work(target, mark, names) as work:
         _check_space(work, path, layout, copies)
@@ -120,6 +121,8 @@ def _fold(
             work.copy(path / file, file)
         for file, value in goal.written.items():
             work.write_json(file, value)
+        if facts != _facts(source, copies):
+            raise CheckpointError(f"{path} changed while it was being read: start again")
         work.publish()
     _warn(plan, goal.values, lost)
     _warn_of_readers(layout, path, copies)
@@ -150,12 +153,16 @@ def _write_shards(
     return sum(work.note(shard.name) for shard in layout.shards)
 
 
-def _fingerprint(source: Source, plan: Plan, strict: bool, copies: tuple[str, ...]) -> str:
+def _facts(source: Source, copies: tuple[str, ...]) -> list[list[Any]]:
+    """Name, size and version of every file that is read."""
+    names = [CONFIG, *([] if source.index is None else [INDEX]), *source.shards, *copies]
+    return [[name, *source.store.facts(name)] for name in names]
+
+
+def _fingerprint(facts: list[list[Any]], plan: Plan, strict: bool) -> str:
     """Changes whenever the result might: source files, plan, mode, version of flashnorm."""
-    names = [CONFIG, *source.shards, *copies]
-    facts: list[Any] = [flashnorm.__version__, strict, plan.to_json()]
-    facts += [[name, *source.store.facts(name)] for name in names]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    known: list[Any] = [flashnorm.__version__, strict, plan.to_json(), *facts]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _check_space(work: Work, path: Path, layout: Layout, copies: tuple[str, ...]) -> None:

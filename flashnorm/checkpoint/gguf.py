@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashnorm.content import why_damaged
+from flashnorm.checkpoint.workdir import own_directory
+from flashnorm.content import AGAIN, why_damaged
 from flashnorm.errors import CheckpointError
+from flashnorm.gguf import header
 from flashnorm.loading import dequantize_gguf
 
 STAMP = ".flashnorm-gguf.json"  # written last: the directory is complete
@@ -36,10 +39,11 @@ def dequantized(file: Path, target: Path) -> Iterator[Path]:
     directory = target.parent / f".{target.name}.flashnorm-gguf"
     stat = file.stat()
     stamp = json.dumps([file.name, stat.st_size, stat.st_mtime_ns])
+    own_directory(directory)  # another user's would be taken for what an earlier run has left
     try:
         if not _is_complete(directory, stamp):
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
+            own_directory(directory)
             _check_space(file, directory)
             dequantize_gguf(file, directory)
             (directory / STAMP).write_text(stamp)
@@ -61,6 +65,12 @@ def _check_space(file: Path, directory: Path) -> None:
     """Room for the dequantized tensors and once more for the folded ones."""
     if damaged := why_damaged(file):
         raise CheckpointError(damaged)
+    try:  # before transformers builds what the file asks for
+        header.read(file)
+    except (ValueError, struct.error, OSError, OverflowError) as error:
+        raise CheckpointError(
+            f"{file.name} cannot be read as a GGUF file ({error}): it is damaged, {AGAIN}"
+        ) from error
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -20,8 +20,11 @@ import torch
 
 from flashnorm.content import AGAIN, why_damaged
 from flashnorm.errors import CheckpointError
+from flashnorm.reading import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_AXES = 64  # of torch
+MAX_EMPTY = 1 << 31  # elements along the other axes of a tensor that has none
 
 FLOAT_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -84,7 +87,11 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`; raises CheckpointError where it is invalid."""
-    return parse_header(path, _read_raw(path), os.path.getsize(path))
+    try:
+        raw, size = _read_raw(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+    return parse_header(path, raw, size)
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> Header:
@@ -144,32 +151,24 @@ def build_header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> H
     return Header(struct.pack("<Q", len(text)) + text, entries, metadata)
 
 
-def _read_raw(path: Path) -> bytes:
-    size = os.path.getsize(path)
-    if size >= 8 and (damaged := why_damaged(path)):
-        raise CheckpointError(damaged)
-    with open(path, "rb") as file:
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """The length and the JSON as they stand in a file, and the size of the file."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size >= 8 and (damaged := why_damaged(path)):
+            raise CheckpointError(damaged)
         start = file.read(8)
-        return start + file.read(header_bytes(path, start, size) - 8)
+        return start + file.read(header_bytes(path, start, size) - 8), size
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(text.decode("utf-8"), unique=True)
+    except ValueError as error:
         raise CheckpointError(f"{path.name}: the header is not valid JSON: {error}") from error
     if not isinstance(fields, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{path.name}: the header is not a JSON object")
     return fields
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"duplicate key {key!r}")
-        found[key] = value
-    return found
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str] | None:
@@ -186,11 +185,11 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}")
-    if not _is_sizes(shape):
-        raise CheckpointError(f"{where} has the invalid shape {shape!r}")
+        raise CheckpointError(f"{where} has the unknown dtype {_short(dtype)}")
+    if not _is_sizes(shape) or (0 in shape and math.prod(filter(None, shape)) > MAX_EMPTY):
+        raise CheckpointError(f"{where} has the invalid shape {_short(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has the invalid offsets {offsets!r}")
+        raise CheckpointError(f"{where} has the invalid offsets {_short(offsets)}")
     entry = Entry(name, dtype, tuple(shape), *offsets)
     if entry.nbytes * 8 != entry.numel * DTYPE_BITS[dtype]:
         raise CheckpointError(
@@ -200,7 +199,15 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    """A list of as many numbers, and as large ones, as torch takes."""
+    if not isinstance(value, list) or len(value) > MAX_AXES:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+
+
+def _short(value: Any) -> str:
+    found = repr(value)
+    return found if len(found) <= 200 else f"{found[:200]}… ({len(found)} characters)"
 
 
 def _check_dense(path: Path, entries: tuple[Entry, ...]) -> None:

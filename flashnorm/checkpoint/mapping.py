@@ -20,7 +20,7 @@ from flashnorm.checkpoint.source import Source
 from flashnorm.compat.transformers_names import conversion_rules, knows, load_state, namer
 from flashnorm.errors import CheckpointError
 from flashnorm.graph.build import fake_model
-from flashnorm.loading import model_class, quiet_transformers
+from flashnorm.loading import knows_type, model_class, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -120,7 +120,7 @@ def _read_config(source: Source) -> Any | None:
     from transformers import CONFIG_MAPPING
 
     model_type = source.config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not knows_type(model_type):
         return None
     with quiet_transformers():
         try:

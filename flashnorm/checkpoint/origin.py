@@ -5,7 +5,6 @@ Nothing here loads weights. Gains are read one by one from safetensors where the
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +21,16 @@ from flashnorm.checkpoint.values import read_parameter
 from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.gguf.file import look
-from flashnorm.loading import locate, model_class, quiet_transformers
+from flashnorm.loading import (
+    check_counts,
+    knows_type,
+    locate,
+    model_class,
+    quiet_transformers,
+    read_config,
+)
 from flashnorm.marker import folded_by
+from flashnorm.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,6 +64,8 @@ def open_origin(source: PathName, stored: Source | None = None) -> Origin:
     if path.is_file() and path.suffix == ".json":
         return _from_config_file(path)
     place = locate(source)
+    if "gguf_file" in place:  # before transformers builds what the file asks for
+        look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
     config = _config(place, os.fspath(source))
     if stored is None:
         weights, notes = _weights(Path(place["pretrained_model_name_or_path"]), place)
@@ -71,10 +80,14 @@ def _from_config_file(path: Path) -> Origin:
 
     data = _read_json(path)
     model_type = data.get("model_type") if isinstance(data, dict) else None
-    if model_type not in CONFIG_MAPPING:
+    if not knows_type(model_type):
         raise CheckpointError(_unknown(str(path), model_type))
+    check_counts(data, str(path))
     with quiet_transformers():
-        config = CONFIG_MAPPING[model_type].from_pretrained(path)
+        try:
+            config = CONFIG_MAPPING[model_type].from_pretrained(path)
+        except Exception as error:
+            raise CheckpointError(f"transformers cannot read {path}: {error}") from error
     method = quantization(data)
     notes = (
         f"config.json declares weights quantized by {method}: the plan holds once they are "
@@ -85,7 +98,7 @@ def _from_config_file(path: Path) -> Origin:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text("utf-8"))
+        return read_json(file)
     except (OSError, ValueError) as error:
         found = why_damaged(file)
         said = f"{file.parent}: {found}" if found else f"{file} is not valid JSON: {error}"
@@ -104,17 +117,15 @@ def _unknown(name: str, model_type: Any) -> str:
 
 
 def _config(place: dict[str, str], name: str) -> Any:
-    from transformers import AutoConfig
-
     file = Path(place["pretrained_model_name_or_path"]) / "config.json"
     with quiet_transformers():
         try:
-            return AutoConfig.from_pretrained(**place)
+            return read_config(place)
+        except FlashNormError:
+            raise
         except Exception as error:
             if file.is_file():
                 _explain_config(file)
-            if "gguf_file" in place:  # says more of a file that is cut off
-                look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             why = damage(name) or first
             raise CheckpointError(f"no config could be read from {name}: {why}") from error
@@ -122,11 +133,9 @@ def _config(place: dict[str, str], name: str) -> Any:
 
 def _explain_config(file: Path) -> None:
     """Raise the clearer error where the config itself is at fault."""
-    from transformers import CONFIG_MAPPING
-
     data = _read_json(file)
     model_type = data.get("model_type") if isinstance(data, dict) else None
-    if model_type not in CONFIG_MAPPING:
+    if not knows_type(model_type):
         raise CheckpointError(_unknown(str(file), model_type))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from flashnorm.checkpoint.header import Entry, Header, read_header
 from flashnorm.checkpoint.store import Folder, Objects, Store
 from flashnorm.content import why_damaged
 from flashnorm.errors import CheckpointError
+from flashnorm.loading import check_counts
+from flashnorm.reading import read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -19,6 +21,7 @@ BOTH = (
     f"{{}} holds both {SINGLE} and {INDEX}, and readers differ in which one they load; remove one "
     "of them"
 )
+MAX_NAME = 240  # bytes: what file systems take, less the suffix of a file that is being written
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -79,16 +82,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a directory: give the local directory of a checkpoint, or a GGUF file"
         )
-    return read_object(path / CONFIG)
+    config = read_object(path / CONFIG)
+    check_counts(config, str(path))
+    return config
 
 
 def read_object(file: Path, what: str = "checkpoint") -> dict[str, Any]:
     """The JSON object in a file that belongs to every `what`. Raises CheckpointError."""
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}: not a {what}") from None
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file.name} cannot be read: {error}") from error
+    except ValueError as error:
         found = why_damaged(file) or f"{file.name} is not valid JSON: {error}"
         raise CheckpointError(found) from error
     if not isinstance(value, dict):
@@ -113,11 +120,19 @@ def read_index(file: Path) -> dict[str, Any]:
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{INDEX} has no weight_map")
     for name in weights.values():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not _is_shard(name):
             raise CheckpointError(
-                f"{INDEX} names the shard {name!r}, which is not a plain file name"
+                f"{INDEX} names the shard {str(name)[:200]!r}, which is not a plain file name "
+                "that ends in .safetensors"
             )
     return index
+
+
+def _is_shard(name: Any) -> bool:
+    """Whether it names a file beside the index, and none that a fold writes for itself."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or name.startswith("."):
+        return False
+    return Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= MAX_NAME
 
 
 def _refuse_without_weights(path: Path) -> None:
@@ -139,7 +154,7 @@ def without_weights(name: str, pickles: bool) -> str:
 
 
 def _open_shard(path: Path, name: str) -> Header:
-    if not (path / name).is_file():
+    if not (path / name).is_file():  # nor a pipe or a device
         raise CheckpointError(f"the shard {name} named by {INDEX} is missing from {path.name}")
     return read_header(path / name)
 

@@ -19,6 +19,8 @@ from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Consumer, NormBias, Plan
 
+READ_BYTES = 1 << 20  # up to here a tensor is read at once
+
 
 def load_tensor(source: Source, place: Place) -> Tensor:
     """One tensor of the checkpoint: a change of it stays in memory. A large one of a file is on a

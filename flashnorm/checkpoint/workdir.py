@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from flashnorm.checkpoint.files import copy_file
 from flashnorm.checkpoint.parts import FileSlot
 from flashnorm.errors import CheckpointError
+from flashnorm.reading import read_json
 
 JOURNAL = ".flashnorm-journal.json"
 PARTS = ".flashnorm-parts"  # where shards lie until this process gives them their names
@@ -34,9 +36,29 @@ def partial_path(target: Path) -> Path:
     return target.parent / f".{target.name}{PARTIAL_SUFFIX}"
 
 
+def own_directory(path: Path) -> None:
+    """Make the directory, or take one that an earlier run of this user has left there.
+
+    Raises CheckpointError for a link or anything else of that name, and for another user's: what is
+    in it would be emptied, or come into the result. And where it cannot be made.
+    """
+    try:
+        with suppress(FileExistsError):
+            path.mkdir()
+        found = path.lstat()
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be made: {error}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise CheckpointError(f"{path} is in the way, and no directory: look at it and remove it")
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        raise CheckpointError(
+            f"{path} belongs to another user: choose a target in a directory of your own"
+        )
+
+
 def check_target(source: Path, target: Path) -> None:
     """Raise CheckpointError unless `target` is a new name outside of the directory `source`."""
-    real_source, real_target = source.resolve(), target.resolve()
+    real_source, real_target = (Path(os.path.realpath(path)) for path in (source, target))
     if real_target == real_source:
         raise CheckpointError(f"{target} is the source itself: a fold never overwrites its source")
     if real_target.is_relative_to(real_source):
@@ -67,7 +89,8 @@ class Workdir:
             self._journal = found
         else:
             for file in self.path.iterdir():
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                is_folder = file.is_dir() and not file.is_symlink()
+                shutil.rmtree(file) if is_folder else file.unlink()
         self._write_journal()  # also where found: it replaces a .tmp that a kill may have left
         self._remove_parts()
         (self.path / PARTS).mkdir()
@@ -75,7 +98,7 @@ class Workdir:
     def is_done(self, name: str, size: int) -> bool:
         """Whether a shard was finished by an earlier run."""
         file = self.path / name
-        return file.is_file() and file.stat().st_size == size
+        return file.is_file() and not file.is_symlink() and file.stat().st_size == size
 
     def note(self, name: str) -> int:
         """The number recorded when the shard `name` was finished."""
@@ -122,10 +145,12 @@ class Workdir:
 
     def _read_journal(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.path / JOURNAL).read_text("utf-8"))
+            found = read_json(self.path / JOURNAL)
             same = found["fingerprint"] == self._journal["fingerprint"]
-            return found if same and isinstance(found["notes"], dict) else None
-        except (OSError, ValueError, TypeError, KeyError):
+            notes = found["notes"]
+            whole = all(type(note) is int for note in notes.values())
+            return {"fingerprint": found["fingerprint"], "notes": notes} if same and whole else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
     def _remove_parts(self) -> None:
@@ -151,7 +176,7 @@ def open_workdir(target: Path, fingerprint: str) -> Iterator[Workdir]:
     """
     work = Workdir(target, fingerprint)
     with _locked(work.path):
-        work.path.mkdir(exist_ok=True)
+        own_directory(work.path)
         try:
             work.begin()
             yield work
@@ -166,7 +191,10 @@ def _locked(path: Path) -> Iterator[None]:
 
     The lock's file lies beside the directory: Windows renames none in which a file is open.
     """
-    lock = FileLock(path.with_name(path.name + LOCK_SUFFIX))
+    file = path.with_name(path.name + LOCK_SUFFIX)
+    if file.is_symlink():
+        raise CheckpointError(f"{file} is a link, which flashnorm never makes: remove it")
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:

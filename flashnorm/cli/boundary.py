@@ -82,8 +82,18 @@ def _print(view: RenderableType) -> None:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # names of files may be bytes that are no text
+        text = json.dumps(data, indent=2)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """Without what a terminal would obey: names of tensors and files may hold its commands."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -96,7 +106,7 @@ def _kept_quiet(options: Options) -> Iterator[None]:
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         options.warned.append(str(message))
-        sys.stderr.write(f"warning: {message}\n")
+        sys.stderr.write(f"warning: {harmless(str(message))}\n")
 
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +157,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _report(message: str, options: Options) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {harmless(message)}\n")
     if options.as_json:
         _print_json({"error": message})
 

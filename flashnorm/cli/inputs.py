@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm.errors import FlashNormError
+from flashnorm.errors import CheckpointError, FlashNormError
+from flashnorm.reading import parse_json
 
 if TYPE_CHECKING:
     from flashnorm.plan import Plan
@@ -33,7 +33,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".safetensors":
         return [_read_tensors(file)]
     try:
-        data = json.loads(file.read_text("utf-8"))
+        data = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise FlashNormError(
             f"{file} holds no inputs that can be read ({error}): {FORMATS}"
@@ -48,9 +48,12 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from flashnorm.checkpoint.header import read_header
+
     try:
+        read_header(file)
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError, KeyError, ValueError) as error:
         raise FlashNormError(
             f"{file} holds no inputs that can be read ({error}): {FORMATS}"
         ) from error
@@ -65,7 +68,7 @@ def _value(file: Path, name: str, item: Any) -> Any:
         return item
     try:
         return torch.tensor(item)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FlashNormError(f"{file}: {name} is no tensor ({error}): {FORMATS}") from error
 
 
@@ -74,9 +77,9 @@ def read_plan(file: Path) -> Plan:
     from flashnorm.plan import Plan
 
     try:
-        data = json.loads(read_text(file))
+        data = parse_json(read_text(file))
         return Plan.from_json(data.get("plan", data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise FlashNormError(
             f"{file} holds no plan that can be read ({error}): write one with flashnorm inspect "
             "--json"
@@ -87,5 +90,5 @@ def read_text(file: Path) -> str:
     """A file's text. Raises FlashNormError where it is no UTF-8."""
     try:
         return file.expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FlashNormError(f"{file} cannot be read as UTF-8 text: {error}") from error

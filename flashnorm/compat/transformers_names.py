@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 from flashnorm.compat import TRANSFORMERS, Private
@@ -24,7 +25,9 @@ def no_init_weights() -> AbstractContextManager[Any]:
 
 def builder(model_class: Any) -> Callable[..., Any]:
     """What builds a model of a class, or of an auto class, from a config."""
-    return getattr(model_class, "from_config", None) or model_class._from_config
+    if auto := getattr(model_class, "from_config", None):
+        return partial(auto, trust_remote_code=False)
+    return model_class._from_config
 
 
 def knows(auto: Any, config: Any) -> bool:

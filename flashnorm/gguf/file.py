@@ -18,6 +18,7 @@ from flashnorm.kernels.formats.blocks import Block
 from flashnorm.kernels.weights import Weight
 from flashnorm.quantized.decoding import decoded
 from flashnorm.quantized.ggml import PLAIN, kind, named, spoiled_blocks
+from flashnorm.reading import open_regular
 
 
 class Stored(NamedTuple):
@@ -54,7 +55,7 @@ class File:
         Raises CheckpointError where they are not there, or hold a scale that is no number.
         """
         found = torch.empty(stored.size, dtype=torch.uint8)
-        with open(self.path, "rb") as opened:
+        with open_regular(self.path) as opened:
             opened.seek(stored.place)
             read = opened.readinto(found.numpy().data)
         if read != stored.size:

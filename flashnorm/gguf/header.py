@@ -6,16 +6,22 @@ Long lists, as those of a vocabulary, are passed over and not read.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from flashnorm.reading import open_regular
 
 VERSIONS = (2, 3)
 # Numbers of metadata by their code; 8 is a string, 9 a list.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIifBQqd", strict=True))
 _STRING, _LIST = 8, 9
 _LARGEST = 1 << 48  # no size is beyond: what says so is damaged
+_LONGEST = 1 << 26  # bytes of a string; templates of chats are the longest
+_MOST = 1 << 24  # entries of a list; vocabularies are the longest
+_MOST_PARTS = 100_000  # layers, experts, heads: transformers makes lists of as many
 
 
 class Entry(NamedTuple):
@@ -35,8 +41,11 @@ class Header(NamedTuple):
 
 def read(path: Path) -> Header:
     """Raises ValueError where it is no such head, struct.error where it ends too early."""
-    with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        return _Reader(held).header()
+    with open_regular(path) as opened:
+        if not os.fstat(opened.fileno()).st_size:
+            raise ValueError("it is empty")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            return _Reader(held).header()
 
 
 class _Reader:
@@ -50,11 +59,17 @@ class _Reader:
         if version not in VERSIONS:
             other = version >> 24 in VERSIONS and not version & 0xFFFF
             raise ValueError("its bytes are in the other order" if other else f"version {version}")
+        if max(tensors, pairs) > _MOST:
+            raise ValueError(f"it counts {tensors} tensors and {pairs} pairs of metadata")
         told = dict(self._pair() for _ in range(pairs))
         entries = tuple(self._entry() for _ in range(tensors))
         step, architecture = told.get("general.alignment", 32), told.get("general.architecture")
         if not isinstance(architecture, str):
             raise ValueError("it does not say its general.architecture")
+        for key, value in told.items():
+            is_count = key.startswith(f"{architecture}.") and key.endswith("_count")
+            if is_count and isinstance(value, (int, float)) and value > _MOST_PARTS:
+                raise ValueError(f"{key} is {value}")
         if not isinstance(step, int) or step <= 0 or step & (step - 1):
             raise ValueError(f"general.alignment is {step}")
         if len({entry.name for entry in entries}) < len(entries):
@@ -73,6 +88,8 @@ class _Reader:
 
     def _string(self) -> str:
         (size,) = self._take("Q")
+        if size > _LONGEST:
+            raise ValueError(f"a text of {size} bytes")
         first = self.place
         self._skip(size)
         return self.held[first : self.place].decode("utf-8")
@@ -91,6 +108,8 @@ class _Reader:
         if code != _LIST:
             raise ValueError(f"there is no kind {code} of values")
         inner, count = self._take("IQ")
+        if count > _MOST:
+            raise ValueError(f"a list of {count} values")
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
             return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from flashnorm.reading import parse_json, read_text
 
 Found = TypeVar("Found")
 OFF = "off"  # as the value of a variable: nothing is read or kept
@@ -33,22 +36,33 @@ def read(
     if file is None:
         return {}
     try:
-        text = file.read_text("utf-8")
+        text = read_text(file)
     except OSError:
         return {}
+    except ValueError as error:
+        return _unread(file, error)
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         if found["version"] != version:
             raise ValueError(f"version {found['version']}, not {version}")
         return parse(found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
-        return {}
+        return _unread(file, error)
+
+
+def _unread(file: Path, error: Exception) -> dict[str, Found]:
+    _log.warning("%s is not a file of measurements, so defaults are used: %s", file, error)
+    return {}
 
 
 def write(file: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    partial.replace(file)
+    """Whole or not at all, through a name that nobody can guess and put a link at before."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    number, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as opened:
+            opened.write(json.dumps(data, indent=1) + "\n")
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -18,6 +18,7 @@ from flashnorm.kernels.gpu.launch import Device, Tile, power_of_two
 from flashnorm.kernels.weights import AnyWeight, Weight
 
 VERSION = 1
+LARGEST_TILE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,15 @@ def _entry(value: dict[str, Any]) -> Entry:
     if value["way"] not in ("skinny", "gemm", "matmul"):
         raise ValueError(f"no way {value['way']!r}")
     tile = value.get("tile")
-    return Entry(value["way"], str(value["note"]), None if tile is None else Tile(**tile))
+    return Entry(value["way"], str(value["note"]), None if tile is None else _tile(tile))
+
+
+def _tile(value: dict[str, Any]) -> Tile:
+    """Raises ValueError for numbers that no launch has."""
+    found = Tile(**value)
+    if not all(type(n) is int and 0 < n <= LARGEST_TILE for n in asdict(found).values()):
+        raise ValueError(f"no tile: {value}")
+    return found
 
 
 def store(device: Device, found: dict[str, Entry]) -> Path | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.errors import FlashNormError
+from flashnorm.reading import read_json
 from flashnorm.runtime.package.compiled import LIBRARY
 
 FORMAT = 1
@@ -34,10 +37,12 @@ def read(place: Path, fingerprint: dict[str, str]) -> Description | None:
 
     Raises FlashNormError for one that is damaged, or was made for something else.
     """
-    if not place.exists():
+    if not os.path.lexists(place):
         return None
+    if why := why_not_trusted(place):
+        raise FlashNormError(f"the package {place} is not used: {why}")
     try:
-        held = json.loads((place / DESCRIPTION).read_text("utf-8"))
+        held = read_json(place / DESCRIPTION)
         found = Description(**{**held, "names": tuple(held["names"])})
         digest = _digest(place / LIBRARY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -51,7 +56,32 @@ def read(place: Path, fingerprint: dict[str, str]) -> Description | None:
     return found
 
 
+def why_not_trusted(place: Path) -> str:
+    """Why nobody may run what lies in a directory: a library is code. Empty where all is well.
+
+    The directory and what is in it have to be this user's, or root's, and others may not write to
+    them, nor to the directory around it, unless that is sticky, as /tmp is: names stay theirs.
+    """
+    if not hasattr(os, "geteuid"):
+        return ""
+    for path in (place.parent, place, place / LIBRARY, place / DESCRIPTION):
+        try:
+            found = path.lstat() if path != place.parent else path.stat()
+        except OSError:
+            continue  # what is missing is said by who reads it
+        around = path == place.parent
+        if stat.S_ISLNK(found.st_mode):
+            return f"{path} is a link"
+        if found.st_mode & stat.S_IWOTH and not (around and found.st_mode & stat.S_ISVTX):
+            return f"every user may write to {path}; take that right away, and delete the package"
+        if found.st_uid not in (0, os.geteuid()) and not around:
+            return f"{path} belongs to another user; name a directory of your own"
+    return ""
+
+
 def _differing(found: Description, fingerprint: dict[str, Any]) -> str:
+    if not isinstance(found.fingerprint, dict):
+        return f"fingerprint {found.fingerprint!r}"
     return ", ".join(
         f"{key} {found.fingerprint.get(key)!r}, not {fingerprint.get(key)!r}"
         for key in sorted({*found.fingerprint, *fingerprint})
