@@ -47,6 +47,13 @@ def relative(name: str, path: str) -> str:
     return ".".join(parts[shared:])
 
 
+def block(path: str) -> str:
+    """The layer that a module is in, `blocks.3` of `blocks.3.att.norm`; else its parent."""
+    parts = path.split(".")[:-1]
+    last = max((at for at, part in enumerate(parts) if part.isdecimal()), default=None)
+    return ".".join(parts if last is None else parts[: last + 1])
+
+
 def families(names: Iterable[str]) -> list[tuple[str, int]]:
     """Names by parent module, each family with its size: `blocks.{0-3}.att: q k v`, 12."""
     alike: dict[str, list[str]] = defaultdict(list)

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flashnorm.errors import PlanError
+from flashnorm.paged import Paged
 
 PLAN_VERSION = 3
 LARGEST = 1e300  # of what a plan says in numbers; beyond, what is made of them overflows
@@ -197,7 +198,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Paged, pages="flashnorm.html.inspected"):
     """All sites of a model in the order of execution, and what holds for the model as a whole.
 
     `centerings` are the writers to center so that the centered sites need no mean, `entries` the

@@ -98,13 +98,13 @@ def summary(plan: Plan) -> RenderableType:
             f"({_share(found.folded_elements, found.elements)})"
         ),
     ]
-    lines += [Text(line) for line in _further(plan)]
+    lines += [Text(line) for line in further(plan)]
     lines += [_titled(f"{n} kept", reason, "yellow") for reason, n in found.kept]
     lines += [_titled(f"{n} without", reason, "dim") for reason, n in found.none]
     return Group(*lines, *_remarks(plan))
 
 
-def _further(plan: Plan) -> list[str]:
+def further(plan: Plan) -> list[str]:
     """What becomes of biases, means and scales, where there is something to say."""
     biases, means, scales = (
         Counter(getattr(site, name) for site in plan.sites)

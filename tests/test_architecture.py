@@ -30,6 +30,7 @@ ORDER = [
     "flashnorm.quantized",
     "flashnorm.warning",
     "flashnorm.deprecated",
+    "flashnorm.paged",
     "flashnorm.plan",
     "flashnorm.algebra",
     "flashnorm.marker",
@@ -55,6 +56,7 @@ ORDER = [
     "flashnorm.report",
     "flashnorm.demo",
     "flashnorm.bench",
+    "flashnorm.html",  # records know it by name alone: flashnorm/paged.py
     "flashnorm.engines",
     "flashnorm.cli",
     "flashnorm.__main__",

@@ -17,9 +17,11 @@ from tests.test_architecture import FILES, PACKAGE, imported, module_name
 NORMS, DEVICE = PACKAGE / "kernels/norms.py", PACKAGE / "kernels/gpu/device"
 NO_KINDS = [file for file in FILES if file != NORMS and not file.is_relative_to(DEVICE)]
 PLANS = ("plan", "planner", "settled", "report", "inspection", "verification.measure")
+PLANS += ("html.inspected",)
 OTHERWISE = {
     **dict.fromkeys((*PLANS, "runtime.summary", "kernels.gpu.skinny"), ("none",)),
     "verification.show": ("rms",),
+    "html.verified": ("rms",),
 }
 
 

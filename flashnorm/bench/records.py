@@ -6,6 +6,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashnorm.paged import Paged
+
 EAGER, COMPILE, OURS, OURS_COMPILED = "eager", "compile", "flashnorm", "flashnorm+compile"
 PACKAGED = "flashnorm+package"
 VARIANTS = (EAGER, COMPILE, OURS, OURS_COMPILED, PACKAGED)
@@ -167,7 +169,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Paged, pages="flashnorm.html.benched"):
     """A benchmark, or as much of it as there is yet: then it is not `complete`."""
 
     settings: Settings

@@ -13,6 +13,7 @@ from flashnorm.cli.options import (
     Center,
     Centre,
     Engine,
+    Html,
     Inputs,
     Model,
     RayAddress,
@@ -50,6 +51,7 @@ def inspect_command(
     centre: Centre = False,
     inputs: Inputs = None,
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
+    html: Html = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -61,13 +63,15 @@ def inspect_command(
     def command() -> Result:
         import flashnorm
         from flashnorm.cli.inputs import read_inputs
+        from flashnorm.cli.pages import promised
         from flashnorm.cli.progress import waiting
         from flashnorm.report import show
 
+        page = promised(html)
         given = read_inputs(inputs)
         with waiting(f"recording {model}"):
             plan = flashnorm.inspect(model, given, untie=untie, center=_center(center, centre))
-        return Result(plan.to_json(), show(plan, every=every))
+        return Result(plan.to_json(), show(plan, every=every), last=page(plan, model))
 
     run(command, Options(as_json, debug))
 
@@ -160,9 +164,17 @@ def verify_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Compare the weights with what a fold of A makes.")
     ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read weights from disk while models run; by itself where one would not fit.",
+        ),
+    ] = None,
     inputs: Inputs = None,
     engine: Engine = "local",
     ray_address: RayAddress = None,
+    html: Html = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -177,8 +189,8 @@ def verify_command(
         from flashnorm.cli.verify import run_quick, run_verify
 
         if quick:
-            return run_quick(reference, candidate, text, inputs, engine, ray_address)
-        return run_verify(reference, candidate, text, inputs, engine)
+            return run_quick(reference, candidate, text, inputs, engine, ray_address, stream, html)
+        return run_verify(reference, candidate, text, inputs, engine, stream, html)
 
     run(command, Options(as_json, debug))
 
@@ -219,6 +231,7 @@ def bench_command(
     out: Annotated[
         Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.json, .md and .png.")
     ] = None,
+    html: Html = None,
     as_json: AsJson = False,
     debug: Traceback = False,
 ) -> None:
@@ -245,7 +258,7 @@ def bench_command(
             gguf,
             packed,
         )
-        return run_bench(asked, cache, out, as_json)
+        return run_bench(asked, cache, out, html, as_json)
 
     run(command, Options(as_json, debug))
 
@@ -348,6 +361,7 @@ def run_command(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the summary as JSON, too.")
     ] = None,
+    html: Html = None,
     debug: Traceback = False,
 ) -> None:
     """Run a program; models that it loads by transformers' from_pretrained are accelerated.
@@ -359,7 +373,7 @@ def run_command(
     def program() -> Result:
         from flashnorm.cli.running import run_program
 
-        return run_program(command, fold, package, report)
+        return run_program(command, fold, package, report, html)
 
     run(program, Options(False, debug, foreign=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +37,15 @@ class Asked:
     packed: bool
 
 
-def run_bench(asked: Asked, cache: int | None, out: Path | None, as_json: bool) -> Result:
+def run_bench(
+    asked: Asked, cache: int | None, out: Path | None, html: Path | None, as_json: bool
+) -> Result:
     """Measure, show each group of figures as soon as it is there, and write the files of `out`."""
     import flashnorm.bench.run
+    from flashnorm.cli.pages import promised
     from flashnorm.cli.progress import named_steps
 
+    promise = promised(html)
     page = _Page(None if as_json else stdout_console(), None if out is None else out.expanduser())
     settings = _settings(asked, cache)
     with named_steps(f"loading {asked.model}") as steps:
@@ -52,8 +57,8 @@ def run_bench(asked: Asked, cache: int | None, out: Path | None, as_json: bool) 
             if page.last is None:
                 raise
             sys.stderr.write("\ninterrupted: what was measured until now is kept\n")
-            return page.end(page.last, INTERRUPTED)
-    return page.end(found)
+            return page.end(page.last, promise(page.last), INTERRUPTED)
+    return page.end(found, promise(found))
 
 
 class _Page:
@@ -87,7 +92,7 @@ class _Page:
         self.console.print(group(table), crop=False)
         self.console.file.flush()
 
-    def end(self, result: records.Result, code: int = 0) -> Result:
+    def end(self, result: records.Result, last: Callable[[], None] | None, code: int = 0) -> Result:
         """All data, and what is said below the tables."""
         from rich.console import Group
         from rich.text import Text
@@ -102,7 +107,7 @@ class _Page:
             if missing:
                 data["notes"].append(missing)
                 view.append(Text(missing))
-        return Result(data, Group(*view), code)
+        return Result(data, Group(*view), code, last)
 
 
 def _settings(asked: Asked, cache: int | None) -> Settings:

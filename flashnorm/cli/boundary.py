@@ -35,11 +35,15 @@ class Output(Console):
 
 @dataclass
 class Result:
-    """What a command has to say: `data` for --json, `view` for people, `code` for scripts."""
+    """What a command has to say: `data` for --json, `view` for people, `code` for scripts.
+
+    `last` is done when all of that is out, so that nothing is lost where it fails.
+    """
 
     data: dict[str, Any]
     view: RenderableType | None
     code: int = 0
+    last: Callable[[], None] | None = None
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Options:
     debug: bool
     on_interrupt: str = ""
     foreign: bool = False
+    printed: bool = False
     warned: list[str] = field(default_factory=list)
 
 
@@ -62,6 +67,9 @@ def run(command: Callable[[], Result], options: Options) -> None:
             _print_json(result.data | ({"warnings": options.warned} if options.warned else {}))
         elif result.view is not None:
             _print(result.view)
+        options.printed = True
+        if result.last is not None:
+            result.last()
     raise typer.Exit(result.code)
 
 
@@ -158,7 +166,7 @@ def _in_words(error: Exception) -> str:
 
 def _report(message: str, options: Options) -> None:
     sys.stderr.write(f"error: {harmless(message)}\n")
-    if options.as_json:
+    if options.as_json and not options.printed:
         _print_json({"error": message})
 
 

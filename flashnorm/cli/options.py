@@ -11,6 +11,10 @@ from flashnorm.cli.boundary import DEBUG
 from flashnorm.errors import FlashNormError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write it as one HTML page, too."),
+]
 Traceback = Annotated[
     bool, typer.Option("--traceback", help="Show where an error was raised.", envvar=DEBUG)
 ]

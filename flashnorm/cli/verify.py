@@ -10,11 +10,18 @@ from flashnorm.errors import FlashNormError
 
 
 def run_verify(
-    reference: str, candidate: str, text: Path | None, inputs: list[Path] | None, engine: str
+    reference: str,
+    candidate: str,
+    text: Path | None,
+    inputs: list[Path] | None,
+    engine: str,
+    stream: bool | None,
+    html: Path | None,
 ) -> Result:
     """Both models are run and compared."""
     import flashnorm
     from flashnorm.cli.inputs import read_text
+    from flashnorm.cli.pages import promised
     from flashnorm.cli.progress import steps_bar
 
     if inputs:
@@ -24,10 +31,11 @@ def run_verify(
         )
     if known_engine(engine) != "local":
         raise FlashNormError("--engine ray compares weights, with --quick: models run here alone")
+    page = promised(html)
     words = None if text is None else read_text(text)
     with steps_bar(f"loading {reference}") as report:
-        found = flashnorm.verify(reference, candidate, text=words, progress=report)
-    return Result(found.to_json(), found, 0 if found.ok else 1)
+        found = flashnorm.verify(reference, candidate, text=words, stream=stream, progress=report)
+    return Result(found.to_json(), found, 0 if found.ok else 1, page(found))
 
 
 def run_quick(
@@ -37,6 +45,8 @@ def run_quick(
     inputs: list[Path] | None,
     engine: str,
     ray_address: str | None,
+    stream: bool | None,
+    html: Path | None,
 ) -> Result:
     """No model is run: the weights of two checkpoints are compared."""
     import flashnorm
@@ -45,6 +55,12 @@ def run_quick(
 
     if text is not None:
         raise FlashNormError("--quick runs no model, so it reads no text: leave out one of the two")
+    if stream is not None:
+        raise FlashNormError(
+            "--quick runs no model, and always reads from disk: leave out --stream"
+        )
+    if html is not None:
+        raise FlashNormError("--html shows what models compute, and --quick runs none: use --json")
     given = read_inputs(inputs)
     with bytes_bar(f"recording {reference}") as report:
         found = flashnorm.verify_weights(

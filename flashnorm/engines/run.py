@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.errors import FlashNormError
+from flashnorm.paged import Paged
 
 SETTINGS = "FLASHNORM_RUN"  # sitecustomize.py has it too: it imports nothing
 STARTUP = Path(__file__).parent / "startup"
@@ -40,17 +41,22 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a program ended, and what became of the models that it loaded."""
+class Ran(Paged, pages="flashnorm.engines.run_page"):
+    """How a program ended, and what became of the models that it loaded.
+
+    `accelerations` are those of `models` that were accelerated, module by module.
+    """
 
     command: tuple[str, ...]
     code: int
     models: tuple[dict[str, Any], ...]
     fallbacks: dict[str, int]
     problems: tuple[str, ...] = ()
+    accelerations: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What there is to say in a few lines: all but the modules one by one."""
+        return {name: value for name, value in asdict(self).items() if name != "accelerations"}
 
     def __str__(self) -> str:
         lines = [f"flashnorm: {line}" for model in self.models for line in _lines(model)]
@@ -160,4 +166,7 @@ def _ran(command: tuple[str, ...], code: int, notes: Path) -> Ran:
         problems += [note["problem"]] if note["problem"] else []
         for reason, count in note["fallbacks"].items():
             fallbacks[reason] = fallbacks.get(reason, 0) + count
-    return Ran(command, code, tuple(models), fallbacks, tuple(dict.fromkeys(problems)))
+    found = [model.pop("acceleration") for model in models if "acceleration" in model]
+    return Ran(
+        command, code, tuple(models), fallbacks, tuple(dict.fromkeys(problems)), tuple(found)
+    )

@@ -99,6 +99,7 @@ def _taken(model: Any, settings: Settings) -> dict[str, Any]:
         "folded": UNDO in vars(model),
         "attention": found.attention,
         "reasons": dict(reasons),
+        "acceleration": found.to_json(),
     }
 
 

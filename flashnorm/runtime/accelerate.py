@@ -27,6 +27,7 @@ from flashnorm.integrations.transformers_experts import (
 from flashnorm.kernels import dispatch
 from flashnorm.kernels.backend import Backend
 from flashnorm.kernels.freed import give_back
+from flashnorm.paged import Paged
 from flashnorm.planner import inspect_module, make_plan
 from flashnorm.quantized.layout import Aside, plain, put_back, unpacking
 from flashnorm.rewrite import apply_plan_, unfold_
@@ -55,7 +56,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Acceleration:
+class Acceleration(Paged, pages="flashnorm.html.accelerated"):
     """What `accelerate_` did with every norm and linear layer of a model, and with its attention.
 
     `attention` says why the attention of single tokens is the model's own; empty where it is not.
@@ -80,6 +81,17 @@ class Acceleration:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Acceleration:
+        """What `to_json` wrote."""
+        parts = {
+            name: tuple(
+                Part(**{**part, "precomputed": tuple(part["precomputed"])}) for part in data[name]
+            )
+            for name in ("parts", "training")
+        }
+        return Acceleration(**{**data, **parts})
 
     def __str__(self) -> str:
         """Alike modules in one row, like a plan; `parts` has them one by one."""

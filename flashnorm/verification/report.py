@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
+from flashnorm.paged import Paged
 from flashnorm.verification.bounds import HALF_RATIO
 
 REPORT_VERSION = 1
@@ -103,7 +104,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Paged, pages="flashnorm.html.verified"):
     """Whether the candidate computes what the reference computes, with every figure behind it.
 
     `float64` and `float32` are the candidate against the reference in that precision; `precise` and

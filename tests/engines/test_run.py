@@ -88,7 +88,8 @@ def test_a_program_and_its_child_run_on_kernels_and_say_the_same(llama, script, 
     file = script(PROGRAM)
     file.write_text(f"#!{sys.executable}\n{file.read_text()}")
     file.chmod(0o755)
-    done = shell("--report", tmp_path / "r.json", "--", file, llama, cwd=tmp_path)
+    given = ("--report", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    done = shell(*given, "--", file, llama, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tokens}\n" * 2), done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["command"] == [str(file), str(llama)]
@@ -98,8 +99,14 @@ def test_a_program_and_its_child_run_on_kernels_and_say_the_same(llama, script, 
         assert model["source"] == str(llama)
         assert model["fused"] == model["modules"] == 22
     line = f"LlamaForCausalLM ({llama}): 22 of 22 modules on {report['models'][0]['kernels']}"
-    assert done.stderr.endswith(words(line, line))
     assert len(report["models"]) == 2
+    page = (tmp_path / "r.html").read_text("utf-8")
+    written = f"written: {tmp_path / 'r.html'}, {len(page.encode()) / 1e3:,.0f} kB\n"
+    assert done.stderr.endswith(words(line, line) + written)
+    assert "acceleration" not in report["models"][0]
+    assert "2 of 2 models were accelerated" in page
+    assert page.count("22 of 22 modules run on kernels") == 2
+    assert page.count("<td>gated</td>") == 4
 
 
 def test_a_python_without_flashnorm_runs_all_the_same(llama, script, tokens, tmp_path):
