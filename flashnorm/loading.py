@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flashnorm.compat.transformers_names import knows
 from flashnorm.content import BESIDE_TOKENIZER, TOKENIZER_FILES, damage
 from flashnorm.errors import CheckpointError, FlashNormError
+from flashnorm.extras import need
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +56,9 @@ def load_tokenizer(source: PathName) -> Any | None:
 
     Raises CheckpointError where tokenizer files are there but cannot be read.
     """
+    place = locate(source)
     from transformers import AutoTokenizer
 
-    place = locate(source)
     folder = Path(place["pretrained_model_name_or_path"])
     is_local = folder.is_dir()
     if is_local and "gguf_file" not in place and not _has_tokenizer(folder):
@@ -95,7 +96,11 @@ def dequantize_gguf(file: PathName, directory: PathName) -> Path:
 
 
 def locate(source: PathName) -> dict[str, str]:
-    """Where `source` is, as the arguments with which transformers' from_pretrained finds it."""
+    """Where `source` is, as the arguments with which transformers' from_pretrained finds it.
+
+    Raises FlashNormError where nothing is there, or where transformers is not installed.
+    """
+    need("a model that is named, not given as a torch.nn.Module,", "transformers")
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.is_file():
@@ -266,6 +271,7 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and warnings, which are as before afterwards."""
+    need("this", "transformers")
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 

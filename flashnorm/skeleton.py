@@ -9,20 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm.compat.transformers_names import builder, no_init_weights
-from flashnorm.errors import FlashNormError
+from flashnorm.extras import need
 from flashnorm.graph.build import few_modules
 from flashnorm.loading import check_complete, model_class
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config, its parameters on the meta device, its buffers as it makes them."""
-    try:
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise FlashNormError(
-            "a model whose weights stay in their files needs the package accelerate: "
-            "pip install accelerate"
-        ) from error
+    need("a model whose weights stay in their files", "accelerate")
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False), no_init_weights(), few_modules():
         return builder(model_class(config))(config, dtype=dtype)
 

@@ -24,6 +24,7 @@ ORDER = [
     "flashnorm",  # the names of __init__ only: the functions behind them are layers of their own
     "flashnorm.errors",
     "flashnorm.reading",
+    "flashnorm.extras",
     "flashnorm.patterns",
     "flashnorm.compat",
     "flashnorm.kernels",
@@ -250,11 +251,6 @@ def test_a_private_name_is_seen(source):
 )
 def test_other_names_are_let_be(source):
     assert private_names(source, ALLOWED, INHERITED) == []
-
-
-def test_version_is_said_once_more_in_pyproject():
-    text = (ROOT / "pyproject.toml").read_text("utf-8")
-    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == flashnorm.__version__
 
 
 def python(code: str) -> str:

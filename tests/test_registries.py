@@ -20,8 +20,8 @@ PLANS = ("plan", "planner", "settled", "report", "inspection", "verification.mea
 PLANS += ("html.inspected",)
 OTHERWISE = {
     **dict.fromkeys((*PLANS, "runtime.summary", "kernels.gpu.skinny"), ("none",)),
-    "verification.show": ("rms",),
     "html.verified": ("rms",),
+    "verification.plain": ("rms",),
 }
 
 

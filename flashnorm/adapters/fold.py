@@ -28,6 +28,7 @@ from flashnorm.checkpoint.files import copy_file, other_files
 from flashnorm.checkpoint.source import Source
 from flashnorm.checkpoint.workdir import check_target, open_workdir
 from flashnorm.errors import CheckpointError
+from flashnorm.extras import need
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.inspection import inspect
 from flashnorm.plan import Plan
@@ -83,6 +84,7 @@ def fold_adapter(
     not fit the base, or could not be exact; FoldError where a tensor would overflow its dtype.
     Source: FlashNorm, arXiv 2407.09577; LoRA, arXiv 2106.09685.
     """
+    need("fold_adapter", "transformers", "filelock")
     source, target = Path(os.path.abspath(adapter)), Path(os.path.abspath(out))
     config = read_adapter_config(source)
     check_target(source, target)

@@ -30,6 +30,7 @@ from flashnorm.checkpoint.workdir import Workdir
 from flashnorm.content import why_damaged
 from flashnorm.deprecated import takes_old_options
 from flashnorm.errors import CheckpointError
+from flashnorm.extras import need
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.plan import Plan
 from flashnorm.warning import warn
@@ -81,6 +82,7 @@ def fold_checkpoint(
     be reached; QuantizedError for quantized weights; FoldError where a folded weight would overflow
     its dtype. Nothing is left behind then. ValueError for an engine that there is not.
     """
+    need("fold_checkpoint", "transformers", "filelock")
     run: Runner[int] = runner(engine, ray_address)
     source, target = place_of(os.fspath(src)), place_of(os.fspath(dst))
     check_places(source, target)

@@ -20,6 +20,7 @@ from flashnorm.checkpoint.twins import why_untied
 from flashnorm.checkpoint.values import read_parameter
 from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
+from flashnorm.extras import need
 from flashnorm.gguf.file import look
 from flashnorm.loading import (
     check_counts,
@@ -60,6 +61,7 @@ def open_origin(source: PathName, stored: Source | None = None) -> Origin:
 
     Gains are read from `stored`, where it is given: whoever opened it compares tied weights.
     """
+    need("a model that is named, not given as a torch.nn.Module,", "transformers")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".json":
         return _from_config_file(path)

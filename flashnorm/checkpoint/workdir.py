@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from flashnorm.checkpoint.files import copy_file
 from flashnorm.checkpoint.parts import FileSlot
 from flashnorm.errors import CheckpointError
@@ -191,6 +189,8 @@ def _locked(path: Path) -> Iterator[None]:
 
     The lock's file lies beside the directory: Windows renames none in which a file is open.
     """
+    from filelock import FileLock, Timeout
+
     file = path.with_name(path.name + LOCK_SUFFIX)
     if file.is_symlink():
         raise CheckpointError(f"{file} is a link, which flashnorm never makes: remove it")

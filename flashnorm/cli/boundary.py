@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from flashnorm.errors import FlashNormError
+from flashnorm.extras import why_not
 
 ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 DEBUG = "FLASHNORM_DEBUG"
@@ -116,7 +117,8 @@ def _kept_quiet(options: Options) -> Iterator[None]:
         options.warned.append(str(message))
         sys.stderr.write(f"warning: {harmless(str(message))}\n")
 
-    with quiet_transformers(), warnings.catch_warnings():
+    quiet = quiet_transformers if not why_not("transformers") else nullcontext
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"flashnorm\b")
         warnings.showwarning = warn

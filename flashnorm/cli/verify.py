@@ -56,9 +56,7 @@ def run_quick(
     if text is not None:
         raise FlashNormError("--quick runs no model, so it reads no text: leave out one of the two")
     if stream is not None:
-        raise FlashNormError(
-            "--quick runs no model, and always reads from disk: leave out --stream"
-        )
+        raise FlashNormError("--quick runs no model, and reads from disk: leave out --stream")
     if html is not None:
         raise FlashNormError("--html shows what models compute, and --quick runs none: use --json")
     given = read_inputs(inputs)

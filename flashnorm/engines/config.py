@@ -12,8 +12,11 @@ from typing import Any
 from flashnorm.compat.quantizer_names import before_quantizer, quantizing, shards_by_zero3
 from flashnorm.engines.loaded import prepare_
 from flashnorm.errors import FlashNormError
+from flashnorm.extras import need
 from flashnorm.runtime.package.options import Package
 from flashnorm.undo import UNDO
+
+need("flashnorm.FlashNormConfig", "transformers")  # whose classes these are
 
 METHOD = "flashnorm"
 _theirs = quantizing()

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
+# Windows looks a name up in one library alone, so that the runtime's own is named there as well.
+LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll", "libiomp5md.dll")
 SOFT = 1  # omp_pause_soft: what the runtime was told stays as it is
 
 
 def torch_symbols(*names: str) -> list[ctypes.c_void_p] | None:
     """Functions of torch's own library or of what it has loaded; None if one is missing."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+    for library in LIBRARIES:
         try:
-            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-            return [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
+            found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library))
+            return [ctypes.cast(getattr(found, name), ctypes.c_void_p) for name in names]
         except (OSError, AttributeError):
             continue
     return None

@@ -188,7 +188,7 @@ class Report(Paged, pages="flashnorm.html.verified"):
         return panel(self)
 
     def __str__(self) -> str:
-        from flashnorm.verification.show import plain
+        from flashnorm.verification.plain import plain
 
         return plain(self)
 

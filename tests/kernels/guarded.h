@@ -6,8 +6,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+// windows.h has names of api.h.
+extern "C" {
+__declspec(dllimport) void* VirtualAlloc(void*, size_t, unsigned long kind, unsigned long access);
+__declspec(dllimport) int VirtualProtect(void*, size_t, unsigned long access, unsigned long* before);
+__declspec(dllimport) int VirtualFree(void*, size_t, unsigned long kind);
+__declspec(dllimport) void* LoadLibraryA(const char*);
+__declspec(dllimport) void* GetProcAddress(void*, const char*);
+}
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
 
 #include <random>
 
@@ -44,20 +55,42 @@ inline double rounded(int32_t type, double v) {
   return fabs(near) > largest(type) ? copysign(INFINITY, v) : near;
 }
 
+// Memory in pages, of which the last one may not be touched.
+constexpr int64_t PAGE = 65536;  // a multiple of what systems have
+#ifdef _WIN32
+inline char* guarded(int64_t bytes) {
+  constexpr unsigned long reserve_and_commit = 0x3000, read_and_write = 4, nothing = 1;
+  char* memory = static_cast<char*>(VirtualAlloc(nullptr, bytes, reserve_and_commit, read_and_write));
+  unsigned long before;
+  if (!memory || !VirtualProtect(memory + bytes - PAGE, PAGE, nothing, &before)) abort();
+  return memory;
+}
+inline void release(char* memory, int64_t) {
+  constexpr unsigned long release = 0x8000;
+  VirtualFree(memory, 0, release);
+}
+#else
+inline char* guarded(int64_t bytes) {
+  void* memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED || mprotect(static_cast<char*>(memory) + bytes - PAGE, PAGE, PROT_NONE))
+    abort();
+  return static_cast<char*>(memory);
+}
+inline void release(char* memory, int64_t bytes) { munmap(memory, static_cast<size_t>(bytes)); }
+#endif
+
 // `count` numbers that end where the page that may not be touched begins.
 class Numbers {
  public:
   Numbers(int32_t type, int64_t count) : type(type), count(count) {
-    const int64_t page = sysconf(_SC_PAGESIZE), bytes = count * FORMATS[type].bytes;
-    whole_ = (bytes + page - 1) / page * page + page;
-    memory_ = static_cast<char*>(mmap(nullptr, static_cast<size_t>(whole_), PROT_READ | PROT_WRITE,
-                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (memory_ == MAP_FAILED || mprotect(memory_ + whole_ - page, static_cast<size_t>(page), PROT_NONE))
-      abort();
-    data = memory_ + whole_ - page - bytes;
+    const int64_t bytes = count * FORMATS[type].bytes;
+    whole_ = (bytes + PAGE - 1) / PAGE * PAGE + PAGE;
+    memory_ = guarded(whole_);
+    data = memory_ + whole_ - PAGE - bytes;
     memset(data, 0xff, static_cast<size_t>(bytes));  // NaN in every type: what is not written is seen
   }
-  ~Numbers() { munmap(memory_, static_cast<size_t>(whole_)); }
+  ~Numbers() { release(memory_, whole_); }
   Numbers(const Numbers&) = delete;
   Numbers& operator=(const Numbers&) = delete;
 

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "flashnorm/kernels/cpu/csrc"
 ARM = ("aarch64", "arm64")
+LIBRARIES = "/usr/aarch64-linux-gnu"  # of the cross compiler
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 PARTS = ("isa_portable", "isa_neon", "library", "thread_pool")
 HOW = "apt install g++-aarch64-linux-gnu qemu-user (or pip install ziglang for the compiler)"
@@ -49,10 +50,15 @@ def emulator() -> list[str] | str:
     return [found] if found else f"nothing here runs programs of aarch64: {HOW}"
 
 
+def recipe() -> dict[str, Any]:
+    """The names of setup.py."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
 def flags() -> list[str]:
     """What setup.py compiles the kernels with."""
-    with mock.patch("setuptools.setup"):
-        made: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
+    made = recipe()
     return [*made["FLAGS"], *made["SETS"]["aarch64"]["neon"]]
 
 
@@ -65,19 +71,19 @@ def build(target: Path, sources: Path = SOURCES, parts: tuple[str, ...] = PARTS)
     assert not isinstance(command, str), command
     target.mkdir(parents=True, exist_ok=True)
     for name in parts:
-        _compile(command, [*flags(), "-DFLASHNORM_HAS_NEON"], sources / f"{name}.cpp", target)
+        compile_one(command, [*flags(), "-DFLASHNORM_HAS_NEON"], sources / f"{name}.cpp", target)
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", f"-I{sources}", *CONSTANTS]
-    _compile(command, options, HERE / "alone.cpp", target)
+    compile_one(command, options, HERE / "alone.cpp", target)
     objects = [str(target / f"{name}.o") for name in (*PARTS, "alone")]
-    _run([*command, "-static", "-pthread", *objects, "-o", str(target / "alone")])
+    run_tool([*command, "-static", "-pthread", *objects, "-o", str(target / "alone")])
     return target / "alone"
 
 
-def _compile(command: list[str], options: list[str], source: Path, target: Path) -> None:
-    _run([*command, *options, "-c", str(source), "-o", str(target / f"{source.stem}.o")])
+def compile_one(command: list[str], options: list[str], source: Path, target: Path) -> None:
+    run_tool([*command, *options, "-c", str(source), "-o", str(target / f"{source.stem}.o")])
 
 
-def _run(command: list[str]) -> None:
+def run_tool(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -89,6 +95,23 @@ def run(program: Path, isa: str = "neon") -> subprocess.CompletedProcess[str]:
     assert not isinstance(before, str), before
     command = [*before, str(program), isa]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def linked(library: Path, program: Path) -> Path:
+    """The driver as a program that loads a library of aarch64, such as that in a wheel."""
+    command = compiler()
+    assert not isinstance(command, str), command
+    options = ["-std=c++17", "-O2", f"-I{SOURCES}", *CONSTANTS, str(HERE / "alone.cpp")]
+    places = [str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program)]
+    run_tool([*command, *options, *places])
+    return program
+
+
+def emulator_of_shared() -> list[str]:
+    """What to put before a program that loads libraries: an emulator is told where those are."""
+    before = emulator()
+    assert not isinstance(before, str), before
+    return [*before, "-L", LIBRARIES] if before else []
 
 
 def main() -> int:

@@ -17,9 +17,15 @@ from flashnorm.errors import FlashNormError
 from flashnorm.kernels.cpu import crossovers
 from flashnorm.kernels.openmp import pause, torch_symbols
 
-PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name("_cpu.so"))
+NAME = "_cpu.dll" if os.name == "nt" else "_cpu.so"
+PATH = Path(os.environ.get("FLASHNORM_CPU_LIBRARY") or Path(__file__).with_name(NAME))
 ABI = 9  # FLASHNORM_ABI in csrc/api.h
-REBUILD = "reinstall flashnorm with a C++17 compiler (g++ or clang++) to have them"
+COMPILERS = "clang-cl" if os.name == "nt" else "g++ or clang++"
+REBUILD = f"reinstall flashnorm with a C++17 compiler ({COMPILERS}) to have them"
+
+# Of an OpenMP runtime: who a thread is, and what starts threads where GNU's entry point is missing.
+NUMBERS = ("omp_get_thread_num", "omp_get_num_threads")
+KMPC = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
 
 _choosing = threading.RLock()
 
@@ -68,11 +74,12 @@ class Library:
 
         Its symbols are looked up through torch's own library, so that no name of a runtime matters.
         """
-        symbols = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        found = torch_symbols(*symbols)
-        if found is None:
+        if found := torch_symbols("GOMP_parallel", *NUMBERS):
+            self._handle.flashnorm_use_openmp(*found, pause())
+        elif found := torch_symbols(*KMPC, *NUMBERS):
+            self._handle.flashnorm_use_kmpc(*found)
+        else:
             return "one thread: torch has no OpenMP runtime with GOMP_parallel"
-        self._handle.flashnorm_use_openmp(*found, pause())
         return "torch's OpenMP threads"
 
     @property

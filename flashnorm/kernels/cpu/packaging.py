@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Packaging(backend.Packaging):
         library = load()
         if isinstance(library, str):
             return library
+        if os.name == "nt":
+            return "compiled code calls the kernels by their names, which Windows does not look up"
         return "" if operators.AVAILABLE else "the library's operators could not be registered"
 
     def entries(self) -> dict[Any, list[str]]:

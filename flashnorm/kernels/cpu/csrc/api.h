@@ -3,7 +3,11 @@
 #include <stdint.h>
 
 #define FLASHNORM_ABI 9
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Norm : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2, NORM_DYT = 3 };

@@ -32,7 +32,36 @@ struct Choice {
 };
 
 bool always() { return true; }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(_WIN32)
+// What __builtin_cpu_supports asks lies in a library of compilers that is not linked on Windows.
+struct Processor {
+  unsigned first = 0, ebx = 0, ecx = 0, more = 0, states = 0;  // of leaf 1, of leaf 7 in parts, of the system
+
+  Processor() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &first, &d) || !(first >> 27 & 1)) return;  // the system keeps no AVX
+    asm volatile("xgetbv" : "=a"(states), "=d"(d) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &ebx, &ecx, &d)) return;
+    if (a) __get_cpuid_count(7, 1, &more, &b, &c, &d);
+  }
+  bool keeps(unsigned which) const { return (states & which) == which; }
+};
+const Processor& processor() {
+  static const Processor found;
+  return found;
+}
+bool has_avx2() {  // and FMA, AVX, F16C
+  const Processor& p = processor();
+  constexpr unsigned needed = 1u << 12 | 1u << 28 | 1u << 29;
+  return p.keeps(0x6) && (p.first & needed) == needed && (p.ebx >> 5 & 1);
+}
+bool has_avx512() {  // F, DQ, BW, VL
+  constexpr unsigned needed = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  return has_avx2() && processor().keeps(0xe6) && (processor().ebx & needed) == needed;
+}
+bool has_avx512vnni() { return has_avx512() && (processor().ecx >> 11 & 1); }
+bool has_avx512bf16() { return has_avx512vnni() && (processor().more >> 5 & 1); }
+#elif defined(__x86_64__)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");

@@ -1,9 +1,13 @@
 // The C interface: which threads, and the operations.
 #include <atomic>
 #include <stdlib.h>
+#ifdef _WIN32
+#include <malloc.h>
+#endif
 
 #include "formats.h"
 #include "instruction_sets.h"
+#include "openmp.h"
 #include "pieces.h"
 #include "thread_pool.h"
 #include "workspace.h"
@@ -224,6 +228,17 @@ int32_t read_job(const Job& job, int64_t part, int64_t parts) {
   return OK;
 }
 
+#ifdef _WIN32
+void* aligned(int64_t bytes) { return _aligned_malloc(static_cast<size_t>(bytes), 64); }
+void aligned_free(void* memory) { _aligned_free(memory); }
+#else
+void* aligned(int64_t bytes) {
+  void* memory;
+  return posix_memalign(&memory, 64, static_cast<size_t>(bytes)) ? nullptr : memory;
+}
+void aligned_free(void* memory) { free(memory); }
+#endif
+
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool exact_workspace = true;  // so that what lies behind the memory asked for is watched
 #else
@@ -233,7 +248,7 @@ constexpr bool exact_workspace = false;
 struct Workspace {
   void* memory = nullptr;
   int64_t bytes = 0;
-  ~Workspace() { free(memory); }
+  ~Workspace() { aligned_free(memory); }
 };
 
 }  // namespace
@@ -243,10 +258,9 @@ float* flashnorm_workspace(WorkspaceUse use, int64_t floats) {
   Workspace& mine = workspaces[use];
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   if (bytes > mine.bytes || exact_workspace) {
-    free(mine.memory);
-    mine = {nullptr, 0};
-    if (posix_memalign(&mine.memory, 64, static_cast<size_t>(bytes))) mine.memory = nullptr;
-    else mine.bytes = bytes;
+    aligned_free(mine.memory);
+    mine.memory = aligned(bytes);
+    mine.bytes = mine.memory ? bytes : 0;
   }
   return static_cast<float*>(mine.memory);
 }
@@ -258,6 +272,13 @@ EXPORT void flashnorm_use_openmp(OmpParallel start, Number thread, Number thread
   omp_parallel = start;
   omp_thread = thread;
   omp_threads = threads;
+}
+
+// The same of a runtime that has LLVM's entry points alone.
+EXPORT void flashnorm_use_kmpc(decltype(Kmpc::fork) fork, decltype(Kmpc::push_threads) push_threads,
+                               decltype(Kmpc::thread) kmpc_thread, Number thread, Number threads) {
+  kmpc = {fork, push_threads, kmpc_thread};
+  flashnorm_use_openmp(kmpc_parallel, thread, threads, nullptr);
 }
 
 // The name of instruction set i, best first; null behind the last one.

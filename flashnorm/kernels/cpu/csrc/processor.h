@@ -1,7 +1,9 @@
 // What depends on the processor beside its instruction set.
 #pragma once
 #include <stdint.h>
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -12,7 +14,7 @@ inline void relax() {
 }
 
 inline bool is_amd() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(_WIN32)
   static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
   return amd;
 #else

@@ -1,5 +1,13 @@
 #include "thread_pool.h"
 
+#ifdef _WIN32
+// Its threads are POSIX's: there are none of our own here, and OpenMP's take every call.
+bool flashnorm_thread_pool_run(const PoolJob&) { return false; }
+void flashnorm_thread_pool_skip_next() {}
+void flashnorm_thread_pool_use(OmpParallel, OmpPause) {}
+void flashnorm_thread_pool_tune(int64_t, int64_t) {}
+#else
+
 #include <pthread.h>
 #include <sched.h>
 #include <time.h>
@@ -312,3 +320,4 @@ void flashnorm_thread_pool_tune(int64_t ahead, int64_t trials) {
   bytes_ahead.store(ahead);
   trial_calls.store(trials);
 }
+#endif
