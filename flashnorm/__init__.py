@@ -13,6 +13,8 @@ from flashnorm.errors import CheckpointError, FlashNormError, FoldError, Quantiz
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 
 if TYPE_CHECKING:
+    from flashnorm import functional as functional
+    from flashnorm import nn as nn
     from flashnorm.adapters.fold import fold_adapter as fold_adapter
     from flashnorm.checkpoint.fold import fold_checkpoint as fold_checkpoint
     from flashnorm.engines.auto import AutoFlashNormForCausalLM as AutoFlashNormForCausalLM
@@ -57,6 +59,9 @@ _LAZY = {
     "FlashNormConfig": "flashnorm.engines.config",
 }
 
+# Modules that are names of the package as well: `flashnorm.functional.norm_linear`.
+_ROOMS = ("functional", "nn")
+
 __all__ = [
     "CheckpointError",
     "Consumer",
@@ -69,11 +74,14 @@ __all__ = [
     "Span",
     "TraceError",
     "__version__",
+    *_ROOMS,
     *_LAZY,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"flashnorm.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'flashnorm' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

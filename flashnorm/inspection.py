@@ -26,8 +26,9 @@ def inspect(
     copy of a tied head's weight, so that the final gain folds as well; `center` plans to center
     what LayerNorms read, so that they need no mean (E3).
 
-    Raises TraceError where the model cannot be recorded, CheckpointError where a path holds no
-    model that can be read. Source: FlashNorm, arXiv 2407.09577.
+    Raises TraceError where the model cannot be recorded, FlashNormError where a path does not
+    exist, CheckpointError where it holds no model that can be read.
+    Source: FlashNorm, arXiv 2407.09577.
     """
     if isinstance(model, nn.Module):
         return inspect_module(model, example_inputs, untie=untie, center=center)

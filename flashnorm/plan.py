@@ -163,6 +163,10 @@ class Site:
     `scale` says where the scale per row of an RMSNorm may be applied, `scale_reason` why not
     elsewhere; `readers` and `renorms` say it one by one. `quantized` names the readers that hold
     packed weights: nothing is folded into them, `accelerate_` defers the norm into them.
+
+    `kind` is "rms", "layer", "dyt", "group" or "other"; `gain_state` "folded", "kept" or "none";
+    `bias` one of these or "carried"; `centering` "folded", "kept" or "none"; `scale` "kept",
+    "deferred", "partial" or "cancelled".
     """
 
     path: str
@@ -221,6 +225,7 @@ class Plan(Paged, pages="flashnorm.html.inspected"):
 
     @property
     def folded(self) -> tuple[Site, ...]:
+        """The sites whose gain is folded."""
         return tuple(site for site in self.sites if site.gain_state == "folded")
 
     def gains(self) -> tuple[Gain, ...]:

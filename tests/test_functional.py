@@ -146,3 +146,24 @@ def test_e10_the_scale_of_the_norm_before_cancels(x):
     s = identities.row_scale(x, EPS).unsqueeze(-1)
     found = raw * torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + EPS / s**2)
     close(found, rms(v))
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_an_odd_head_has_no_halves(channels):
+    """torch would cut it into parts of different sizes, and turn the wrong channels."""
+    u, cos, sin, g = (random(*shape) for shape in ((4, channels),) * 3 + ((channels,),))
+    with pytest.raises(ValueError, match=f"{channels} channels are no two halves"):
+        identities.rope(u, cos, sin)
+    with pytest.raises(ValueError, match=f"{channels} channels are no two halves"):
+        identities.shared_gain_tables(cos, sin, g)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_numbers_without_a_norm_are_refused(dtype):
+    """Rounded to whole numbers, a norm would be wrong without a word."""
+    x, weight = torch.ones(2, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    for call in (identities.norm_linear, identities.rms_norm_linear, identities.explain):
+        with pytest.raises(ValueError, match=rf"x is {dtype}; it must have a floating dtype"):
+            call(x, weight)
+    with pytest.raises(ValueError, match="it must have a floating dtype"):
+        identities.Prepared([weight])(x)

@@ -10,7 +10,11 @@ from flashnorm.engines.loaded import prepare_
 
 
 class AutoFlashNormForCausalLM:
-    """AutoModelForCausalLM, whose models run on fused kernels."""
+    """AutoModelForCausalLM, whose models run on fused kernels.
+
+    Raises what transformers raises; TypeError for a FlashNormConfig in the wrong argument;
+    FlashNormError, with `strict`, for a model that cannot be folded or accelerated.
+    """
 
     @classmethod
     def from_pretrained(

@@ -70,7 +70,14 @@ def norm_linear(
     residual: Tensor | None = None,
     input_residual: Tensor | None = None,
 ) -> Tensor:
-    """`(norm(x)·g + β) Wᵀ + c [+ residual]` with norm "rms", "layer", "dyt" or "none"."""
+    """`(norm(x)·g + β) Wᵀ + c [+ residual]` with norm "rms", "layer", "dyt" or "none".
+
+    x: [.., n], float32, bfloat16 or float16 for kernels, any floating dtype on the reference;
+    weight: [k, n], or a `QuantizedWeight`; bias: [k]; gain and norm_bias: [n]; alpha: one number,
+    read by "dyt" alone; residual: [.., k]; input_residual: [.., n], in the dtype of x. Returns
+    [.., k] in the dtype of x. Raises ValueError for an unknown norm and for shapes that do not fit,
+    FlashNormError where no kernel takes the call and falling back is forbidden.
+    """
     biases = None if bias is None else (bias,)
     return run(
         Call(
@@ -108,8 +115,9 @@ def explain(
 
     backend: "cpu", "gpu" or "reference"; reason: on what, or why not a faster one. On a GPU it
     begins with the way ("skinny", "gemm" or "matmul") and says whether that was measured on the
-    card or is a default. weights: one, several that share x, or with an activation gate and up.
-    Raises ValueError for shapes that do not fit.
+    card or is a default. x: [.., n]; weights [k, n]: one, several that share x, or with an
+    activation gate and up; dtypes and the other arguments are those of `norm_linear`. Raises
+    ValueError for an unknown norm or activation and for shapes that do not fit.
     """
     return dispatch.explain(
         Call(
@@ -144,7 +152,8 @@ def norm_linears(
 ) -> list[Tensor]:
     """`[z W_iᵀ + c_i]` with `z = norm(x)·g + β`: the readers of one norm (q, k and v) as one call.
 
-    weights: [k_i, n], biases: [k_i] or None each; returns [.., k_i].
+    x: [.., n]; weights: [k_i, n], biases: [k_i] or None each; returns [.., k_i] in the dtype of x.
+    Dtypes, the other arguments and what is raised are those of `norm_linear`.
     """
     kind, residuals = norms.find(norm), (None, input_residual)
     return run(
@@ -162,7 +171,11 @@ def rms_norm_linear(
     gain_offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """E4: `s ⊙ (x W*ᵀ) + c [+ residual]`, `s = rsqrt(mean(x²) + ε)`; a gain is applied on load."""
+    """E4: `s ⊙ (x W*ᵀ) + c [+ residual]`, `s = rsqrt(mean(x²) + ε)`; a gain is applied on load.
+
+    x: [.., n], weight: [k, n], bias: [k], gain: [n], residual: [.., k]; returns [.., k] in the
+    dtype of x. Dtypes and what is raised are those of `norm_linear`.
+    """
     return norm_linear(
         x, weight, bias, eps=eps, gain=gain, gain_offset=gain_offset, residual=residual
     )
@@ -182,7 +195,9 @@ def layer_norm_linear(
     """E5: `s ⊙ ((x − μ) W*ᵀ) + c [+ residual]`, `s = rsqrt(var(x) + ε)`.
 
     The mean is taken off x and not, as `μ u`, off the product: where |μ| is far larger than the
-    deviation that difference would keep no correct digit.
+    deviation that difference would keep no correct digit. x: [.., n], weight: [k, n], bias: [k],
+    gain and norm_bias: [n], residual: [.., k]; returns [.., k] in the dtype of x. Dtypes and what
+    is raised are those of `norm_linear`.
     """
     return norm_linear(
         x,
@@ -207,7 +222,12 @@ def dyt_linear(
     norm_bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """E6: `(tanh(αx)·γ + β) Wᵀ + c [+ residual]`. alpha: one number. Source: arXiv 2503.10622."""
+    """E6: `(tanh(αx)·γ + β) Wᵀ + c [+ residual]`: Dynamic Tanh, whose γ is `gain`, β `norm_bias`.
+
+    x: [.., n], weight: [k, n], bias: [k], alpha: one number, gain and norm_bias: [n], residual:
+    [.., k]; returns [.., k] in the dtype of x. Dtypes and what is raised are those of
+    `norm_linear`. Source: Dynamic Tanh, arXiv 2503.10622.
+    """
     return norm_linear(
         x,
         weight,
@@ -240,8 +260,10 @@ def norm_glu(
 ) -> Tensor:
     """`act(z Gᵀ + c_g) ⊙ (z Uᵀ + c_u) [+ residual]` with `z = norm(x)·g + β`.
 
-    gate, up: [m, n] (the halves of one weight: `*weight.chunk(2)`); returns [.., m]. activation:
-    "silu", "gelu" (erf), "gelu_tanh", "relu" or "identity".
+    x: [.., n]; gate, up: [m, n] (the halves of one weight: `*weight.chunk(2)`), their biases [m],
+    residual: [.., m]; returns [.., m] in the dtype of x. activation: "silu", "gelu" (erf),
+    "gelu_tanh", "relu" or "identity". Dtypes, the other arguments and what is raised are those of
+    `norm_linear`; ValueError for an unknown activation, too.
     """
     return run(
         Call(

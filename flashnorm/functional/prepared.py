@@ -94,8 +94,10 @@ class Prepared:
     """`flashnorm.functional` for parameters that stay: `prepared(x, residual=None)` gives a list.
 
     weights, biases and options are those of `flashnorm.functional.norm_linears`, with `activation`
-    those of `norm_glu`. The result is the same as that of the plain functions, in every mode
-    (compiled, traced, with gradients, on other devices).
+    those of `norm_glu`; x: [.., n], weights: [k_i, n]. The result is the same as that of the plain
+    functions, in every mode (compiled, traced, with gradients, on other devices), and in the same
+    dtypes. Raises TypeError for options that are not known and ValueError for an unknown norm; a
+    call raises what those functions raise.
     """
 
     def __init__(
@@ -111,5 +113,5 @@ class Prepared:
         self._run = BoundCalls()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
-        """x: [.., n], residual: [.., k]; returns [.., k_i] for every weight."""
+        """x: [.., n], residual: [.., k]; returns [.., k_i] for every weight, in the dtype of x."""
         return self._run(Call(x, *self._rest, residual))

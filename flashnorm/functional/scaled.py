@@ -43,8 +43,9 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """A weight [k, n] with one scale per output, `max|W_j ⊙ (offset + g)| / largest`.
 
-    gain: [n], folded into W first (E1), in float32. dtype: torch.float8_e4m3fn or torch.int8.
-    Raises FlashNormError for another dtype and for values that are not finite.
+    weight: [k, n], any floating dtype; gain: [n], folded into W first (E1), in float32. dtype:
+    torch.float8_e4m3fn or torch.int8. Raises FlashNormError for another dtype and for values that
+    are not finite, RuntimeError for a gain that does not fit.
     """
     _check_dtype(dtype)
     wide = weight.detach().float()
@@ -72,7 +73,10 @@ def quantize_rows(
     """(q [.., n], a · s [.., 1]) of x [.., n], so that `norm(x) ⊙ (offset + g) ≈ q ⊙ (a · s)`.
 
     s is `rsqrt(mean(x²) + ε)` or of the variance. A row that is all zeros has scale 0; one with an
-    infinity or NaN has scale NaN. Nothing overflows or vanishes on the way, in any dtype of x.
+    infinity or NaN has scale NaN. Nothing overflows or vanishes on the way, in any floating dtype
+    of x. q has `dtype`, torch.float8_e4m3fn or torch.int8, the scales are float32; gain: [n];
+    alpha: one number, read by "dyt" alone. Raises FlashNormError for another dtype and for norms
+    without a kernel, ValueError for an unknown norm, RuntimeError for a gain that does not fit.
     """
     _check_dtype(dtype)
     kind = _kind(norm)
@@ -100,9 +104,10 @@ def scaled_norm_linear(
     """`(norm(x) ⊙ (offset + g)) Wᵀ + c` with x quantized by rows and the norm in their scale.
 
     x: [.., n], bfloat16 for FP8 weights (as the products of torch ask), any floating dtype for
-    int8; bias: [k]; returns [.., k] in the dtype of x. Runs on the CPU and on NVIDIA GPUs of
-    capability 8.9 (FP8) or 8.0 (int8) and later. Raises FlashNormError elsewhere (`why_not`),
-    ValueError for shapes that do not fit.
+    int8; weight: [k, n] of `quantize_weight`; bias: [k], gain: [n]; returns [.., k] in the dtype of
+    x. Runs on the CPU and on NVIDIA GPUs of capability 8.9 (FP8) or 8.0 (int8) and later. Raises
+    FlashNormError elsewhere (`why_not`), ValueError for an x of another width and an unknown norm,
+    RuntimeError for a bias or gain that does not fit.
     """
     if x.shape[-1] != weight.features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight {weight.features}")

@@ -68,6 +68,8 @@ def check(call: Call) -> None:
     """Raise ValueError, naming the argument, where the arguments are not those of one operation."""
     x, weights, biases, _, _, gain, _, norm_bias, alpha, activation, output_residual, added = call
     check_activation(activation)
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype}; it must have a floating dtype")
     n = x.shape[-1]
     for w in weights:
         if w.dim() != 2 or w.shape[1] != n:

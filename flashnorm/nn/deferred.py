@@ -17,15 +17,20 @@ from flashnorm.nn.norms import FlashRMSNorm
 
 
 class RowScale:
-    """`1/s² = mean(x²) + ε` of the rows that a norm saw last in this thread: [.., 1]."""
+    """`1/s² = mean(x²) + ε` of the rows that a norm saw last in this thread: [.., 1].
+
+    float32, float64 for rows of float64. `get` raises RuntimeError where no norm ran before.
+    """
 
     def __init__(self) -> None:
         self._held = threading.local()
 
     def set(self, inverse_square: Tensor) -> None:
+        """Keep 1/s², [.., 1], for this thread."""
         self._held.value = inverse_square
 
     def get(self) -> Tensor:
+        """The 1/s², [.., 1], that was set last in this thread; RuntimeError where none was."""
         try:
             return self._held.value
         except AttributeError:
@@ -49,6 +54,9 @@ class FlashLinkedRMSNorm(FlashRMSNorm):
     `s · v / sqrt(mean(s²v²) + ε) = v / sqrt(mean(v²) + ε/s²)`. Axis `rows[i]` of v is the i-th row
     axis of what the other norm read. With `defers` the output is `v · (offset + weight)` alone, and
     the scale waits in `row_scale`, where anybody needs it.
+
+    v: [.., n] in any floating dtype, which the result has too; computed as `FlashRMSNorm` computes.
+    `fold_(cancel=True)` makes these. Raises RuntimeError where the other norm did not run before.
     """
 
     undoes: RowScale | None = None
@@ -75,7 +83,11 @@ class FlashLinkedRMSNorm(FlashRMSNorm):
 
 
 class ScaleFeatures:
-    """A hook on a linear layer: `y = s · y` on features that (start, length) pairs name."""
+    """A forward hook on a linear layer: `y = s · y` on features that (start, length) pairs name.
+
+    y: [.., k] in any floating dtype, s: [.., 1] from `row_scale`; the product is made in the dtype
+    of s and rounded to that of y. Raises RuntimeError where no norm set the scale.
+    """
 
     def __init__(self, row_scale: RowScale, features: Sequence[tuple[int, int]]) -> None:
         self.row_scale, self.features = row_scale, tuple(features)

@@ -40,8 +40,12 @@ class NormReaders(nn.Module):
 
     With `gain` the norm has a parameter of that name, [n], which begins at `1 − gain_offset`; with
     `norm_bias` one that begins at zero; DyT has `alpha`, [1], which begins at the number given.
-    Parameters are read at every call: they may be moved, replaced, parametrized and shared as those
-    of any module.
+    `device` and `dtype` are those of the parameters. They are read at every call: they may be
+    moved, replaced, parametrized and shared as those of any module.
+
+    x: [.., n] in any floating dtype, which is that of the results. Raises ValueError for an unknown
+    norm or activation, and at a call where x or a residual does not fit; TypeError for arguments
+    that are not known.
     """
 
     def __init__(
@@ -134,8 +138,8 @@ class NormReaders(nn.Module):
 class NormLinear(NormReaders):
     """`y = z Wᵀ + c [+ residual]`, one norm and one linear layer.
 
-    weight: [out_features, n], bias: [out_features] or None, as in `nn.Linear`; the other arguments
-    are those of `NormReaders`. Unknown norms raise ValueError.
+    weight: [out_features, n], bias: [out_features] or None, as in `nn.Linear`; the other arguments,
+    dtypes and what is raised are those of `NormReaders`. Unknown norms raise ValueError.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class NormLinear(NormReaders):
         super().__init__(in_features, [Reader("weight", "bias", out_features, bias)], **norm)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [.., n], residual: [.., out_features]; returns [.., out_features]."""
+        """x: [.., n], residual: [.., out_features]; returns [.., out_features] in x's dtype."""
         return self._run(x, residual)[0]
 
 
@@ -152,7 +156,8 @@ class NormLinears(NormReaders):
     """`y_i = z W_iᵀ + c_i`: the readers of one norm (q, k and v) as one call.
 
     weight_i: [out_features[i], n], bias_i: [out_features[i]] or None; `bias` is one answer for all
-    or one for each. The other arguments are those of `NormReaders`.
+    or one for each. The other arguments and dtypes are those of `NormReaders`. Raises ValueError
+    for another number of answers, and what `NormReaders` raises.
     """
 
     def __init__(
@@ -173,7 +178,7 @@ class NormLinears(NormReaders):
         super().__init__(in_features, readers, **norm)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x: [.., n]; returns [.., out_features[i]] for every reader."""
+        """x: [.., n]; returns [.., out_features[i]] for every reader, in the dtype of x."""
         return tuple(self._run(x))
 
     def _shown(self, features: list[int]) -> str:
@@ -184,8 +189,8 @@ class NormGLU(NormReaders):
     """`y = act(z Gᵀ + c_g) ⊙ (z Uᵀ + c_u) [+ residual]`: a norm, gate and up, and their product.
 
     gate_weight and up_weight: [width, n], gate_bias and up_bias: [width] or None; activation:
-    "silu", "gelu" (erf), "gelu_tanh", "relu" or "identity". The other arguments are those of
-    `NormReaders`. Unknown norms and activations raise ValueError.
+    "silu", "gelu" (erf), "gelu_tanh", "relu" or "identity". The other arguments, dtypes and what is
+    raised are those of `NormReaders`. Unknown norms and activations raise ValueError.
     """
 
     def __init__(
@@ -201,7 +206,7 @@ class NormGLU(NormReaders):
         super().__init__(in_features, readers, activation, **norm)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [.., n], residual: [.., width]; returns [.., width]."""
+        """x: [.., n], residual: [.., width]; returns [.., width] in the dtype of x."""
         return self._run(x, residual)[0]
 
     def _shown(self, features: list[int]) -> str:

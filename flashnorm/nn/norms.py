@@ -19,7 +19,9 @@ class FlashRMSNorm(nn.Module):
     `absent` names the parameters that a fold removed, with the number that each of them held: they
     are written into a state dict, and may be in one that is loaded, so that checkpoints stay those
     of the original model. With `contiguous` the result is laid out as a LayerNorm's always is: code
-    behind it may count on that. Source: FlashNorm, arXiv 2407.09577.
+    behind it may count on that. Loading a state dict raises ValueError where it has another value
+    for a name in `absent`. x of another width raises RuntimeError where there is a weight or a
+    bias; without them any width is normalized. Source: FlashNorm, arXiv 2407.09577.
     """
 
     weight: Tensor | None
@@ -82,8 +84,9 @@ class DyT(nn.Module):
     """Dynamic Tanh: `y = tanh(α·x) · γ + β`, a replacement for a norm without any statistic.
 
     x: [.., n]; α is one number, γ (`weight`) and β (`bias`) are [n]. The gain and bias fold into
-    the linear layers that read y (E6 with E1 and E2); α stays. Computed in the dtype of x.
-    Source: Dynamic Tanh, arXiv 2503.10622; FlashNorm, arXiv 2407.09577.
+    the linear layers that read y (E6 with E1 and E2); α stays. Computed in the dtype that torch
+    promotes x and the parameters to, float32 with its own. Raises RuntimeError for an x of another
+    width. Source: Dynamic Tanh, arXiv 2503.10622; FlashNorm, arXiv 2407.09577.
     """
 
     bias: Tensor | None

@@ -11,8 +11,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Give every packed weight of a model its numbers in memory: W, rounded once to its dtype.
 
     What is tied stays tied. Afterwards it is an ordinary model, which trains, folds and can be
-    written by `save_pretrained`; it takes the memory of its dtype. Returns the model; one that
-    holds no packed weight stays as it is.
+    written by `save_pretrained`; it takes the memory of its dtype. A weight [k, n] keeps its shape,
+    and has the dtype that the model computes in. Returns the model; one that holds no packed weight
+    (`PackedTensor`, as `load_gguf` makes them) stays as it is. Raises nothing of its own.
     """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -77,9 +77,11 @@ class Acceleration(Paged, pages="flashnorm.html.accelerated"):
 
     @property
     def fused(self) -> tuple[Part, ...]:
+        """The parts that run on a kernel."""
         return tuple(part for part in self.parts if not part.reason)
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON-serializable dict."""
         return asdict(self)
 
     @staticmethod

@@ -24,6 +24,7 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Coverage",
         "",
+        "Which models flashnorm folds exactly, one by one, and why not the others. "
         f"Made by `python -m tests.zoo.coverage` with transformers {transformers.__version__} and "
         f"torch {torch.__version__.split('+')[0]}: every model type that can be built tiny, with "
         "random gains and biases, folded in memory, float64 with all casts kept in float64. "

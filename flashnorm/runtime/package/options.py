@@ -13,7 +13,8 @@ class Package:
     """A decode step to be kept in `directory`: for `batch` sequences of up to `length` tokens.
 
     Memory for a cache of `length` tokens is reserved when a sequence is decoded. Longer sequences
-    and other batches run as without a package.
+    and other batches run as without a package. Raises FlashNormError for a batch below 1 or a
+    length below 2.
     """
 
     directory: str | os.PathLike[str]
