@@ -102,17 +102,25 @@ def locate(source: PathName) -> dict[str, str]:
     """
     need("a model that is named, not given as a torch.nn.Module,", "transformers")
     name = os.fspath(source)
+    if not name:
+        raise FlashNormError("no model is named: the name is empty")
     path = Path(name).expanduser()
     if path.is_file():
         return _locate_file(path)
     if path.is_dir():
         return _locate_in_directory(path)
-    if _HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix.lower() != ".gguf":
+    if is_hub_id(name):
         return {"pretrained_model_name_or_path": name}
     raise FlashNormError(
         f"{name} does not exist: give a directory with config.json and safetensors, a GGUF file, "
         "or a hub id such as organization/model"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path may be one of a model on a hub."""
+    plain = not name.startswith(".") and not name.lower().endswith(".gguf")
+    return plain and _HUB_ID.fullmatch(name) is not None
 
 
 def _locate_file(path: Path) -> dict[str, str]:

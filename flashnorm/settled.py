@@ -40,6 +40,13 @@ def with_values(plan: Plan, value_of: Callable[[str], Tensor | None]) -> Plan:
     return replace(plan, sites=sites, untied=untied)
 
 
+def asked_values(plan: Plan) -> list[str]:
+    """The parameters whose values `with_values` asks for."""
+    sites = [site for site in plan.sites if site.gain_state == "folded"]
+    names = [name for s in sites if s.gain for name in (s.gain.parameter, s.norm_bias) if name]
+    return list(dict.fromkeys(names))
+
+
 def _settlement(
     gain: Gain, norm_bias: str, bias: BiasState, value_of: Callable[[str], Tensor | None]
 ) -> Callable[[Site], Site]:

@@ -59,6 +59,7 @@ ORDER = [
     "flashnorm.bench",
     "flashnorm.html",  # records know it by name alone: flashnorm/paged.py
     "flashnorm.engines",
+    "flashnorm.doctor",
     "flashnorm.cli",
     "flashnorm.__main__",
 ]

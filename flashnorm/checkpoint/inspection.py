@@ -10,7 +10,7 @@ from flashnorm.checkpoint.source import Source
 from flashnorm.graph.ambient import on_cpu
 from flashnorm.plan import Plan
 from flashnorm.planner import plan_model
-from flashnorm.settled import with_values, without_folds
+from flashnorm.settled import asked_values, with_values, without_folds
 
 QUANTIZED = (
     "its readers are quantized ({}): a gain per input channel does not fit their scales; fold "
@@ -38,4 +38,5 @@ def inspect_stored(
     plan = replace(plan, notes=(*origin.notes, *plan.notes))
     if origin.quantized:
         return without_folds(plan, QUANTIZED.format(origin.quantized))
-    return with_values(plan, origin.gain)
+    said = origin.ahead(asked_values(plan))
+    return with_values(replace(plan, notes=(*said, *plan.notes)), origin.gain)

@@ -1,23 +1,24 @@
 """Where a model comes from when it is named rather than given: its config, and its gains.
 
-Nothing here loads weights. Gains are read one by one from safetensors where these are at hand.
+Nothing here loads weights. Gains are read one by one from safetensors, on disk or on the hub.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm.checkpoint.config import quantization
+from flashnorm.checkpoint.hub import Remote, open_remote, snapshot
 from flashnorm.checkpoint.mapping import Mapped, map_parameters
 from flashnorm.checkpoint.source import Source, open_source
 from flashnorm.checkpoint.twins import why_untied
-from flashnorm.checkpoint.values import read_parameter
+from flashnorm.checkpoint.values import Load, load_tensor, read_parameter
 from flashnorm.content import damage, why_damaged
 from flashnorm.errors import CheckpointError, FlashNormError
 from flashnorm.extras import need
@@ -38,15 +39,24 @@ if TYPE_CHECKING:
 
 PathName = str | os.PathLike[str]
 
+NOT_COMPARED = (
+    "config.json ties {} to {}, and the checkpoint holds both: whether they are equal is told once "
+    "it is downloaded"
+)
+
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a named model. `quantized` is the method that its stored weights are in."""
+    """What is known of a named model. `quantized` is the method that its stored weights are in.
+
+    `ahead` is told which gains will be asked for, and returns what is to be said of them.
+    """
 
     config: Any
     quantized: str | None
     notes: tuple[str, ...]
     gain: Callable[[str], Tensor | None]
+    ahead: Callable[[Iterable[str]], tuple[str, ...]] = lambda names: ()
 
     def fake_model(self) -> nn.Module:
         """The model with fake parameters."""
@@ -66,6 +76,8 @@ def open_origin(source: PathName, stored: Source | None = None) -> Origin:
     if path.is_file() and path.suffix == ".json":
         return _from_config_file(path)
     place = locate(source)
+    if not Path(place["pretrained_model_name_or_path"]).is_dir():
+        return _from_hub(place["pretrained_model_name_or_path"])
     if "gguf_file" in place:  # before transformers builds what the file asks for
         look(Path(place["pretrained_model_name_or_path"], place["gguf_file"]))
     config = _config(place, os.fspath(source))
@@ -75,6 +87,34 @@ def open_origin(source: PathName, stored: Source | None = None) -> Origin:
         weights, notes = stored, ()
     method = None if "gguf_file" in place else quantization(config.to_dict())
     return Origin(config, method, (*_folded_note(config), *notes), _gains(weights))
+
+
+def _from_hub(name: str) -> Origin:
+    folder = snapshot(name)
+    config = _config({"pretrained_model_name_or_path": str(folder)}, name)
+    folded, method = _folded_note(config), quantization(config.to_dict())
+    if method:  # no gain will be asked for
+        return Origin(config, method, folded, _no_gain)
+    try:
+        remote = open_remote(name, folder)
+    except FlashNormError as error:
+        return Origin(config, None, (*folded, f"the weights were not read: {error}"), _no_gain)
+    if remote.part is None:
+        return Origin(config, None, (*folded, *_untied_note(folder)), _gains(remote.source))
+    gain = _gains(remote.source, remote.load)
+    return Origin(config, None, folded, gain, partial(_fetch, remote))
+
+
+def _fetch(remote: Remote, names: Iterable[str]) -> tuple[str, ...]:
+    """Fetch gains at once; what of them, and of tied weights, cannot be told."""
+    try:
+        mapped = map_parameters(remote.source)
+        known = [mapped.provenances[name] for name in names if name in mapped.provenances]
+        remote.ahead(tensor for provenance in known for tensor in provenance.tensors)
+    except FlashNormError as error:
+        return (f"gains were not read: {error}",)
+    twins = ((name, other) for name, others in mapped.twins.items() for other in others)
+    return tuple(NOT_COMPARED.format(*pair) for pair in twins)
 
 
 def _from_config_file(path: Path) -> Origin:
@@ -150,8 +190,12 @@ def _weights(path: Path, place: dict[str, str]) -> tuple[Source | None, tuple[st
         source = open_source(path)
     except FlashNormError as error:
         return None, (f"the weights were not read: {error}",)
+    return source, _untied_note(path)
+
+
+def _untied_note(path: Path) -> tuple[str, ...]:
     untied = why_untied(path)
-    return source, ((untied,) if untied else ())
+    return (untied,) if untied else ()
 
 
 def _formats(file: Path) -> str:
@@ -164,7 +208,7 @@ def _formats(file: Path) -> str:
     return f"{count.total()} tensors are stored as a GGUF file has them: {said}"
 
 
-def _gains(source: Source | None) -> Callable[[str], Tensor | None]:
+def _gains(source: Source | None, load: Load = load_tensor) -> Callable[[str], Tensor | None]:
     if source is None:
         return _no_gain
 
@@ -174,7 +218,7 @@ def _gains(source: Source | None) -> Callable[[str], Tensor | None]:
 
     def gain(name: str) -> Tensor | None:
         try:
-            return read_parameter(source, mapped()[name])
+            return read_parameter(source, mapped()[name], load)
         except FlashNormError:
             return None
 

@@ -5,6 +5,7 @@ Weights are mapped into memory and read block by block, so nothing large is held
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -19,7 +20,7 @@ from flashnorm.checkpoint.translate import Absorptions
 from flashnorm.errors import CheckpointError, FoldError
 from flashnorm.plan import Consumer, NormBias, Plan
 
-READ_BYTES = 1 << 20  # up to here a tensor is read at once
+Load = Callable[[Source, Place], Tensor]
 
 
 def load_tensor(source: Source, place: Place) -> Tensor:
@@ -37,11 +38,11 @@ def load_tensor(source: Source, place: Place) -> Tensor:
     return flat.view(place.entry.shape)
 
 
-def read_parameter(source: Source, provenance: Provenance) -> Tensor:
-    """The value of a parameter as the model has it; a mapping where one tensor is all of it."""
+def read_parameter(source: Source, provenance: Provenance, load: Load = load_tensor) -> Tensor:
+    """The value of a parameter as the model has it; what `load` gives where one tensor is all."""
     if len(provenance.slices) == 1 and provenance.slices[0].box.is_plain:
-        return load_tensor(source, source.where[provenance.slices[0].tensor])
-    tensors = {name: load_tensor(source, source.where[name]) for name in provenance.tensors}
+        return load(source, source.where[provenance.slices[0].tensor])
+    tensors = {name: load(source, source.where[name]) for name in provenance.tensors}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
         raise CheckpointError(

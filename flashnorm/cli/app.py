@@ -7,16 +7,25 @@ from typing import Annotated
 
 import typer
 
+from flashnorm.cli import examples
 from flashnorm.cli.boundary import Options, Result, run, stderr_console, stdout_console
 from flashnorm.cli.options import (
     AsJson,
+    BenchVariants,
     Center,
     Centre,
+    Dtypes,
     Engine,
+    Engines,
+    EvalVariants,
     Html,
     Inputs,
     Model,
+    Quiet,
     RayAddress,
+    StoredDtypes,
+    Tasks,
+    Threads,
     Traceback,
     Untie,
     known_engine,
@@ -26,7 +35,6 @@ app = typer.Typer(
     name="flashnorm",
     help="Fold normalization gains into the neighbouring linear layers, exactly, and prove it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,7 +51,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command("inspect")
+@app.command("inspect", epilog=examples.of("inspect"))
 def inspect_command(
     model: Model,
     untie: Untie = False,
@@ -53,6 +61,7 @@ def inspect_command(
     every: Annotated[bool, typer.Option("--all", help="One row per norm.")] = False,
     html: Html = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Show every norm of a model, whether its gain folds, into what, and if not why.
@@ -73,10 +82,10 @@ def inspect_command(
             plan = flashnorm.inspect(model, given, untie=untie, center=_center(center, centre))
         return Result(plan.to_json(), show(plan, every=every), last=page(plan, model))
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
-@app.command("fold")
+@app.command("fold", epilog=examples.of("fold"))
 def fold_command(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A directory, a GGUF file, or a URL as s3://…")
@@ -94,6 +103,7 @@ def fold_command(
     engine: Engine = "local",
     ray_address: RayAddress = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Write a copy of a checkpoint with its gains folded; every shard is read and written once.
@@ -109,10 +119,10 @@ def fold_command(
         return run_fold(source, target, inputs, how, *where)
 
     stays = f"the shards that are finished stay beside {target}; run the same command to go on"
-    run(command, Options(as_json, debug, stays))
+    run(command, Options(as_json, debug, quiet, stays))
 
 
-@app.command("fold-adapter")
+@app.command("fold-adapter", epilog=examples.of("fold-adapter"))
 def fold_adapter_command(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory of a LoRA.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="The new directory to write.")],
@@ -128,6 +138,7 @@ def fold_adapter_command(
         str | None, typer.Option(help="The folded base, to be checked and named in OUT.")
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Make a PEFT LoRA that was trained on the original base fit the folded one, exactly.
@@ -150,10 +161,10 @@ def fold_adapter_command(
         data = {"source": adapter, "target": target, **done.to_json()}
         return Result(data, view)
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
-@app.command("verify")
+@app.command("verify", epilog=examples.of("verify"))
 def verify_command(
     reference: Annotated[str, typer.Argument(metavar="A", help="The reference.")],
     candidate: Annotated[str, typer.Argument(metavar="B", help="What should equal it.")],
@@ -176,6 +187,7 @@ def verify_command(
     ray_address: RayAddress = None,
     html: Html = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Measure whether B computes what A computes: exit code 0 if it does, 1 if it does not.
@@ -192,22 +204,15 @@ def verify_command(
             return run_quick(reference, candidate, text, inputs, engine, ray_address, stream, html)
         return run_verify(reference, candidate, text, inputs, engine, stream, html)
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
-@app.command("bench")
+@app.command("bench", epilog=examples.of("bench"))
 def bench_command(
     model: Model,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="bf16, fp32 or fp16; may be given several times.")
-    ] = None,
-    variants: Annotated[
-        str,
-        typer.Option(help="Of eager, compile, flashnorm, flashnorm+compile, flashnorm+package."),
-    ] = "eager,flashnorm",
-    threads: Annotated[
-        int | None, typer.Option(help="Threads; torch's own choice if left.")
-    ] = None,
+    dtype: Dtypes = None,
+    variants: BenchVariants = "eager,flashnorm",
+    threads: Threads = None,
     rounds: Annotated[int, typer.Option(help="How often each thing is timed.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded.")] = 32,
     context: Annotated[str, typer.Option(help="Tokens before them, as 64,2000,8000.")] = "64",
@@ -215,10 +220,7 @@ def bench_command(
     memory: Annotated[
         bool, typer.Option(help="Measure memory, in processes of their own.")
     ] = False,
-    engines: Annotated[
-        str,
-        typer.Option(help="llama.cpp, openvino: here, or name=python of the environment with it."),
-    ] = "",
+    engines: Engines = "",
     gguf: Annotated[
         str | None, typer.Option(help="What these read; {dtype} stands for the dtype.")
     ] = None,
@@ -233,6 +235,7 @@ def bench_command(
     ] = None,
     html: Html = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Time a model as transformers runs it and as flashnorm does, after checking that it is right.
@@ -260,15 +263,14 @@ def bench_command(
         )
         return run_bench(asked, cache, out, html, as_json)
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
-@app.command("tune")
+@app.command("tune", epilog=examples.of("tune"))
 def tune_command(
-    threads: Annotated[
-        int | None, typer.Option(help="Threads; torch's own choice if left.")
-    ] = None,
+    threads: Threads = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Measure which way to multiply is fastest on this machine, and remember it: half a minute.
@@ -281,10 +283,10 @@ def tune_command(
 
         return run_tune(threads)
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
-@app.command("eval")
+@app.command("eval", epilog=examples.of("eval"))
 def eval_command(
     base: Model,
     folded: Annotated[
@@ -293,16 +295,9 @@ def eval_command(
             metavar="FOLDED", help="A folded checkpoint; MODEL folded in memory if left."
         ),
     ] = None,
-    tasks: Annotated[
-        str, typer.Option(help="Tasks of lm_eval.")
-    ] = "founding_perplexity,founding_continuation",
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="bf16, fp32 or fp16; may be given several times; as stored if left."),
-    ] = None,
-    variants: Annotated[
-        str, typer.Option(help="Of original, folded, accelerated.")
-    ] = "original,folded,accelerated",
+    tasks: Tasks = "founding_perplexity,founding_continuation",
+    dtype: StoredDtypes = None,
+    variants: EvalVariants = "original,folded,accelerated",
     limit: Annotated[int | None, typer.Option(help="Documents of each task; all if left.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences that are read at once.")] = 1,
     include: Annotated[
@@ -312,6 +307,7 @@ def eval_command(
         Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.json and PREFIX.md.")
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Run lm-evaluation-harness on a model, the same folded, and the same accelerated.
@@ -325,7 +321,7 @@ def eval_command(
         asked = settings(base, folded, tasks, dtype, variants, limit, batch_size, include)
         return run_eval(asked, out)
 
-    run(command, Options(as_json, debug))
+    run(command, Options(as_json, debug, quiet))
 
 
 @app.command("demo")
@@ -334,6 +330,7 @@ def demo_command(
         Path, typer.Option(help="Where the checkpoints are written (1.1 GB).")
     ] = Path("demo-output"),
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Fold a small real model and prove that nothing changed: about two minutes on a laptop."""
@@ -341,14 +338,14 @@ def demo_command(
     def command() -> Result:
         from flashnorm.demo import run_demo
 
-        console = stderr_console() if as_json else stdout_console()
-        report = run_demo(directory, console=console)
-        return Result(report.to_json(), None, 0 if report.ok else 1)
+        console = stderr_console() if as_json or quiet else stdout_console()
+        report = run_demo(directory.expanduser(), console=console)
+        return Result(report.to_json(), report if quiet else None, 0 if report.ok else 1)
 
-    run(command, Options(as_json, debug, f"{directory} keeps what is finished"))
+    run(command, Options(as_json, debug, quiet, f"{directory} keeps what is finished"))
 
 
-@app.command("run", context_settings={"allow_interspersed_args": False})
+@app.command("run", epilog=examples.of("run"), context_settings={"allow_interspersed_args": False})
 def run_command(
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND ...", help="What to run, as it is.")
@@ -362,6 +359,7 @@ def run_command(
         Path | None, typer.Option(metavar="FILE", help="Write the summary as JSON, too.")
     ] = None,
     html: Html = None,
+    quiet: Quiet = False,
     debug: Traceback = False,
 ) -> None:
     """Run a program; models that it loads by transformers' from_pretrained are accelerated.
@@ -373,9 +371,9 @@ def run_command(
     def program() -> Result:
         from flashnorm.cli.running import run_program
 
-        return run_program(command, fold, package, report, html)
+        return run_program(command, fold, package, report, html, quiet)
 
-    run(program, Options(False, debug, foreign=True))
+    run(program, Options(False, debug, quiet, foreign=True))
 
 
 def _center(center: bool, centre: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def _settings(asked: Asked, cache: int | None) -> Settings:
         cache=cache_bytes() if cache is None else cache,
         memory=asked.memory,
         engines=tuple(dict.fromkeys(_words(asked.engines))),
-        gguf=asked.gguf,
+        gguf=asked.gguf and os.path.expanduser(asked.gguf),
         packed=asked.packed,
     )
 

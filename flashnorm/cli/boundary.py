@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from flashnorm.extras import why_not
 ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 DEBUG = "FLASHNORM_DEBUG"
 WIDTH = 120  # columns where stdout is no terminal
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 class Output(Console):
@@ -53,6 +55,7 @@ class Options:
 
     as_json: bool
     debug: bool
+    quiet: bool = False
     on_interrupt: str = ""
     foreign: bool = False
     printed: bool = False
@@ -62,7 +65,7 @@ class Options:
 def run(command: Callable[[], Result], options: Options) -> None:
     """Run a command, print its result once, and end with its exit code."""
     with _pipes_closed(), _interrupts_explained(options), _errors_explained(options):
-        with _kept_quiet(options):
+        with _kept_quiet(options), _progress_hidden(options):
             result = command()
         if options.as_json:
             _print_json(result.data | ({"warnings": options.warned} if options.warned else {}))
@@ -81,8 +84,22 @@ def stdout_console() -> Console:
 
 
 def stderr_console() -> Console:
-    """The console for progress and warnings."""
-    return Output(file=sys.stderr)
+    """The console for progress and warnings; it says nothing under --quiet."""
+    return Output(file=sys.stderr, quiet=is_quiet())
+
+
+def is_quiet() -> bool:
+    """Whether a command was started with --quiet."""
+    return _quiet.get()
+
+
+@contextmanager
+def _progress_hidden(options: Options) -> Iterator[None]:
+    before = _quiet.set(options.quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
 
 
 def _print(view: RenderableType) -> None:
@@ -115,7 +132,8 @@ def _kept_quiet(options: Options) -> Iterator[None]:
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         options.warned.append(str(message))
-        sys.stderr.write(f"warning: {harmless(str(message))}\n")
+        if not options.quiet:
+            sys.stderr.write(f"warning: {harmless(str(message))}\n")
 
     quiet = quiet_transformers if not why_not("transformers") else nullcontext
     with quiet(), warnings.catch_warnings():
@@ -139,7 +157,13 @@ def _errors_explained(options: Options) -> Iterator[None]:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        _report(_in_words(error), options)
+        try:
+            _report(_in_words(error), options)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # stdout is full: Python would try again when it ends
+            _leave_stdout()
         raise typer.Exit(ERROR) from None
 
 
@@ -178,7 +202,11 @@ def _pipes_closed() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-        os.close(devnull)
+        _leave_stdout()
         raise typer.Exit(PIPE_CLOSED) from None
+
+
+def _leave_stdout() -> None:
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flashnorm.cli.boundary import Result
+from flashnorm.errors import FlashNormError
 
 if TYPE_CHECKING:
     from flashnorm.plan import Plan
 
 
-def expanded(place: str) -> str:
-    """A path with ~ as the shell has it; a URL as it is."""
-    return place if "://" in place else str(Path(place).expanduser())
+def local(name: str) -> Path | str:
+    """A path with ~ as a shell has it; a URL as it is. Raises FlashNormError for none."""
+    if not name:
+        raise FlashNormError("a path is empty: give SRC and DST, as `flashnorm fold model folded`")
+    return name if "://" in name else Path(name).expanduser()
+
+
+def local_source(name: str) -> Path | str:
+    """What to fold. Raises FlashNormError where nothing is there that may be a model on a hub."""
+    from flashnorm.loading import is_hub_id
+
+    path = local(name)
+    if isinstance(path, str):
+        return path
+    if "/" in name and is_hub_id(name) and not path.exists():
+        raise FlashNormError(
+            f"{name} does not exist here; if it is a model on the hub, download it first: "
+            f"hf download {name} --local-dir {shlex.quote(path.name)}"
+        )
+    return path
 
 
 def run_fold(
@@ -41,8 +59,8 @@ def run_fold(
             report(done, total, name)
 
         plan = flashnorm.fold_checkpoint(
-            expanded(source),
-            expanded(target),
+            local_source(source),
+            local(target),
             strict=how["strict"],
             untie=how["untie"],
             center=how["center"],

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from flashnorm.cli import completion
 from flashnorm.cli.boundary import DEBUG
 from flashnorm.errors import FlashNormError
 
@@ -17,6 +18,10 @@ Html = Annotated[
 ]
 Traceback = Annotated[
     bool, typer.Option("--traceback", help="Show where an error was raised.", envvar=DEBUG)
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no warnings: only the result, or errors."),
 ]
 Untie = Annotated[
     bool, typer.Option("--untie", help="Give a tied head weights of its own, so that it folds too.")
@@ -45,6 +50,46 @@ RayAddress = Annotated[
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A directory, a GGUF file, a config.json or a hub id."),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads; torch's own choice if left.")]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="bf16, fp32 or fp16; may be given several times.",
+        autocompletion=completion.one_of(completion.DTYPES),
+    ),
+]
+StoredDtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="bf16, fp32 or fp16; may be given several times; as stored if left.",
+        autocompletion=completion.one_of(completion.DTYPES),
+    ),
+]
+BenchVariants = Annotated[
+    str,
+    typer.Option(
+        help="Of eager, compile, flashnorm, flashnorm+compile, flashnorm+package.",
+        autocompletion=completion.some_of(completion.BENCH_VARIANTS),
+    ),
+]
+EvalVariants = Annotated[
+    str,
+    typer.Option(
+        help="Of original, folded, accelerated.",
+        autocompletion=completion.some_of(completion.EVAL_VARIANTS),
+    ),
+]
+Engines = Annotated[
+    str,
+    typer.Option(
+        help="llama.cpp, openvino: here, or name=python of the environment with it.",
+        autocompletion=completion.some_of(completion.ENGINES),
+    ),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Tasks of lm_eval.", autocompletion=completion.some_of(completion.TASKS)),
 ]
 
 

@@ -23,7 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from flashnorm.cli.boundary import stderr_console
+from flashnorm.cli.boundary import is_quiet, stderr_console
 
 Report = Callable[[int, int | None, str], None]
 
@@ -86,6 +86,16 @@ class _Shown(Protocol):
     def paused(self) -> AbstractContextManager[None]: ...
 
 
+class _Silent:
+    """Under --quiet."""
+
+    def __call__(self, done: int, total: int | None, name: str, /) -> None:
+        pass
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class _Bar:
     """A moving line, which is taken away while it is paused."""
 
@@ -106,6 +116,9 @@ class _Bar:
 
 @contextmanager
 def _bar(first: str, *columns: ProgressColumn, soon: float = QUIET) -> Iterator[_Shown]:
+    if is_quiet():
+        yield _Silent()
+        return
     console = stderr_console()
     if not console.is_terminal:
         with _lines(first, soon) as report:

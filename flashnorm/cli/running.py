@@ -16,14 +16,17 @@ def run_program(
     fold: bool,
     package: Path | None,
     report: Path | None,
-    html: Path | None = None,
+    html: Path | None,
+    quiet: bool,
 ) -> Result:
     """Run a command to its end; the result has its exit code, and nothing for stdout."""
+    package, report = (p and p.expanduser() for p in (package, report))
     page = promised(html)
     if report is not None:
         report.write_text("{}\n", "utf-8")  # what cannot be written is said before, not after
     ran = run_command(command, fold=fold, package=package)
-    sys.stderr.write(f"{ran}\n")
+    if not quiet:
+        sys.stderr.write(f"{ran}\n")
     if report is not None:
         report.write_text(json.dumps(ran.to_json(), indent=2) + "\n", "utf-8")
     if html is None:

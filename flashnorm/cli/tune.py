@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flashnorm.cli.boundary import Result
+from flashnorm.errors import FlashNormError
 
 if TYPE_CHECKING:
     from flashnorm.kernels.cpu.measure import Measured
@@ -21,6 +22,8 @@ def run_tune(threads: int | None) -> Result:
     from flashnorm.kernels.cpu import calls, crossovers, measure
 
     if threads is not None:
+        if threads < 1:
+            raise FlashNormError(f"--threads takes a count of at least 1, not {threads}")
         torch.set_num_threads(threads)
     with named_steps("measuring") as report:
         found = measure.measure(progress=report)

@@ -426,7 +426,7 @@ def test_other_files(a, b):
     (b / "tokenizer.json").unlink()
     only_file(a, b, "is missing", "tokenizer.json")
     shutil.copy(a / "tokenizer.json", b)
-    for name in ("adapter_config.json", "pytorch_model.bin", "old.safetensors"):
+    for name in ("adapter_config.json", "license.py", "pytorch_model.bin", "old.safetensors"):
         (b / name).write_text("{}")
         only_file(a, b, "would not write it", name)
         (b / name).unlink()

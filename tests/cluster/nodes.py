@@ -10,14 +10,19 @@ ROOT = Path(__file__).parents[2]
 LAYERS, SHARDS = 8, 12
 
 
+def raylet(node):
+    """The process of a node that starts its workers."""
+    return node.all_processes["raylet"][0].process.pid
+
+
 @contextmanager
-def cluster(monkeypatch, folder):
-    """Three nodes of one processor; the first one is the driver's."""
+def cluster(monkeypatch, folder, pause=0.05):
+    """Three nodes of one processor, whose slow values pause so long; the first is the driver's."""
     from ray.cluster_utils import Cluster
 
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setenv("FLASHNORM_TEST_PAUSE", "0.05")
+    monkeypatch.setenv("FLASHNORM_TEST_PAUSE", str(pause))
     monkeypatch.setenv("FLASHNORM_TEST_MARKS", str(folder))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -21,7 +21,7 @@ from tests.checkpoint import cases
 from tests.checkpoint.helpers import llama_plan, llama_tensors, snapshot, write_checkpoint
 from tests.test_cli import run as command
 
-from .nodes import LAYERS, ROOT, SHARDS, cluster
+from .nodes import LAYERS, ROOT, SHARDS, cluster, raylet
 from .slow import SlowValues
 
 ray = pytest.importorskip("ray", reason="`make cluster` installs it")
@@ -96,14 +96,17 @@ def test_every_node_works(three, src, tmp_path, wanted, monkeypatch, marks):
 def test_a_node_that_is_killed_in_mid_run(patch, src, tmp_path, wanted, monkeypatch, marks):
     monkeypatch.setattr(target, "Values", SlowValues)
     monkeypatch.setattr(engine, "BEAT", 0.1)
-    with cluster(patch, marks) as (nodes, others):
-        killed = []
+    for file in marks.iterdir():
+        file.unlink()
+    with cluster(patch, marks, pause=0.3) as (nodes, others):
+        killed, raylets = [], {raylet(node): node for node in others}
 
         def progress(done, total, name):
-            if done and not killed:
-                killed.append(name)
-                for node in others[:1]:
-                    nodes.remove_node(node, allow_graceful=False)
+            """Kill the first node of which a worker is in the middle of a shard."""
+            parents = {parent_of(file.name) for file in marks.iterdir()}
+            for parent in [*parents & raylets.keys()][: 0 if killed else 1]:
+                killed.append(parent)
+                nodes.remove_node(raylets[parent], allow_graceful=False)
 
         with pytest.warns(UserWarning, match=r"\d+ shards lost their worker and were done again"):
             fold_checkpoint(
@@ -112,6 +115,13 @@ def test_a_node_that_is_killed_in_mid_run(patch, src, tmp_path, wanted, monkeypa
         assert killed
     assert snapshot(tmp_path / "dst") == wanted
     assert left_over(tmp_path) == []
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def test_a_driver_that_is_killed_goes_on(three, src, tmp_path, wanted):

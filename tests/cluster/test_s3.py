@@ -144,18 +144,17 @@ def test_an_interrupted_run_goes_on(s3, tmp_path):
 
 
 def test_an_upload_of_several_parts_in_bounded_memory(s3, environment, tmp_path):
-    """Shards of 240 MB: the process needs less than one of them beyond what it needs anyway."""
+    """A shard of 370 MB: the process needs less than that beyond what it needs anyway."""
     tensors = llama_tensors(1, hidden=1024, inner=4096, vocab=80_000)
     src = write_checkpoint(tmp_path / "src", tensors, shards=1)
     del tensors
     size = (src / "model.safetensors").stat().st_size
-    url = put(s3, src, "large")
+    url = put(s3, src, "large/src")
     code = (
         "import sys\n"
         "from flashnorm import fold_checkpoint\n"
         "from tests.checkpoint.helpers import llama_plan\n"
         "from tests.cluster.test_s3 import peak\n"
-        "fold_checkpoint('memory://none', 'nothing') if False else None\n"
         "plan = llama_plan(1, hidden=1024)\n"
         "import s3fs, transformers, flashnorm.checkpoint.fold\n"
         "before = peak()\n"
@@ -172,7 +171,7 @@ def test_an_upload_of_several_parts_in_bounded_memory(s3, environment, tmp_path)
     )
     fold_checkpoint(src, tmp_path / "dst", plan=llama_plan(1, hidden=1024))
     assert stored(s3, "large-dst") == snapshot(tmp_path / "dst")
-    assert size > 300e6
+    assert size > 350e6
     assert int(done.stdout) < 0.9 * size
 
 
