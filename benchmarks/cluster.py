@@ -149,6 +149,8 @@ def main() -> None:
         shards = len([*(work / "src").glob("*.safetensors")])
         print(f"{size / 1e9:.2f} GB in {shards} shards, {layers} layers", flush=True)
         plans = {"src": llama_plan(layers), "small": llama_plan(1)}
+        fold_checkpoint(work / "small", work / "warm", plan=plans["small"])
+        shutil.rmtree(work / "warm")
         rows = rounds(work, plans, options.rounds, options.warm)
     result = summary(rows, size)
     print(table(result))

@@ -38,6 +38,7 @@ from flashnorm.checkpoint.header import Entry, build_header
 from flashnorm.plan import Consumer, Gain, Plan, Site, Span
 
 HIDDEN, INNER, VOCAB, KV = 4096, 14336, 128256, 1024  # the shapes of an 8B model
+HEAD = 128
 SHARD_BYTES = int(1.5e9)
 TARGET_RATIO, TARGET_BYTES = 0.60, 500_000_000
 
@@ -133,7 +134,17 @@ def make_checkpoint(path: Path, layers: int, shard_bytes: int = SHARD_BYTES) -> 
     where = {e.name: name for name, part in zip(names, parts, strict=True) for e in part}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HIDDEN // HEAD,
+        "num_key_value_heads": KV // HEAD,
+    }
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def drop_cache(path: Path) -> None:
