@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
+from sys import float_info
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,6 @@ from flashnorm.errors import PlanError
 from flashnorm.paged import Paged
 
 PLAN_VERSION = 3
-LARGEST = 1e300  # of what a plan says in numbers; beyond, what is made of them overflows
 
 # The name of a norm kind, as `kernels/norms.py` has them.
 Kind = str
@@ -308,8 +308,7 @@ class Plan(Paged, pages="flashnorm.html.inspected"):
 def _read(kind: Any, data: Any, where: str) -> Any:
     """The value of a type from what `asdict` and JSON made of it.
 
-    Raises ValueError or TypeError for what is not of the type. Whole numbers are counts and places,
-    none of which is negative; others are finite.
+    Raises ValueError or TypeError for what is not of the type. Numbers are finite.
     """
     if isinstance(kind, type) and is_dataclass(kind):
         kinds = _hints(kind)
@@ -332,9 +331,9 @@ def _read(kind: Any, data: Any, where: str) -> Any:
 
 def _is(kind: type, data: Any) -> bool:
     if kind is float:
-        return type(data) in (int, float) and abs(data) <= LARGEST
+        return type(data) in (int, float) and abs(data) <= float_info.max
     if kind is int:
-        return type(data) is int and 0 <= data < 1 << 63
+        return type(data) is int and abs(data) < 1 << 63
     return type(data) is kind
 
 
@@ -342,6 +341,9 @@ def _check(site: Site) -> None:
     """Raise PlanError where a site does not say all that its fold needs."""
     if site.gain is not None and not 0 < abs(site.gain.scale) < math.inf:
         raise PlanError(f"{site.path}: the gain is {site.gain.scale} times its parameter")
+    spans = [span for consumer in site.consumers for span in consumer.spans]
+    if min([site.width, *(n for s in spans for n in (s.start, s.gain_start, s.length))]) < 0:
+        raise PlanError(f"{site.path}: a place or a length of it is negative")
     if site.gain_state != "folded":
         return
     if site.gain is None:
