@@ -182,6 +182,8 @@ def _connected(url: str) -> tuple[Any, str]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{url} cannot be read: {error}") from None
+    if hasattr(fs, "max_concurrency"):
+        fs.max_concurrency = AT_ONCE  # parts of an upload that are in memory, 50 MB each for S3
     return fs, root.rstrip("/")
 
 
