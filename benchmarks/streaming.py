@@ -1,14 +1,16 @@
-"""How fast `fold_checkpoint` streams, in how much memory, and whether kills change its result.
+"""How fast `fold_checkpoint` streams and `verify --quick` reads, and whether kills change a fold.
 
 Writes a synthetic Llama-shaped checkpoint (bf16, random weights and gains) into a work directory,
-folds it in fresh processes interleaved with `cp -r` of the same directory on the same disk, then
-kills folds at random moments, resumes them and compares hashes. Prints a table and writes
-benchmarks/results/streaming-<machine>-<date>.json. The work directory is removed at the end.
+folds it and compares a fold of it (`verify_weights`), in fresh processes interleaved with `cp -r`
+of the same directory on the same disk. Then it kills folds at random moments, resumes them and
+compares hashes. Prints a table and writes benchmarks/results/streaming-<machine>-<date>.json. The
+work directory is removed at the end.
 
     python benchmarks/streaming.py --workdir /path/on/the/disk --gigabytes 6.5 --rounds 5 --kills 20
 
-Every run starts with the source dropped from the page cache (posix_fadvise; `--warm` leaves it
-there). A fold ends with its files synced; so `cp` is given twice, alone and with a `sync` after.
+Every run starts with what it reads dropped from the page cache (posix_fadvise; `--warm` leaves it
+there). Comparing reads twice as many bytes as it is credited with, and writes none. A fold ends
+with its files synced; so `cp` is given twice, alone and with a `sync` after.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ TARGET_RATIO, TARGET_BYTES = 0.60, 500_000_000
 
 CHILD = """
 import json, os, pathlib, signal, sys, time
-from flashnorm import Plan, fold_checkpoint
+from flashnorm import Plan, fold_checkpoint, verify_weights
 plan = Plan.from_json(json.loads(pathlib.Path(sys.argv[3]).read_text()))
 def status(key):
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
@@ -55,7 +57,10 @@ before, start = status("VmRSS"), time.perf_counter()
 def progress(done, total, shard):
     if done > limit:
         os.kill(os.getpid(), signal.SIGKILL)
-fold_checkpoint(sys.argv[1], sys.argv[2], plan=plan, progress=progress if limit else None)
+if sys.argv[5] == "fold":
+    fold_checkpoint(sys.argv[1], sys.argv[2], plan=plan, progress=progress if limit else None)
+else:
+    assert verify_weights(sys.argv[1], sys.argv[2], plan=plan).ok
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "peak": status("VmHWM"), "imports": before}))
 """
@@ -155,17 +160,17 @@ def drop_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def start_fold(work: Path, name: str, limit: int = 0) -> subprocess.Popen[str]:
+def started(work: Path, name: str, limit: int = 0, what: str = "fold") -> subprocess.Popen[str]:
     paths = [str(work / part) for part in ("src", name, "plan.json")]
-    command = [sys.executable, "-c", CHILD, *paths, str(limit)]
+    command = [sys.executable, "-c", CHILD, *paths, str(limit), what]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def timed_fold(work: Path, name: str) -> dict[str, float]:
-    process = start_fold(work, name)
+def timed(work: Path, name: str, what: str = "fold") -> dict[str, float]:
+    process = started(work, name, what=what)
     output, _ = process.communicate()
     if process.returncode:
-        raise SystemExit("the fold failed")
+        raise SystemExit(f"the {what} failed")
     return json.loads(output)
 
 
@@ -181,19 +186,25 @@ def timed_copy(work: Path) -> tuple[float, float]:
 
 def rounds(work: Path, count: int, warm: bool) -> list[dict[str, float]]:
     found = []
+    timed(work, "folded")
     for i in range(count):
         row: dict[str, float] = {}
-        for what in ("copy", "fold") if i % 2 else ("fold", "copy"):
+        for what in ("copy", "fold", "check") if i % 2 else ("check", "fold", "copy"):
             os.sync()
             if not warm:
                 drop_cache(work / "src")
+                drop_cache(work / "folded")
             if what == "copy":
                 row["copy"], row["copy_sync"] = timed_copy(work)
+            elif what == "check":
+                checked = timed(work, "folded", "check")
+                row["check"], row["check_peak"] = checked["seconds"], checked["peak"]
             else:
-                row.update(timed_fold(work, "dst"))
+                row.update(timed(work, "dst"))
                 shutil.rmtree(work / "dst")
         print(f"round {i + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         found.append(row)
+    shutil.rmtree(work / "folded")
     return found
 
 
@@ -210,16 +221,16 @@ def hashes(path: Path) -> dict[str, str]:
 
 def kills(work: Path, count: int, size: int) -> dict[str, int]:
     """Kill folds (SIGKILL) at random bytes, resume each, compare with an undisturbed fold."""
-    timed_fold(work, "whole")
+    timed(work, "whole")
     wanted, source = hashes(work / "whole"), hashes(work / "src")
     rng, killed, resumed = random.Random(0), 0, 0
     for i in range(count):
-        process = start_fold(work, "dst", limit=rng.randrange(1, int(0.99 * size)))
+        process = started(work, "dst", limit=rng.randrange(1, int(0.99 * size)))
         killed += process.wait() != 0
         partial = work / ".dst.flashnorm-partial"
         resumed += partial.exists()
         if not (work / "dst").exists():
-            timed_fold(work, "dst")
+            timed(work, "dst")
         if hashes(work / "dst") != wanted or partial.exists():
             raise SystemExit(f"kill {i + 1}: the resumed fold differs")
         shutil.rmtree(work / "dst")
@@ -246,6 +257,7 @@ def summary(rows: list[dict[str, float]], size: int, largest: int) -> dict[str, 
     fold, copy, synced = (
         statistics.median(row[key] for row in rows) for key in ("seconds", "copy", "copy_sync")
     )
+    check = statistics.median(row["check"] for row in rows)
     peak = max(row["peak"] for row in rows)
     return {
         "bytes": size,
@@ -253,6 +265,9 @@ def summary(rows: list[dict[str, float]], size: int, largest: int) -> dict[str, 
         "fold_seconds": fold,
         "copy_seconds": copy,
         "copy_sync_seconds": synced,
+        "check_seconds": check,
+        "check_of_copy": statistics.median(row["copy"] / row["check"] for row in rows),
+        "check_peak_bytes": max(row["check_peak"] for row in rows),
         "speed_of_copy": statistics.median(row["copy"] / row["seconds"] for row in rows),
         "speed_of_copy_sync": statistics.median(row["copy_sync"] / row["seconds"] for row in rows),
         "peak_bytes": peak,
@@ -269,13 +284,16 @@ def table(result: dict[str, float]) -> str:
             f"{label:26}{result[key]:10.2f}{gb / result[key]:8.2f}"
             for label, key in (
                 ("fold_checkpoint, synced", "fold_seconds"),
+                ("verify_weights", "check_seconds"),
                 ("cp -r", "copy_seconds"),
                 ("cp -r, then sync", "copy_sync_seconds"),
             )
         ),
         f"speed: {result['speed_of_copy']:.0%} of cp, {result['speed_of_copy_sync']:.0%} of cp and "
         f"sync (target {TARGET_RATIO:.0%} of cp)",
-        f"peak memory {result['peak_bytes'] / 1e6:.0f} MB, of it "
+        f"comparing: {result['check_of_copy']:.0%} of cp (target {TARGET_RATIO:.0%}), peak memory "
+        f"{result['check_peak_bytes'] / 1e6:.0f} MB",
+        f"peak memory of a fold {result['peak_bytes'] / 1e6:.0f} MB, of it "
         f"{result['peak_over_imports'] / 1e6:.0f} MB over the imports (target below "
         f"{result['peak_limit'] / 1e6:.0f} MB)",
     ]

@@ -285,6 +285,29 @@ def test_verify_quick_says_what_it_cannot_compare(models, tmp_path):
     assert "--inputs is for --quick" in message
 
 
+def test_verify_from_disk(models, monkeypatch):
+    monkeypatch.setattr("flashnorm.checkpoint.disk_model.SMALL", 0)
+    found = json.loads(run("verify", models / "a", models / "b", "--stream", "--json").stdout)
+    assert (found["ok"], found["greedy"]) == (True, None)
+    assert any("read from disk while they were used" in note for note in found["notes"])
+    assert not json.loads(
+        run("verify", models / "a", models / "c", "--stream", "--json", code=1).stdout
+    )["ok"]
+    monkeypatch.setattr("flashnorm.verification.streaming.available_memory", lambda: 1000)
+    assert json.loads(run("verify", models / "a", models / "b", "--json").stdout)["greedy"] is None
+    plain = run("verify", models / "a", models / "b", "--no-stream", "--json").stdout
+    assert json.loads(plain)["greedy"] is not None
+
+
+def test_verify_quick_takes_no_options_of_running(models, tmp_path):
+    both = ("verify", models / "a", models / "b", "--quick")
+    message = error_of(*both, "--no-stream")
+    assert "--quick runs no model, and reads from disk: leave out --stream" in message
+    message = error_of(*both, "--html", tmp_path / "page.html")
+    assert "--quick runs none: use --json" in message
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_verify_reads_a_text(models, tmp_path, monkeypatch):
     seen = {}
 
@@ -294,7 +317,7 @@ def test_verify_reads_a_text(models, tmp_path, monkeypatch):
         def to_json(self):
             return {"ok": True}
 
-    def verify(reference, candidate, *, text, progress):
+    def verify(reference, candidate, *, text, stream, progress):
         seen["text"] = text
         seen["logs"] = transformers.utils.logging.get_logger().isEnabledFor(logging.WARNING)
         print("a library that prints")
