@@ -10,8 +10,14 @@ from importlib.util import find_spec
 from flashnorm.errors import FlashNormError
 
 # What `flashnorm[hf]` asks for in pyproject.toml, and from which version on.
-HF = {"transformers": (5, 16), "filelock": (3, 21), "rich": (13, 0), "typer": (0, 15)}
-HF["accelerate"] = (1, 0)
+HF = {
+    "transformers": (5, 16),
+    "filelock": (3, 21),
+    "rich": (13, 0),
+    "typer": (0, 15),
+    "accelerate": (1, 0),
+    "packaging": (22, 0),
+}
 INSTALL = 'pip install "flashnorm[hf]"'
 
 

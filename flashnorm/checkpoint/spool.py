@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from flashnorm.errors import CheckpointError
 
 PREFIX = "flashnorm-spool-"
@@ -25,6 +23,8 @@ def spool(size: int) -> Iterator[Path]:
     It goes with its process: the next one removes what a killed one has left. Raises
     CheckpointError where the disk has not that much room.
     """
+    from filelock import FileLock
+
     place = Path(tempfile.gettempdir())
     _sweep(place)
     free = shutil.disk_usage(place).free
@@ -46,6 +46,8 @@ def spool(size: int) -> Iterator[Path]:
 
 def _sweep(place: Path) -> None:
     """Remove what belongs to nobody any more: the system ends the lock of a killed process."""
+    from filelock import FileLock, Timeout
+
     for directory in place.glob(f"{PREFIX}*"):
         with suppress(OSError, NotImplementedError, Timeout):
             if time.time() - directory.stat().st_mtime < YOUNG:

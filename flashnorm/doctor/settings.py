@@ -25,6 +25,7 @@ VARIABLES = {
 # Read when the package is built.
 BUILD = {
     "FLASHNORM_NO_KERNELS": "1: install without compiled kernels",
+    "FLASHNORM_NEED_KERNELS": "1: an installation without compiled kernels is an error",
     "FLASHNORM_SANITIZE": "1: build the kernels with sanitizers, which is slow",
 }
 # Of other libraries.

@@ -8,7 +8,7 @@ reads all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from flashnorm.compat.torch_names import no_torch_function
 from flashnorm.errors import FlashNormError
 from flashnorm.quantized.decoding import decoded
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class RowTensor(Tensor):
@@ -38,7 +35,7 @@ class RowTensor(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def of(self, held: Any, shape: Sequence[int], turned: bool = False) -> Self:
+    def of(self, held: Any, shape: Sequence[int], turned: bool = False) -> RowTensor:
         """The same kind of tensor of other rows, in the same dtype."""
         return type(self)(held, shape, self.dtype, turned)
 
@@ -48,11 +45,11 @@ class RowTensor(Tensor):
         device: Any = None,
         non_blocking: bool = False,
         copied: bool = False,
-    ) -> Self:
+    ) -> RowTensor:
         """The same numbers as another tensor, perhaps rounded to another dtype."""
         raise NotImplementedError
 
-    def write_(self, source: Tensor, non_blocking: bool = False) -> Self:
+    def write_(self, source: Tensor, non_blocking: bool = False) -> RowTensor:
         """What `copy_` does; most kinds cannot."""
         raise FlashNormError(f"this would write into {self.WHAT}: {self.MEND}")
 
@@ -72,7 +69,7 @@ class RowTensor(Tensor):
     def __setitem__(self, *args: Any) -> None:
         raise FlashNormError(f"this would write into {self.WHAT}: {self.MEND}")
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self, requires_grad: bool = True) -> RowTensor:
         self.requires_grad = requires_grad
         return self
 

@@ -157,14 +157,14 @@ def test_a_source_that_is_cut_while_it_is_read(src, tmp_path, monkeypatch):
         os.truncate(file, 300)
         return write(*arguments)
 
-    monkeypatch.setattr("flashnorm.checkpoint.fold.write_shard", cut)
-    with pytest.raises(CheckpointError, match="became shorter while it was being read"):
+    monkeypatch.setattr("flashnorm.checkpoint.parts.write_shard", cut)
+    with pytest.raises(CheckpointError, match="is not the file that the plan was made from"):
         fold(src)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["src"]
 
 
 def test_gains_of_a_source_that_was_cut(src, monkeypatch):
-    open_source = flashnorm.checkpoint.fold.open_source
+    open_source = flashnorm.checkpoint.places.open_source
 
     def then_cut(path):
         found = open_source(path)
@@ -172,7 +172,7 @@ def test_gains_of_a_source_that_was_cut(src, monkeypatch):
             os.truncate(path / name, 300)
         return found
 
-    monkeypatch.setattr("flashnorm.checkpoint.fold.open_source", then_cut)
+    monkeypatch.setattr("flashnorm.checkpoint.places.open_source", then_cut)
     with pytest.raises(CheckpointError, match="became shorter while it was being read"):
         fold(src)
 
@@ -297,8 +297,8 @@ def test_packages_are_made_where_nobody_else_may_write(tmp_path):
 
 def test_a_workdir_of_this_user_goes_on(tmp_path):
     with suppress(KeyboardInterrupt), open_workdir(tmp_path / "dst", "a") as work:
-        work.temporary("x").write_text("x")
-        work.finish("x", 3)
+        work.slot("x").path.write_text("x")
+        work.finish("x", 1, 3)
         raise KeyboardInterrupt
     with open_workdir(tmp_path / "dst", "a") as work:
         assert work.is_done("x", 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from filelock import FileLock
 
 from flashnorm import fold_checkpoint
-from flashnorm.checkpoint import workdir
 from flashnorm.checkpoint.workdir import open_workdir
 
 from .helpers import llama_plan, llama_tensors, write_checkpoint
@@ -28,7 +28,7 @@ def test_a_file_system_without_locks(src, monkeypatch, error):
     def acquire(*args, **options):
         raise error
 
-    monkeypatch.setattr(workdir.FileLock, "acquire", acquire)
+    monkeypatch.setattr(FileLock, "acquire", acquire)
     fold_checkpoint(src, src.parent / "dst", plan=llama_plan(2))
     assert sorted(path.name for path in src.parent.iterdir()) == ["dst", "src"]
 
