@@ -95,6 +95,7 @@ def row(what: str, found: dict[str, Any]) -> dict[str, Any]:
         "float64_error": report["float64"]["max"],
         "float64_bound": report["float64_bound"],
         "first_wrong": None if wrong is None else wrong["path"],
+        "wrong_weight": (report["weights"] or {}).get("first", ""),
         "seconds": found["seconds"],
         "peak_gb": found["peak"] / 1e9,
     }
@@ -142,12 +143,13 @@ def table(found: dict[str, Any]) -> str:
         f"{found['machine']}, {found['memory_gb']:.0f} GB of memory. "
         f"The large checkpoint has {found['checkpoint_gb']:.1f} GB in bfloat16 "
         f"({found['layers']} layers), {found['float64_gb']:.0f} GB in float64.\n\n"
-        "| | same | float64 error | bound | first wrong module | seconds | peak memory, GB |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| | same | float64 error | bound | first wrong module | wrong weight | seconds | peak "
+        "memory, GB |\n|---|---|---|---|---|---|---|---|\n"
     )
     lines = [
         f"| {r['what']} | {'yes' if r['ok'] else 'no'} | {r['float64_error']:.1e} | "
-        f"{r['float64_bound']:.1e} | {r['first_wrong'] or ''} | {r['seconds']:.0f} | "
+        f"{r['float64_bound']:.1e} | {r['first_wrong'] or ''} | {r['wrong_weight']} | "
+        f"{r['seconds']:.0f} | "
         f"{r['peak_gb']:.1f} |"
         for r in found["rows"]
     ]

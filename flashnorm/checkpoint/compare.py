@@ -28,6 +28,7 @@ class Difference:
 
     Of values: `count` of `numel` elements have other bits, the first at index `first`, which is
     `found` where `expected` should be; `largest` is max|Δ|, None where elements are no numbers.
+    `summed`: sums make it (W β, means), whose last bit may differ between machines.
     """
 
     tensor: str
@@ -39,6 +40,7 @@ class Difference:
     numel: int = 0
     first: tuple[int, ...] = ()
     largest: float | None = None
+    summed: bool = False
 
     def joined(self, other: Difference | None) -> Difference:
         """With another part of the same tensor."""
@@ -106,7 +108,10 @@ def check_shard(
                 report(block.nbytes)
                 if wrong is not None:
                     found[wrong.tensor] = wrong.joined(found.get(wrong.tensor))
-    return tuple(replace(wrong, file=candidate.name) for wrong in found.values())
+    return tuple(
+        replace(wrong, file=candidate.name, summed=values.sums(wrong.tensor))
+        for wrong in found.values()
+    )
 
 
 def _compare(

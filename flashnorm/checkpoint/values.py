@@ -81,6 +81,14 @@ class Values:
                     value[part.box.index] = self._done[parameter][part.place]
         return value
 
+    def sums(self, name: str) -> bool:
+        """Whether sums make a tensor, in an order that is the machine's: biases that take W β, and
+        what is centered."""
+        if name in self._changes.centers:
+            return True
+        parameters = self._changes.small.get(name, ())
+        return any(one in self._biases or one in self._axes for one in parameters)
+
     def rewrite_(self, name: str, rows: Tensor, absorbs: Absorptions, center: int | None) -> int:
         """E1, then E3, of rows of the tensor `name`, in place.
 

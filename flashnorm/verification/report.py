@@ -95,6 +95,18 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The tensors of a fold against what it makes of the reference, bit for bit.
+
+    compared: how many; wrong: the names of those that differ, of which `first` says how.
+    """
+
+    compared: int
+    wrong: tuple[str, ...]
+    first: str
+
+
+@dataclass(frozen=True)
 class Check:
     """One part of the verdict."""
 
@@ -110,8 +122,9 @@ class Report(Paged, pages="flashnorm.html.verified"):
     `float64` and `float32` are the candidate against the reference in that precision; `precise` and
     `half` are both models against the float64 truth of the reference, in float32 and in
     `half_dtype`. `kl` is in nats per position. `layers` holds the compared modules in the order of
-    execution, and is empty where the float64 outputs agree. What could not be measured is None, and
-    `notes` say why.
+    execution, and is empty where the float64 outputs agree. `weights` are there where both are
+    directories, and the candidate says that this version folded it. What could not be measured is
+    None, and `notes` say why.
     """
 
     reference: str
@@ -135,6 +148,7 @@ class Report(Paged, pages="flashnorm.html.verified"):
     layers: tuple[LayerError, ...]
     notes: tuple[str, ...]
     seconds: float
+    weights: Weights | None = None
     version: int = REPORT_VERSION
 
     @property
@@ -156,6 +170,8 @@ class Report(Paged, pages="flashnorm.html.verified"):
             )
         if self.greedy is not None:
             found.append(Check("greedy tokens", self.greedy.ok, _greedy_words(self.greedy)))
+        if self.weights is not None:
+            found.append(Check("weights", not self.weights.wrong, _weights_words(self.weights)))
         return tuple(found)
 
     @property
@@ -191,6 +207,14 @@ class Report(Paged, pages="flashnorm.html.verified"):
         from flashnorm.verification.plain import plain
 
         return plain(self)
+
+
+def _weights_words(weights: Weights) -> str:
+    if not weights.wrong:
+        return f"{weights.compared} tensors are, bit for bit, what the fold makes"
+    return (
+        f"{len(weights.wrong)} of {weights.compared} are not what the fold makes: {weights.first}"
+    )
 
 
 def _greedy_words(greedy: Greedy) -> str:

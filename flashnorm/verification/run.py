@@ -21,6 +21,7 @@ from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
 from flashnorm.verification.bounds import Size, output_bound, width_of
 from flashnorm.verification.choices import Choices
+from flashnorm.verification.folded import compared_weights, is_own_fold
 from flashnorm.verification.inputs import Inputs, Samples
 from flashnorm.verification.layers import counted_matrices, layer_errors
 from flashnorm.verification.packed import PACKED
@@ -72,7 +73,9 @@ def verify(
       float64 truth is at most `bounds.HALF_RATIO` times the reference's own, beyond chance: two
       standard errors over the compared positions;
     - the greedy tokens are equal, or part where the reference's margin is smaller than the float32
-      difference of the two models (and than what its bound allows).
+      difference of the two models (and than what its bound allows);
+    - where both are directories and the candidate says that this version folded it: its tensors
+      are, bit for bit, what the fold makes (`verify_weights`), but for sums.
 
     text: what is read, default a shipped public-domain text; tokens: how many of its tokens carry
     the perplexity (float32); sample: how many are compared in full. tokenizer: default the
@@ -87,7 +90,7 @@ def verify(
     different shapes, and CheckpointError where a source cannot be read.
     """
     start = time.perf_counter()
-    step = Stepper(progress, 2 * len(STEPS))
+    step = Stepper(progress, 2 * len(STEPS) + is_own_fold(candidate))
     for source in (reference, candidate):
         if not isinstance(source, nn.Module):
             locate(source)  # a misspelt candidate is found before the reference is measured
@@ -103,6 +106,9 @@ def verify(
     with opened(candidate, streamed, step.told) as model:
         second = _examine(_name(candidate), model, samples, half, step, first)
     report = _compare(first, second, samples, half)
+    if is_own_fold(candidate):
+        step(f"{_name(candidate)}: weights")
+        report = replace(report, weights=compared_weights(reference, candidate, step.told))
     if not report.checks[0].ok:
         report = replace(report, layers=_locate(reference, candidate, samples, report))
     return replace(report, seconds=time.perf_counter() - start)

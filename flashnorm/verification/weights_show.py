@@ -44,21 +44,23 @@ def _tensors(report: WeightsReport) -> list[RenderableType]:
     found: list[RenderableType] = []
     for one in report.wrong[:ROWS]:
         name = Text(one.tensor, style="red", no_wrap=True, overflow="ignore")
-        found += [name.append(f" in {one.file}", style="dim"), Text(f"    {_problem(one)}")]
+        found += [name.append(f" in {one.file}", style="dim"), Text(f"    {problem(one)}")]
     return found
 
 
-def _problem(one: Difference) -> str:
+def problem(one: Difference) -> str:
+    """How a tensor differs, in words."""
     if one.what in ("missing", "extra"):
         return f"is {one.what}: {one.expected or one.found}"
     if one.what != "values":
         return f"is {one.found}, expected {one.expected}"
     largest = "" if one.largest is None else f", max|Δ| {one.largest:.2e}"
     at = ", ".join(map(str, one.first))
-    return (
+    said = (
         f"[{at}] is {one.found}, expected {one.expected}; {one.count} of {one.numel} elements "
         f"differ{largest}"
     )
+    return f"{said} (a sum, whose last bit may depend on the machine)" if one.summed else said
 
 
 def _rest(things: str, count: int, shown: int) -> list[RenderableType]:
