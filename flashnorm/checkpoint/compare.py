@@ -12,7 +12,7 @@ from torch import Tensor
 from flashnorm.checkpoint.blocks import Block, tensor_blocks
 from flashnorm.checkpoint.header import DTYPE_BITS, NUMBER_DTYPES, Entry
 from flashnorm.checkpoint.layout import Shard
-from flashnorm.checkpoint.rawio import expect_sequential, unchanged
+from flashnorm.checkpoint.rawio import Prefetch, expect_sequential, unchanged
 from flashnorm.checkpoint.remote import Facts
 from flashnorm.checkpoint.store import Folder
 from flashnorm.checkpoint.stream import Report, in_workers
@@ -104,7 +104,7 @@ def check_shard(
             unchanged(source, files[0], shard.source.raw),
             unchanged(candidate, files[1], shard.header.raw),
         ):
-            for block, wrong in in_workers(compare, tensor_blocks(shard)):
+            for block, wrong in in_workers(compare, _prefetched(tensor_blocks(shard), *files)):
                 report(block.nbytes)
                 if wrong is not None:
                     found[wrong.tensor] = wrong.joined(found.get(wrong.tensor))
@@ -112,6 +112,15 @@ def check_shard(
         replace(wrong, file=candidate.name, summed=values.sums(wrong.tensor))
         for wrong in found.values()
     )
+
+
+def _prefetched(blocks: Iterator[Block], reader: int, candidate: int) -> Iterator[Block]:
+    """The blocks, each asked for in both files before its turn."""
+    ours, theirs = Prefetch(reader), Prefetch(candidate)
+    for block in blocks:
+        ours.upto(block.start)
+        theirs.upto(block.target)
+        yield block
 
 
 def _compare(

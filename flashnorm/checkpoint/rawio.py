@@ -116,6 +116,26 @@ def expect_sequential(reader: int) -> None:
         os.posix_fadvise(reader, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
+class Prefetch:
+    """Asks the system for the bytes of a file before they are read, a window ahead.
+
+    A disk is fastest with many requests at once; threads that read blocks of one file in turn look
+    to the system like one that jumps, for whom it fetches little ahead.
+    """
+
+    WINDOW = 64 << 20
+
+    def __init__(self, reader: int) -> None:
+        self.reader, self.asked = reader, 0
+
+    def upto(self, position: int) -> None:
+        """Reading has come to `position`."""
+        if hasattr(os, "posix_fadvise") and position + self.WINDOW // 2 > self.asked:
+            start = max(position, self.asked)
+            os.posix_fadvise(self.reader, start, self.WINDOW, os.POSIX_FADV_WILLNEED)
+            self.asked = start + self.WINDOW
+
+
 def start_writeback(writer: int, start: int, length: int) -> None:
     """Ask the system to begin writing these bytes to disk, so that the last sync is short.
 
