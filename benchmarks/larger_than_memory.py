@@ -138,6 +138,10 @@ def measured(work: Path, gigabytes: float, sample: int) -> dict[str, Any]:
     }
 
 
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def table(found: dict[str, Any]) -> str:
     head = (
         f"{found['machine']}, {found['memory_gb']:.0f} GB of memory. "
@@ -148,7 +152,7 @@ def table(found: dict[str, Any]) -> str:
     )
     lines = [
         f"| {r['what']} | {'yes' if r['ok'] else 'no'} | {r['float64_error']:.1e} | "
-        f"{r['float64_bound']:.1e} | {r['first_wrong'] or ''} | {r['wrong_weight']} | "
+        f"{r['float64_bound']:.1e} | {r['first_wrong'] or ''} | {cell(r['wrong_weight'])} | "
         f"{r['seconds']:.0f} | "
         f"{r['peak_gb']:.1f} |"
         for r in found["rows"]
