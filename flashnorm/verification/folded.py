@@ -18,7 +18,7 @@ from flashnorm.checkpoint.source import CONFIG, read_config
 from flashnorm.errors import FlashNormError
 from flashnorm.verification.report import Weights
 from flashnorm.verification.weights import verify_weights
-from flashnorm.verification.weights_show import problem
+from flashnorm.verification.weights_report import problem
 
 MARKER = "flashnorm."  # what begins with it in config.json
 

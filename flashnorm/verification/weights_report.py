@@ -66,3 +66,18 @@ class WeightsReport:
         from flashnorm.verification.weights_show import panel
 
         return as_text(panel(self))
+
+
+def problem(one: Difference) -> str:
+    """How a tensor differs, in words."""
+    if one.what in ("missing", "extra"):
+        return f"is {one.what}: {one.expected or one.found}"
+    if one.what != "values":
+        return f"is {one.found}, expected {one.expected}"
+    largest = "" if one.largest is None else f", max|Δ| {one.largest:.2e}"
+    at = ", ".join(map(str, one.first))
+    said = (
+        f"[{at}] is {one.found}, expected {one.expected}; {one.count} of {one.numel} elements "
+        f"differ{largest}"
+    )
+    return f"{said} (a sum, whose last bit may depend on the machine)" if one.summed else said

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from flashnorm.verification.show import check_lines
+from flashnorm.verification.weights_report import problem
 
 if TYPE_CHECKING:
-    from flashnorm.checkpoint.compare import Difference
     from flashnorm.verification.weights_report import WeightsReport
 
 ROWS = 20
@@ -46,21 +46,6 @@ def _tensors(report: WeightsReport) -> list[RenderableType]:
         name = Text(one.tensor, style="red", no_wrap=True, overflow="ignore")
         found += [name.append(f" in {one.file}", style="dim"), Text(f"    {problem(one)}")]
     return found
-
-
-def problem(one: Difference) -> str:
-    """How a tensor differs, in words."""
-    if one.what in ("missing", "extra"):
-        return f"is {one.what}: {one.expected or one.found}"
-    if one.what != "values":
-        return f"is {one.found}, expected {one.expected}"
-    largest = "" if one.largest is None else f", max|Δ| {one.largest:.2e}"
-    at = ", ".join(map(str, one.first))
-    said = (
-        f"[{at}] is {one.found}, expected {one.expected}; {one.count} of {one.numel} elements "
-        f"differ{largest}"
-    )
-    return f"{said} (a sum, whose last bit may depend on the machine)" if one.summed else said
 
 
 def _rest(things: str, count: int, shown: int) -> list[RenderableType]:
