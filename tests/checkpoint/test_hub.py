@@ -116,7 +116,9 @@ def test_gains_that_are_lost_on_the_way_are_said(hub):
     plan = flashnorm.inspect("org/ones")
     assert "gains were not read: " in plan.notes[0]
     assert "answers 503 for model.safetensors of org/ones: try again later" in plan.notes[0]
-    assert len(hub.parts()) == 1 + 5, "a gain that failed is not asked for again"
+    asked = hub.parts()  # those that wait when one fails are not asked for at all
+    assert 2 <= len(asked) <= 1 + 5
+    assert len({*map(tuple, asked)}) == len(asked), "a gain that failed is not asked for again"
 
 
 def test_a_tied_weight_that_is_stored_twice_is_not_compared(hub, models, tmp_path_factory):
