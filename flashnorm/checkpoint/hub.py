@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashnorm.checkpoint.header import FLOAT_DTYPES, Header, header_bytes, parse_header
 from flashnorm.checkpoint.source import (
+    CONFIG,
     INDEX,
     SINGLE,
     Place,
@@ -37,7 +38,6 @@ FIRST = 2**16  # bytes: the whole header of most files
 SMALL = 2**22  # bytes: a tensor that is larger is no gain, and is not asked for
 AT_ONCE = 8  # requests
 PATIENCE = 30.0  # seconds
-CONFIG = "config.json"
 Part = Callable[[str, int, int], tuple[bytes, int]]  # file, start, end: bytes, size of the file
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 

@@ -21,6 +21,10 @@ from flashnorm.verification.weights import verify_weights
 from flashnorm.verification.weights_report import problem
 
 MARKER = "flashnorm."  # what begins with it in config.json
+NOT_COMPARED = (
+    "the weights were not held against what the fold makes: the candidate says that this version "
+    "folded it, but by another plan, or it was changed since; flashnorm verify --quick says how"
+)
 
 
 def is_own_fold(candidate: Any) -> bool:
@@ -34,6 +38,13 @@ def is_own_fold(candidate: Any) -> bool:
     return isinstance(mark, dict) and mark.get("version") == flashnorm.__version__
 
 
+def may_be_fold(reference: Any, candidate: Any) -> bool:
+    """Whether both are directories, and the candidate says that this version folded it."""
+    if isinstance(reference, nn.Module) or not Path(reference).expanduser().is_dir():
+        return False
+    return is_own_fold(candidate)
+
+
 def compared_weights(
     reference: Any, candidate: Any, told: Callable[[int], None] | None = None
 ) -> Weights | None:
@@ -42,18 +53,21 @@ def compared_weights(
     None where the candidate is not the fold of the reference by the plan of this version, or was
     converted since: then only outputs say what it computes. `told` is called with the bytes done.
     """
-    if isinstance(reference, nn.Module) or not is_own_fold(candidate):
+    if not may_be_fold(reference, candidate):
         return None
     try:
         found = verify_weights(reference, candidate, progress=_progress(told))
     except FlashNormError:
         return None
-    if found.wrong_count > len(found.wrong) or any(one.what != "values" for one in found.wrong):
+    if any(one.what != "values" for one in found.wrong):
         return None
     if any(one.file == CONFIG and one.problem.startswith(MARKER) for one in found.files):
         return None
     wrong = [one for one in found.wrong if not one.summed]
-    return Weights(found.compared, tuple(one.tensor for one in wrong), _first(wrong))
+    if not wrong and found.wrong_count > len(found.wrong):
+        return None  # what is not listed may be anything
+    exact = found.compared - (len(found.wrong) - len(wrong))
+    return Weights(exact, tuple(one.tensor for one in wrong), _first(wrong))
 
 
 def _first(wrong: list[Difference]) -> str:

@@ -21,7 +21,7 @@ from flashnorm.verification import inputs as feed
 from flashnorm.verification import measure
 from flashnorm.verification.bounds import Size, output_bound, width_of
 from flashnorm.verification.choices import Choices
-from flashnorm.verification.folded import compared_weights, is_own_fold
+from flashnorm.verification.folded import NOT_COMPARED, compared_weights, may_be_fold
 from flashnorm.verification.inputs import Inputs, Samples
 from flashnorm.verification.layers import counted_matrices, layer_errors
 from flashnorm.verification.packed import PACKED
@@ -90,7 +90,7 @@ def verify(
     different shapes, and CheckpointError where a source cannot be read.
     """
     start = time.perf_counter()
-    step = Stepper(progress, 2 * len(STEPS) + is_own_fold(candidate))
+    step = Stepper(progress, 2 * len(STEPS) + may_be_fold(reference, candidate))
     for source in (reference, candidate):
         if not isinstance(source, nn.Module):
             locate(source)  # a misspelt candidate is found before the reference is measured
@@ -106,9 +106,11 @@ def verify(
     with opened(candidate, streamed, step.told) as model:
         second = _examine(_name(candidate), model, samples, half, step, first)
     report = _compare(first, second, samples, half)
-    if is_own_fold(candidate):
+    if may_be_fold(reference, candidate):
         step(f"{_name(candidate)}: weights")
-        report = replace(report, weights=compared_weights(reference, candidate, step.told))
+        weights = compared_weights(reference, candidate, step.told)
+        notes = report.notes if weights else (*report.notes, NOT_COMPARED)
+        report = replace(report, weights=weights, notes=notes)
     if not report.checks[0].ok:
         report = replace(report, layers=_locate(reference, candidate, samples, report))
     return replace(report, seconds=time.perf_counter() - start)

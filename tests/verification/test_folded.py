@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flashnorm
-from flashnorm.verification.folded import compared_weights, is_own_fold
+from flashnorm.loading import load_model
+from flashnorm.verification.folded import NOT_COMPARED, compared_weights, is_own_fold
 from flashnorm.verification.report import Report
 
 from . import tiny
@@ -67,6 +68,20 @@ def test_a_single_bit_is_found_and_named(pair: tuple[Path, Path], stream: bool) 
     assert NAME in str(report)
 
 
+def test_however_many_are_wrong_they_are_named(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are listed."""
+    monkeypatch.setattr("flashnorm.verification.weights.LISTED", 2)
+    names = [f"model.layers.{i}.mlp.{name}_proj.weight" for i in (0, 1) for name in ("up", "gate")]
+    for name in names:
+        change(pair[1], name, one_bit)
+    weights = compared_weights(*pair)
+    assert weights is not None
+    assert len(weights.wrong) == 2
+    assert {*weights.wrong} < {*names}
+
+
 def test_what_is_no_fold_of_this_version_is_judged_by_its_outputs(pair: tuple[Path, Path]) -> None:
     a, b = pair
     change(b, NAME, one_bit)
@@ -74,12 +89,16 @@ def test_what_is_no_fold_of_this_version_is_judged_by_its_outputs(pair: tuple[Pa
         before = (b / "config.json").read_text()
         mark(b, **changes)
         assert compared_weights(a, b) is None
-        assert check(a, b).ok
+        report = check(a, b)
+        assert report.ok
+        assert (NOT_COMPARED in report.notes) == ("folded" in changes)
         (b / "config.json").write_text(before)
     assert not is_own_fold(a)
     assert not is_own_fold("organization/model")
     assert not is_own_fold(torch.nn.Linear(2, 2))
     assert compared_weights(torch.nn.Linear(2, 2), b) is None
+    live = check(load_model(a), b)
+    assert (live.weights, NOT_COMPARED in live.notes) == (None, False)
     assert check(a, a).weights is None
 
 
@@ -115,7 +134,7 @@ def test_the_last_bit_of_a_sum_is_the_machines(tmp_path: Path) -> None:
     assert "a sum, whose last bit may depend on the machine" in str(found).replace("\n", " ")
     weights = compared_weights(tmp_path / "a", tmp_path / "b")
     assert weights is not None
-    assert weights.wrong == ()
+    assert (weights.wrong, weights.compared) == ((), found.compared - 1)
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     change(tmp_path / "b", name, one_bit)
     weights = compared_weights(tmp_path / "a", tmp_path / "b")
